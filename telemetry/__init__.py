@@ -1,0 +1,52 @@
+"""Strategic telemetry: what happens inside a training step, as scalars, tables, images and sound."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from telemetry.backends.console import ConsoleBackend
+    from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
+    from telemetry.callbacks.base import StrategicCallback
+    from telemetry.callbacks.inputs import InputLoggerCallback
+    from telemetry.callbacks.outputs import OutputLoggerCallback
+    from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+    from telemetry.callbacks.strategic import COMPONENTS, StrategicTelemetry
+    from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+    from telemetry.logs import setup_logging
+
+_HOMES = {
+    "COMPONENTS": "telemetry.callbacks.strategic",
+    "ConsoleBackend": "telemetry.backends.console",
+    "InputLoggerCallback": "telemetry.callbacks.inputs",
+    "OutputLoggerCallback": "telemetry.callbacks.outputs",
+    "SharedAttentionLoggerCallback": "telemetry.callbacks.shared_attention",
+    "StrategicCallback": "telemetry.callbacks.base",
+    "StrategicTelemetry": "telemetry.callbacks.strategic",
+    "TensorBoardBackend": "telemetry.backends.tensorboard",
+    "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.zero_shot",
+    "launch_command": "telemetry.backends.tensorboard",
+    "setup_logging": "telemetry.logs",
+}
+
+__all__ = [
+    "COMPONENTS",
+    "ConsoleBackend",
+    "InputLoggerCallback",
+    "OutputLoggerCallback",
+    "SharedAttentionLoggerCallback",
+    "StrategicCallback",
+    "StrategicTelemetry",
+    "TensorBoardBackend",
+    "ZeroShotVerificationLoggerCallback",
+    "launch_command",
+    "setup_logging",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Backends and measures are usable without importing transformers, which takes seconds.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

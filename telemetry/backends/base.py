@@ -1,0 +1,47 @@
+"""What every destination of records answers to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from telemetry.records import Record
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, as a backend needs to know it.
+
+    Attributes:
+        logging_dir: where files of this run go.
+        starting_step: the Trainer's global step when the run (re)starts: 0 for a fresh one, the checkpoint's step
+            after a resume. Records at later steps that an earlier attempt left behind are superseded.
+        name: what to call the run.
+        config: arguments and model configuration, as plain JSON values.
+    """
+
+    logging_dir: Path
+    starting_step: int = 0
+    name: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Shows the records of a run. One writer per run: only rank 0 opens one.
+
+    Any method may raise: the recorder reports it once, counts the lost records and goes on without this backend
+    after repeated failures. A backend never raises for the content of a record that another backend can show.
+    """
+
+    name: str
+
+    def open(self, run: Run) -> None:
+        """Get ready. Called once, before the first :meth:`write`."""
+
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        """Show the records of one step. Steps never decrease; a step may be written more than once."""
+
+    def close(self) -> None:
+        """Write out what is left and let go of files. Called once; no :meth:`write` follows."""

@@ -1,0 +1,86 @@
+"""The TensorBoard backend: one event file per (re)start, one event per step."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from telemetry.backends.base import Run
+from telemetry.backends.tensorboard.event_file import EventFile
+from telemetry.backends.tensorboard.hparams import session_end, session_start
+from telemetry.backends.tensorboard.summaries import Summaries
+from telemetry.records import Record
+
+# TensorBoard keeps 10 clips and images of a tag by default and thins out the others; 0 would keep none.
+_SAMPLES = "scalars=100000,text=1000,audio=200,images=200"
+
+
+class TensorBoardBackend:
+    """Shows records in TensorBoard.
+
+    A resumed run supersedes what an earlier attempt left in the same directory after the checkpoint's step. A step is
+    in the file when :meth:`write` returns, unless the disk refuses it: that is counted, logged once, and tried again
+    with the next step.
+
+    Attributes:
+        path: the event file, or None before :meth:`open`.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._file: EventFile | None = None
+        self._summaries = Summaries()
+        self._step = 0
+
+    @property
+    def lost_steps(self) -> int:
+        """Writes that the disk refused."""
+        return self._file.lost_steps if self._file else 0
+
+    @property
+    def unshown_records(self) -> int:
+        """Records that TensorBoard has no way to show."""
+        return self._summaries.unshown_records
+
+    def open(self, run: Run) -> None:
+        """Begin an event file.
+
+        Raises:
+            OSError: when the directory or the file cannot be made.
+        """
+        # Records of the checkpoint's own step are kept: the first step of this attempt is the one after.
+        first_step = run.starting_step + 1 if run.starting_step > 0 else 0
+        self._file = EventFile(Path(run.logging_dir), first_step, [session_start(run.config, time.time())])
+        self.path = self._file.path
+        self._step = run.starting_step
+
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        """Show the records of one step.
+
+        Raises:
+            RuntimeError: before :meth:`open`.
+            ValueError: when the step is before an earlier one: readers would drop what lies between.
+        """
+        if self._file is None:
+            raise RuntimeError("write() before open()")
+        if step < self._step:
+            raise ValueError(f"step {step} after step {self._step}: steps must not decrease")
+        self._step = step
+        values = self._summaries.encode(records)
+        if values and not self._file.append(step, values):
+            self._summaries.describe_again()
+
+    def close(self) -> None:
+        """End the session and let go of the file."""
+        if self._file is not None:
+            self._file.append(self._step, [session_end(time.time())])
+            self._file.close()
+
+
+def launch_command(logging_dir: str | Path) -> str:
+    """The shell command that shows a directory's runs with every sample that a long run needs."""
+    return f"tensorboard --logdir {shlex.quote(str(logging_dir))} --samples_per_plugin {_SAMPLES}"

@@ -1,0 +1,167 @@
+"""An event file that survives what happens to long runs: kill -9, full disks, forks, restarts, clocks set back.
+
+The format is TFRecord (little-endian length, masked CRC-32C of the length, data, masked CRC-32C of the data), each
+record one ``Event`` proto. Every record goes to the kernel in one write on an append-only descriptor: what was written
+is kept when the process dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"tfevents\.(\d+)")
+_LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
+_OVERHEAD = _LENGTH.size + 2 * _CHECKSUM.size
+
+
+class EventFile:
+    """The only writer of a directory's newest event file.
+
+    The file begins with its version, a START of session, on which readers drop what an earlier attempt left at
+    ``first_step`` and later, and ``first_values`` at that step. Its name and its times come after those of every event
+    file in the directory, also when the clock does not: readers take files in the order of their names.
+
+    In a forked child every method does nothing, so that a copy of the writer (in a data loader's worker) cannot
+    disturb the file.
+
+    Attributes:
+        path: where the file is.
+        lost_steps: events that could not be written.
+
+    Raises:
+        OSError: when the directory or the file cannot be made.
+    """
+
+    def __init__(self, directory: Path, first_step: int, first_values: Sequence[Summary.Value] = ()) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        seconds, self._clock = _after(directory)
+        self.path = directory / f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
+        self.lost_steps = 0
+        self._owner = os.getpid()
+        self._size = 0
+        self._failing = False
+        self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        # Kept until it is in the file: without it readers misplace everything that follows.
+        self._preamble = b"".join(
+            (
+                self._record(file_version="brain.Event:2"),
+                self._record(step=first_step, session_log=SessionLog(status=SessionLog.START)),
+                self._record(step=first_step, summary=Summary(value=first_values)),
+            )
+        )
+        self._try_write(b"")
+
+    def append(self, step: int, values: Sequence[Summary.Value]) -> bool:
+        """Write one event, and say whether it is in the file. A disk that fails costs events, never an exception."""
+        if self._descriptor is None or self._owner != os.getpid():
+            return False
+        written = self._try_write(self._record(step=step, summary=Summary(value=values)))
+        self.lost_steps += not written
+        return written
+
+    def close(self) -> None:
+        """Let go of the file. What was appended is in it already."""
+        if self._descriptor is not None and self._owner == os.getpid():
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _record(self, **fields: Any) -> bytes:
+        return _framed(Event(wall_time=self._clock.time(), **fields).SerializeToString())
+
+    def _try_write(self, record: bytes) -> bool:
+        try:
+            self._write(self._preamble + record)
+        except OSError as error:
+            if not self._failing:
+                logger.warning("cannot write %s (%s): losing steps until it can be written again", self.path, error)
+            self._failing = True
+            return False
+        self._preamble = b""
+        if self._failing:
+            logger.warning("writing %s again; %d steps were lost", self.path, self.lost_steps)
+        self._failing = False
+        return True
+
+    def _write(self, data: bytes) -> None:
+        """All of ``data`` behind the last whole record, or none of it: a torn record would hide all later ones."""
+        assert self._descriptor is not None
+        if self._failing:
+            os.ftruncate(self._descriptor, self._size)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            os.ftruncate(self._descriptor, self._size)
+            raise
+        self._size += len(data)
+
+
+class _Clock:
+    """Seconds since the epoch that never go back, shifted to begin at ``start`` where the clock is behind it."""
+
+    def __init__(self, start: float) -> None:
+        self._shift = max(0.0, start - time.time())
+        self._last = start
+
+    def time(self) -> float:
+        self._last = max(self._last, time.time() + self._shift)
+        return self._last
+
+
+def _after(directory: Path) -> tuple[int, _Clock]:
+    """Whole seconds for the name of a new event file, and a clock for its events, after all that are there."""
+    named = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.search(path.name))]
+    now = int(time.time())
+    if not named:
+        return now, _Clock(now)
+    newest, path = max(named)
+    seconds = max(now, newest + 1, math.ceil(_last_time(path)))
+    return seconds, _Clock(seconds)
+
+
+def _last_time(path: Path) -> float:
+    """When the last whole event of a file was written; 0 where it has none. Reads lengths, and only one event."""
+    size = path.stat().st_size
+    offset, last = 0, None
+    with path.open("rb", buffering=0) as file:
+        while len(header := os.pread(file.fileno(), _LENGTH.size, offset)) == _LENGTH.size:
+            (length,) = _LENGTH.unpack(header)
+            if offset + _OVERHEAD + length > size:
+                break
+            last = (length, offset + _LENGTH.size + _CHECKSUM.size)
+            offset += _OVERHEAD + length
+        if last is None:
+            return 0.0
+        try:
+            return Event.FromString(os.pread(file.fileno(), *last)).wall_time
+        except DecodeError:
+            return 0.0
+
+
+def _framed(data: bytes) -> bytes:
+    length = _LENGTH.pack(len(data))
+    return b"".join((length, _masked_crc(length), data, _masked_crc(data)))
+
+
+def _masked_crc(data: bytes) -> bytes:
+    """CRC-32C, rotated and shifted as TFRecord asks, so that data holding checksums checks well itself."""
+    crc = google_crc32c.value(data)
+    return _CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

@@ -1,0 +1,81 @@
+"""One record as one value of a TensorBoard summary, still without tag and description.
+
+Layouts are those of ``tensorboard.plugins.*.summary_v2``: text is one string; audio is ``[clips, 2]`` strings (WAV,
+label); an image is ``[width, height, PNG]``; a histogram is ``[bins, 3]`` doubles (left, right, count). A scalar is a
+``simple_value``: the default data server does not show double-precision tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tensorboard.compat.proto import types_pb2
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.plugins.audio import metadata as audio_metadata
+from tensorboard.plugins.histogram import metadata as histogram_metadata
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+
+from telemetry.backends.encoding import Wav, encode_png
+from telemetry.backends.tensorboard.markdown import escape
+from telemetry.records import Histogram, Image, Scalar
+
+
+def scalar_value(scalar: Scalar) -> Summary.Value:
+    """A number, NaN and infinities as they are."""
+    return Summary.Value(simple_value=scalar.value)
+
+
+def scalar_description(tag: str, description: str) -> Summary.Value:
+    """A value without a number that describes a scalar tag.
+
+    The default data server reads the description of a number that is a tensor or of no number at all, and other
+    readers take numbers from ``simple_value`` only: so the two go apart.
+    """
+    return Summary.Value(tag=tag, metadata=scalar_metadata.create_summary_metadata(None, description))
+
+
+def text_value(markdown: str) -> Summary.Value:
+    """A text that TensorBoard renders as Markdown."""
+    return Summary.Value(
+        metadata=text_metadata.create_summary_metadata(None, None), tensor=_strings([markdown.encode()])
+    )
+
+
+def audio_value(wavs: Sequence[Wav], labels: Sequence[str]) -> Summary.Value:
+    """Clips side by side. TensorBoard keeps the labels in the file and does not show them."""
+    strings = [part for wav, label in zip(wavs, labels, strict=True) for part in (wav.data, escape(label).encode())]
+    metadata = audio_metadata.create_summary_metadata(None, None, audio_metadata.Encoding.Value("WAV"))
+    return Summary.Value(metadata=metadata, tensor=_strings(strings, len(wavs), 2))
+
+
+def image_value(image: Image) -> Summary.Value:
+    """A picture. Raises what :func:`telemetry.backends.encoding.encode_png` raises."""
+    png = encode_png(image.pixels)
+    height, width = image.pixels.shape[:2]
+    strings = [str(width).encode(), str(height).encode(), png]
+    return Summary.Value(metadata=image_metadata.create_summary_metadata(None, None), tensor=_strings(strings, 3))
+
+
+def histogram_value(histogram: Histogram) -> Summary.Value:
+    """Bins as ``(left, right, count)``.
+
+    Raises:
+        ValueError: when there is not one edge more than counts.
+    """
+    edges = np.asarray(histogram.edges, np.float64)
+    bins = np.stack([edges[:-1], edges[1:], np.asarray(histogram.counts, np.float64)], axis=1)
+    tensor = TensorProto(dtype=types_pb2.DT_DOUBLE, tensor_shape=_shape(*bins.shape), double_val=bins.ravel().tolist())
+    return Summary.Value(metadata=histogram_metadata.create_summary_metadata(None, None), tensor=tensor)
+
+
+def _strings(values: list[bytes], *shape: int) -> TensorProto:
+    return TensorProto(dtype=types_pb2.DT_STRING, tensor_shape=_shape(*shape), string_val=values)
+
+
+def _shape(*sizes: int) -> TensorShapeProto:
+    return TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in sizes])

@@ -1,0 +1,228 @@
+"""Inputs: is the data what I think it is?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from telemetry.callbacks.base import StrategicCallback
+from telemetry.families.base import IGNORE_INDEX, BatchView
+from telemetry.families.chat import ChatFormat
+from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
+from telemetry.probes.forward import Microbatch
+from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
+from telemetry.recorder import Emitter
+
+SHOWN_SAMPLES = 2
+SHOWN_CLIPS = 4
+TENSOR_COLUMNS = (
+    "tensor", "shape", "dtype", "device", "min", "max", "mean", "std", "zero fraction", "non-finite", "first values",
+)  # fmt: skip
+SEQUENCE_COLUMNS = ("sample", "span", "tokens", "supervised", "text")
+
+
+class InputLoggerCallback(StrategicCallback):
+    """Everything under ``inputs/``: token shares, supervision, invalid ids, tensor statistics, spans and sound.
+
+    Scalars cover every microbatch of the step; tables and audio show its last one.
+    """
+
+    _last: Microbatch | None = None
+
+    def observe_inputs(self, microbatch: Microbatch) -> None:
+        """Measure one microbatch."""
+        self._last = microbatch
+        recorder = self.session.recorder
+        if microbatch.view is not None:
+            for tag, value in _view_metrics(microbatch.view):
+                recorder.metric(f"inputs/{tag}", value)
+        for name, tensor in _tensors(microbatch.inputs):
+            for kind, value in _tensor_metrics(tensor_statistics(tensor)):
+                recorder.metric(f"inputs/tensor/{name}/{kind}", value)
+
+    def finish_step(self) -> None:
+        """Show the last microbatch."""
+        microbatch, self._last = self._last, None
+        if microbatch is None or not self.session.is_main:
+            return
+        self._show_tensors(microbatch)
+        self._show_sequences(microbatch)
+        for kind in ("reference", "target"):
+            self._show_audio(microbatch, kind)
+
+    def _show_tensors(self, microbatch: Microbatch) -> None:
+        named = list(_tensors(microbatch.inputs))
+        statics = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), str(t.device)) for name, t in named]
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in named:
+            tensors[f"{name}/stats"] = tensor_statistics(tensor).packed()
+            tensors[f"{name}/first"] = first_values(tensor)
+
+        def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
+            rows = tuple((*static, *_tensor_row(host, static[0])) for static in statics)
+            emit.record(Table("inputs/tensors", TENSOR_COLUMNS, rows))
+
+        self.session.recorder.defer(tensors, build)
+
+    def _show_sequences(self, microbatch: Microbatch) -> None:
+        view = microbatch.view
+        if view is None:
+            self.session.recorder.absent("inputs/sequence", "the batch has no token ids")
+            return
+        tokenizer = self.session.tokenizer
+        samples = [microbatch.sample_id(row) for row in range(min(SHOWN_SAMPLES, view.input_ids.shape[0]))]
+
+        def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
+            rows = tuple(
+                (sample, *span) for row, sample in enumerate(samples) for span in _spans(host, row, tokenizer)
+            )
+            emit.record(Table("inputs/sequence", SEQUENCE_COLUMNS, rows))
+
+        self.session.recorder.defer(_span_tensors(view, len(samples)), build)
+
+    def _show_audio(self, microbatch: Microbatch, kind: str) -> None:
+        tag = f"inputs/{kind}"
+        sources = [
+            (_caption(microbatch, row, metadata), waveform)
+            for row, metadata in enumerate(microbatch.metadata)
+            for waveform in metadata.get(kind) or ()
+        ][:SHOWN_CLIPS]
+        if not sources:
+            self.session.recorder.absent(tag, f"the batch carries no {kind} waveform")
+            return
+
+        def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+            clips = tuple(Clip(source.samples, source.sampling_rate, caption) for caption, source in sources)
+            emit.record(Audio(tag, clips))
+
+        self.session.recorder.defer({}, build)
+
+
+def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
+    positions = view.input_ids.numel()
+    text = view.text.sum()
+    yield "tokens/total", Sum(positions)
+    yield "tokens/text_fraction", Mean(text, positions)
+    yield "tokens/padding_fraction", Mean((~view.real).sum(), positions)
+    if view.text_labels is not None:
+        supervised = (view.text_labels != IGNORE_INDEX) & view.text
+        yield "supervised/text_fraction", Mean(supervised.sum(), text)
+    if view.audio is not None:
+        audio = view.audio.reference | view.audio.target
+        yield "tokens/reference_audio_fraction", Mean(view.audio.reference.sum(), positions)
+        yield "tokens/target_audio_fraction", Mean(view.audio.target.sum(), positions)
+        labelled = (view.audio.labels != IGNORE_INDEX).sum()
+        yield "supervised/audio_fraction", Mean(labelled, audio.sum() * view.audio.codebooks)
+    yield "invalid_ids", Sum(_invalid_ids(view))
+
+
+def _invalid_ids(view: BatchView) -> Tensor:
+    """How many ids and labels lie outside their vocabulary."""
+    faults = _outside(view.input_ids, view.vocabulary).sum()
+    if view.text_labels is not None:
+        faults = faults + (_outside(view.text_labels, view.vocabulary) & (view.text_labels != IGNORE_INDEX)).sum()
+    if view.audio is not None:
+        labels = view.audio.labels
+        faults = faults + _outside(view.audio.codes, view.audio.vocabulary).sum()
+        faults = faults + (_outside(labels, view.audio.vocabulary) & (labels != IGNORE_INDEX)).sum()
+    return faults
+
+
+def _outside(ids: Tensor, vocabulary: int) -> Tensor:
+    return (ids < 0) | (ids >= vocabulary)
+
+
+def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor))
+
+
+def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:
+    yield "min", Min(stats.minimum)
+    yield "max", Max(stats.maximum)
+    yield "mean", Mean(stats.total, stats.finite)
+    yield "std", Std(stats.total, stats.squares, stats.finite)
+    yield "zero_fraction", Mean(stats.zeros, stats.count)
+    yield "nonfinite", Sum(stats.nonfinite)
+
+
+def _tensor_row(host: Mapping[str, Tensor], name: str) -> tuple[Cell, ...]:
+    stats = dict(_tensor_metrics(TensorStats.unpacked(host[f"{name}/stats"])))
+    nonfinite = stats.pop("nonfinite").result()
+    values = [stats[kind].result() for kind in ("min", "max", "mean", "std", "zero_fraction")]
+    first = " ".join(_short(value) for value in host[f"{name}/first"].tolist())
+    return (*values, None if nonfinite is None else int(nonfinite), first)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _span_tensors(view: BatchView, samples: int) -> dict[str, Tensor]:
+    """What the sequence table needs of the first ``samples`` rows. Kinds: 0 padding, 1 text, 2 reference, 3 target."""
+    kinds = view.text.long()
+    supervised = torch.zeros_like(view.real)
+    clips = torch.zeros_like(kinds)
+    if view.text_labels is not None:
+        supervised = supervised | (view.text_labels != IGNORE_INDEX)
+    if view.audio is not None:
+        kinds = kinds + 2 * view.audio.reference.long() + 3 * view.audio.target.long()
+        supervised = supervised | (view.audio.labels != IGNORE_INDEX).any(dim=-1)
+        clips = view.audio.starts.long().cumsum(dim=1)
+    fields = {"ids": view.input_ids, "kinds": kinds, "supervised": supervised, "clips": clips}
+    return {name: tensor[:samples].clone() for name, tensor in fields.items()}
+
+
+def _spans(host: Mapping[str, Tensor], row: int, tokenizer: Any) -> Iterator[tuple[Cell, ...]]:
+    """Span, tokens, supervised and text of one sample, in order."""
+    ids: list[int] = host["ids"][row].tolist()
+    kinds: list[int] = host["kinds"][row].tolist()
+    clips: list[int] = host["clips"][row].tolist()
+    supervised: list[bool] = host["supervised"][row].tolist()
+    roles = _roles(ids, tokenizer)
+
+    def key(position: int) -> tuple[Any, ...]:
+        if kinds[position] >= 2:  # a clip is one span: its stream's begin is never supervised
+            return kinds[position], clips[position]
+        return kinds[position], roles[position], supervised[position]
+
+    for _, group in groupby(range(len(ids)), key):
+        span = list(group)
+        name = ("padding", roles[span[0]] or "text", "reference audio", "target audio")[kinds[span[0]]]
+        marked = any(supervised[position] for position in span)
+        yield name, len(span), "yes" if marked else "no", _text([ids[position] for position in span], tokenizer)
+
+
+def _roles(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The role whose turn each position lies in; "" outside any."""
+    roles = [""] * len(ids)
+    chat = ChatFormat.of(tokenizer)
+    if chat is not None:
+        for turn in chat.turns(ids, tokenizer)[0]:
+            roles[turn.start : turn.end] = [turn.role] * (turn.end - turn.start)
+    return roles
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    """Decoded with special tokens visible; a token repeated in a row is shown once with its count."""
+    if not hasattr(tokenizer, "decode"):
+        return " ".join(map(str, ids))
+    runs = [(token, len(list(group))) for token, group in groupby(ids)]
+    parts: list[str] = []
+    plain: list[int] = []
+    for token, count in runs:
+        if count < 4:
+            plain.extend([token] * count)
+            continue
+        parts.extend([tokenizer.decode(plain)] if plain else [])
+        parts.append(f"{tokenizer.decode([token])}×{count} ")
+        plain = []
+    return "".join([*parts, tokenizer.decode(plain) if plain else ""])
+
+
+def _caption(microbatch: Microbatch, row: int, metadata: Mapping[str, Any]) -> str:
+    known = [metadata.get(name) for name in ("speaker", "language")]
+    return ", ".join([microbatch.sample_id(row), *(str(value) for value in known if value)])

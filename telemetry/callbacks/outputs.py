@@ -1,0 +1,198 @@
+"""Outputs: what does the model predict, per modality and per codebook?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from telemetry.callbacks.base import StrategicCallback
+from telemetry.families.base import IGNORE_INDEX, AudioView, Head, shift_labels
+from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
+from telemetry.probes.forward import Microbatch
+from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table, UsedFraction
+from telemetry.recorder import Emitter
+
+SHOWN_SAMPLES = 4
+ENDS = 10
+COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
+
+
+class OutputLoggerCallback(StrategicCallback):
+    """Everything under ``outputs/``, reduced on the device as soon as a head has computed its logits.
+
+    Scalars cover every microbatch of the step; the table shows its last one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._last: Microbatch | None = None
+        self._predictions: dict[str, tuple[Tensor, TokenStats]] = {}
+        self._modalities: set[str] = set()
+
+    def observe_inputs(self, microbatch: Microbatch) -> None:
+        """Forget the microbatch before; measure which stream ends are supervised."""
+        self._last = microbatch
+        self._predictions.clear()
+        if microbatch.view is not None and microbatch.view.audio is not None:
+            self.session.recorder.metric("outputs/eos/supervised", _supervised_ends(microbatch.view.audio))
+
+    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
+        """Measure one head's logits of one microbatch."""
+        self._modalities.add(head.modality)
+        labels = _labels(microbatch, head)
+        if labels is None:
+            return
+        if labels.shape[:2] != logits.shape[:2]:
+            self.session.recorder.absent(f"outputs/loss/{head.modality}", "the logits do not cover every position")
+            return
+        targets = shift_labels(labels)
+        audio = microbatch.view.audio if microbatch.view is not None and head.modality == "audio" else None
+        stats = token_statistics(
+            logits.reshape(*targets.shape, -1), targets, probe_id=None if audio is None else audio.eos_id
+        )
+        self._predictions[head.modality] = (targets, stats)
+        for tag, value in self._metrics(head, targets, stats, audio):
+            self.session.recorder.metric(f"outputs/{tag}", value)
+
+    def finish_step(self) -> None:
+        """Show the last microbatch's predictions; say which modality was not seen."""
+        for modality in self._expected_modalities() - self._modalities:
+            self.session.recorder.absent(
+                f"outputs/loss/{modality}", "the model computed no logits for it (a fused loss, or no such head)"
+            )
+        microbatch, predictions = self._last, dict(self._predictions)
+        self._last = None
+        self._predictions.clear()
+        self._modalities.clear()
+        if microbatch is not None and predictions and self.session.is_main:
+            self._show(microbatch, predictions)
+
+    def _expected_modalities(self) -> set[str]:
+        family = self.session.family
+        return {head.modality for head in family.heads()} if family is not None else set()
+
+    def _metrics(
+        self, head: Head, targets: Tensor, stats: TokenStats, audio: AudioView | None
+    ) -> Iterator[tuple[str, Metric]]:
+        mask = targets != IGNORE_INDEX
+        columns = {
+            "loss": stats.nll,
+            "accuracy": (stats.rank == 0).float(),
+            "top5": (stats.rank < 5).float(),
+            "entropy": stats.entropy,
+        }
+        for name, values in columns.items():
+            total, count = masked_totals(_by_codebook(values, head), _by_codebook(mask, head))
+            yield f"{name}/{head.modality}", Mean(total.sum(), count.sum())
+            if name == "loss":
+                yield "loss/total", self._total(head, total, count)
+            if head.modality == "audio" and name != "entropy":
+                for k in range(head.codebooks):
+                    yield f"{name}/codebook_{k}", Mean(total[k], count[k])
+        if audio is not None:
+            yield from _audio_metrics(targets, stats, audio, mask)
+
+    def _total(self, head: Head, total: Tensor, count: Tensor) -> SumOfMeans:
+        """One head's terms of the trained loss, at their places among all heads' terms."""
+        heads = self.session.family.heads() if self.session.family is not None else [head]
+        before = sum(other.codebooks for other in _until(heads, head))
+        behind = sum(other.codebooks for other in heads) - before - head.codebooks
+        padded = [torch.nn.functional.pad(vector, (before, behind)) for vector in (total, count)]
+        return SumOfMeans(*padded)
+
+    def _show(self, microbatch: Microbatch, predictions: Mapping[str, tuple[Tensor, TokenStats]]) -> None:
+        tokenizer = self.session.tokenizer
+        tensors: dict[str, Tensor] = {}
+        samples: list[str] = []
+        for modality, (targets, stats) in predictions.items():
+            rows = min(SHOWN_SAMPLES, targets.shape[0])
+            samples = [microbatch.sample_id(row) for row in range(rows)]
+            shown = {"targets": targets, "predicted": stats.prediction, "hits": stats.rank == 0}
+            tensors.update({f"{modality}/{name}": tensor[:rows] for name, tensor in shown.items()})
+
+        def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
+            rows = tuple(
+                (sample, *cells) for row, sample in enumerate(samples) for cells in _prediction_rows(host, row, tokenizer)
+            )
+            emit.record(Table("outputs/predictions", COLUMNS, rows))
+
+        self.session.recorder.defer(tensors, build)
+
+
+def _labels(microbatch: Microbatch, head: Head) -> Tensor | None:
+    if microbatch.view is None:
+        return None
+    if head.modality == "text":
+        return microbatch.view.text_labels
+    return None if microbatch.view.audio is None else microbatch.view.audio.labels
+
+
+def _until(heads: Sequence[Head], head: Head) -> list[Head]:
+    position = next(index for index, other in enumerate(heads) if other.modality == head.modality)
+    return list(heads[:position])
+
+
+def _by_codebook(values: Tensor, head: Head) -> Tensor:
+    """``[batch, sequence]`` of text as ``[batch, sequence, 1]``; audio has its codebooks last already."""
+    return values if head.modality == "audio" else values.unsqueeze(-1)
+
+
+def _audio_metrics(
+    targets: Tensor, stats: TokenStats, audio: AudioView, mask: Tensor
+) -> Iterator[tuple[str, Metric]]:
+    ends = targets == audio.eos_id
+    if stats.probe_probability is not None:
+        total, count = masked_totals(stats.probe_probability, ends)
+        yield "eos/probability", Mean(total.sum(), count.sum())
+    entries = [entry for entry in range(audio.vocabulary) if entry not in (audio.bos_id, audio.eos_id)]
+    kept = torch.tensor(entries, device=targets.device) if len(entries) <= max(entries) else None
+    counts = histogram_of_ids(stats.prediction, mask, audio.vocabulary)
+    counts = counts[:, : len(entries)] if kept is None else counts.index_select(1, kept)
+    for k in range(audio.codebooks):
+        yield f"codebook_{k}/used_fraction", UsedFraction(counts[k])
+        yield f"codebook_{k}/perplexity", Perplexity(counts[k])
+
+
+def _supervised_ends(audio: AudioView) -> Mean:
+    """Of the first EOS of every codebook of every target clip, how many have a label."""
+    is_end = (audio.codes == audio.eos_id) & audio.target.unsqueeze(-1)
+    repeated = torch.zeros_like(is_end)
+    repeated[:, 1:] = is_end[:, :-1] & ~audio.starts[:, 1:].unsqueeze(-1)
+    ends = is_end & ~repeated
+    return Mean((ends & (audio.labels == audio.eos_id)).sum(), ends.sum())
+
+
+def _prediction_rows(host: Mapping[str, Tensor], row: int, tokenizer: Any) -> Iterator[tuple[Cell, ...]]:
+    """Stream, supervised tokens, accuracy, target and prediction of one sample: text decoded, then every stream."""
+    if "text/targets" in host:
+        targets, predicted, accuracy = _supervised(host, "text", row)
+        if targets:
+            decode = getattr(tokenizer, "decode", str)
+            yield "text", len(targets), accuracy, decode(targets), decode(predicted)
+            yield "text tokens", len(targets), accuracy, _ends(targets), _ends(predicted)
+    if "audio/targets" in host:
+        for k in range(host["audio/targets"].shape[-1]):
+            targets, predicted, accuracy = _supervised(host, "audio", row, k)
+            if targets:
+                yield f"codebook {k}", len(targets), accuracy, _ends(targets), _ends(predicted)
+
+
+def _supervised(
+    host: Mapping[str, Tensor], modality: str, row: int, codebook: int | None = None
+) -> tuple[list[int], list[int], float]:
+    targets, predicted, hits = (host[f"{modality}/{name}"][row] for name in ("targets", "predicted", "hits"))
+    if codebook is not None:
+        targets, predicted, hits = targets[:, codebook], predicted[:, codebook], hits[:, codebook]
+    mask = targets != IGNORE_INDEX
+    accuracy = hits[mask].double().mean().item() if bool(mask.any()) else 0.0
+    return targets[mask].tolist(), predicted[mask].tolist(), round(accuracy, 4)
+
+
+def _ends(tokens: Sequence[int]) -> str:
+    """The first and last ten tokens."""
+    if len(tokens) <= 2 * ENDS:
+        return " ".join(map(str, tokens))
+    return " ".join([*map(str, tokens[:ENDS]), "…", *map(str, tokens[-ENDS:])])

@@ -1,0 +1,205 @@
+"""What the callbacks of one training run share: the recorder, the model's family, the probe of the due step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import TrainerState, TrainingArguments
+
+from telemetry.backends.base import Backend, Run
+from telemetry.backends.console import ConsoleBackend
+from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.families import Head, find_family
+from telemetry.probes.forward import ForwardProbe, Microbatch
+from telemetry.recorder import MAX_FAILURES, Recorder
+from telemetry.records import Scalar
+
+if TYPE_CHECKING:
+    from telemetry.callbacks.base import StrategicCallback
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One training run seen by the callbacks that watch it.
+
+    Callbacks of one Trainer find the same session by its model, so that they share one probe, one recorder and one
+    writer, whether they were added one by one or through ``StrategicTelemetry``.
+
+    Args:
+        model: the Trainer's model, without its DDP or FSDP wrapper.
+        args: the Trainer's arguments.
+        state: the Trainer's state at the beginning of training.
+        processing_class: the Trainer's; decodes token ids.
+    """
+
+    _by_model: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, state: TrainerState, processing_class: Any) -> None:
+        self.family = find_family(model)
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.is_main = state.is_world_process_zero
+        self._model = weakref.ref(model)
+        self._args = args
+        self._starting_step = state.global_step
+        self._members: list[StrategicCallback] = []
+        self._failures: dict[StrategicCallback, int] = {}
+        self._finished: set[StrategicCallback] = set()
+        self._recorder: Recorder | None = None
+        self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
+        self._stepping = False
+
+    @classmethod
+    def join(
+        cls,
+        member: StrategicCallback,
+        model: nn.Module,
+        args: TrainingArguments,
+        state: TrainerState,
+        processing_class: Any,
+    ) -> Session:
+        """The session of a model's training, made by the first callback that asks."""
+        session = cls._by_model.get(model)
+        if session is not None and member in session._members:  # left over from a training that ended in an exception
+            session.close()
+            session = None
+        if session is None:
+            session = cls._by_model[model] = cls(model, args, state, processing_class)
+        session._members.append(member)
+        session._failures[member] = 0
+        return session
+
+    def leave(self, member: StrategicCallback) -> None:
+        """Training has ended for a callback; the last one to leave closes the backends."""
+        if member in self._members:
+            self._members.remove(member)
+        if not self._members:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of hooks and close the backends."""
+        self._end_step()
+        model = self._model()
+        if model is not None:
+            self._by_model.pop(model, None)
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    @property
+    def recorder(self) -> Recorder:
+        """Opened at its first use, when every callback has joined and brought its backends."""
+        if self._recorder is None:
+            self._recorder = Recorder(self._backends() if self.is_main else [])
+            self._recorder.open(self._run())
+        return self._recorder
+
+    def begin_step(self) -> None:
+        """A due step begins: forget what an unfinished one left behind and watch the model."""
+        if self._stepping:
+            return
+        self._stepping = True
+        self._finished.clear()
+        self.recorder.discard()
+        if self._probe is not None:
+            self._probe.attach()
+        else:
+            self.recorder.say_once("family", "telemetry knows no family for this model: inputs and outputs are absent")
+
+    def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """What the next microbatch's samples are, from trainers that take it out of the batch."""
+        if self._stepping and self._probe is not None:
+            self._probe.announce(metadata)
+
+    def finish(self, member: StrategicCallback, step: int, inputs: Mapping[str, Any] | None, outputs: Any) -> None:
+        """One callback's due step ends; the last one's writes the step."""
+        if not self._stepping:
+            return
+        if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
+            self._probe.replay(inputs, outputs)
+        self.guard(member, member.finish_step)
+        self._finished.add(member)
+        if self._finished >= set(self._members):
+            self._end_step()
+            self.recorder.flush(step)
+
+    def trainer_logs(self, member: StrategicCallback, step: int, logs: Mapping[str, Any]) -> None:
+        """Record what the Trainer logs, once however many callbacks hear of it."""
+        if not self._members or member is not self._members[0]:
+            return
+        for name, value in logs.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.recorder.record(Scalar(_trainer_tag(name), float(value)))
+        self.recorder.flush(step)
+
+    def guard(self, member: StrategicCallback, action: Callable[..., None], *args: Any) -> None:
+        """Run a callback's measure; one that raises is reported and, after repeated failures, switched off."""
+        if self._failures[member] >= MAX_FAILURES:
+            return
+        try:
+            action(*args)
+        except Exception:
+            self._failures[member] += 1
+            name = type(member).__name__
+            if self._failures[member] == 1:
+                logger.exception("%s failed; training goes on", name)
+            if self._failures[member] == MAX_FAILURES:
+                logger.error("%s failed %d times: switched off", name, MAX_FAILURES)
+
+    def observe_inputs(self, microbatch: Microbatch) -> None:
+        """From the probe: pass it on to every callback."""
+        for member in self._members:
+            self.guard(member, member.observe_inputs, microbatch)
+
+    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
+        """From the probe: pass it on to every callback."""
+        for member in self._members:
+            self.guard(member, member.observe_logits, microbatch, head, logits)
+
+    def _end_step(self) -> None:
+        self._stepping = False
+        if self._probe is not None:
+            self._probe.detach()
+
+    def _backends(self) -> Sequence[Backend]:
+        given = [backend for member in self._members for backend in member.backends or ()]
+        unique = list({id(backend): backend for backend in given}.values())
+        return unique or [TensorBoardBackend(), ConsoleBackend()]
+
+    def _run(self) -> Run:
+        chosen = next((member.logging_dir for member in self._members if member.logging_dir), None)
+        directory = Path(chosen or default_logging_dir(self._args))
+        return Run(directory, self._starting_step, _run_name(self._args), _run_config(self._args, self._model()))
+
+
+def default_logging_dir(args: TrainingArguments) -> Path:
+    """``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same place after a resume."""
+    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    return Path(chosen).expanduser() if chosen else Path(args.output_dir) / "runs" / "telemetry"
+
+
+def _run_name(args: TrainingArguments) -> str:
+    return getattr(args, "run_name", None) or Path(args.output_dir).name
+
+
+def _run_config(args: TrainingArguments, model: nn.Module | None) -> Mapping[str, Any]:
+    """Training arguments (secrets left out by ``to_sanitized_dict``) and the model's configuration."""
+    config: dict[str, Any] = dict(args.to_sanitized_dict())
+    model_config = getattr(model, "config", None)
+    if model_config is not None:
+        config["model"] = json.loads(model_config.to_json_string())
+    return config
+
+
+def _trainer_tag(name: str) -> str:
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name[len(prefix) + 1 :]}"
+    return f"train/{name}"

@@ -1,0 +1,94 @@
+"""All strategic callbacks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from telemetry.backends.base import Backend
+from telemetry.callbacks.base import DEFAULT_LOGGING_STEPS, StrategicCallback
+from telemetry.callbacks.inputs import InputLoggerCallback
+from telemetry.callbacks.outputs import OutputLoggerCallback
+from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+
+COMPONENTS: dict[str, type[StrategicCallback]] = {
+    "inputs": InputLoggerCallback,
+    "outputs": OutputLoggerCallback,
+    "shared_attention": SharedAttentionLoggerCallback,
+    "zero_shot": ZeroShotVerificationLoggerCallback,
+}
+
+
+class StrategicTelemetry(TrainerCallback):
+    """One callback that holds one for each component and passes every event on to them.
+
+    Args:
+        components: which of :data:`COMPONENTS`; all by default.
+        logging_steps, backends, logging_dir: as for each callback alone.
+
+    Raises:
+        ValueError: for a component that does not exist, or none at all.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[str] | None = None,
+        logging_steps: int = DEFAULT_LOGGING_STEPS,
+        backends: Sequence[Backend] | None = None,
+        logging_dir: str | Path | None = None,
+    ) -> None:
+        chosen = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
+        unknown = [name for name in chosen if name not in COMPONENTS]
+        if unknown or not chosen:
+            raise ValueError(f"unknown components {unknown}: choose from {', '.join(COMPONENTS)}")
+        self.members = [COMPONENTS[name](logging_steps, backends, logging_dir) for name in chosen]
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is measured."""
+        return self.members[0].is_due(step)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a due step is under way."""
+        return self.members[0].stepping
+
+    def _pass_on(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for member in self.members:
+            getattr(member, event)(args, state, control, **kwargs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass_on("on_train_begin", args, state, control, **kwargs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_due(state.global_step + 1):
+            self._pass_on("on_step_begin", args, state, control, **kwargs)
+
+    def on_microbatch(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A microbatch's metadata, from trainers that take it out of the batch."""
+        if self.stepping:
+            self._pass_on("on_microbatch", args, state, control, **kwargs)
+
+    def on_gradients(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients before clipping, from trainers that offer them."""
+        if self.stepping:
+            self._pass_on("on_gradients", args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stepping:
+            self._pass_on("on_pre_optimizer_step", args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stepping:
+            self._pass_on("on_step_end", args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass_on("on_log", args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass_on("on_train_end", args, state, control, **kwargs)

@@ -1,0 +1,90 @@
+"""Logging for a run of many processes: every rank may log, one speaks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from tqdm import tqdm
+
+LOGGERS = ("telemetry", "trainer", "transformers")
+"""The loggers that :func:`setup_logging` sets up."""
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class RankFilter(logging.Filter):
+    """Lets everything pass on rank 0; on other ranks warnings and worse, with ``[rank N]`` before the message.
+
+    The rank goes into the log record itself, once, so that it shows with any formatter.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.rank == 0:
+            return True
+        if record.levelno < logging.WARNING:
+            return False
+        if not hasattr(record, "rank"):
+            record.rank = self.rank
+            record.msg = f"[rank {self.rank}] {record.msg}"
+        return True
+
+
+class _StderrHandler(logging.Handler):
+    """Writes above the progress bars, to what ``sys.stderr`` is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+        except RecursionError:
+            raise
+        except Exception:  # noqa: BLE001  # a log line never stops the program: the logging module's own rule
+            self.handleError(record)
+
+
+def setup_logging(rank: int | None = None, level: int = logging.INFO) -> None:
+    """One handler on stderr for the loggers ``telemetry``, ``trainer`` and ``transformers``; call it once per process.
+
+    Their lines come once: they no longer propagate to the root logger, and transformers' default handler is taken off.
+    Other loggers, and other handlers of these three, are left as they are. A second call adds nothing; it applies its
+    rank and level to the handler that is there. The Trainer sets transformers' level again from its ``log_level``.
+
+    Since nothing propagates, pytest's ``caplog`` sees these loggers after a call only when its handler is added to them
+    (``logging.getLogger("telemetry").addHandler(caplog.handler)``); without a call it works as usual.
+
+    Args:
+        rank: this process's rank; the environment variable ``RANK`` (set by torchrun) or else 0 when None.
+        level: the least severe level to show on rank 0.
+
+    Raises:
+        ValueError: when ``RANK`` is not a number.
+    """
+    # Not at the top, because importing transformers takes seconds that a program without this call need not wait for.
+    from transformers.utils import logging as transformers_logging
+
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    transformers_logging.disable_default_handler()
+    handler = _the_handler()
+    handler.filters = [RankFilter(rank)]
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if handler not in logger.handlers:
+            logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def _the_handler() -> logging.Handler:
+    """The handler that an earlier call added, or a new one."""
+    for handler in logging.getLogger(LOGGERS[0]).handlers:
+        if isinstance(handler, _StderrHandler):
+            return handler
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    return handler

@@ -1,0 +1,257 @@
+"""What telemetry measures and shows: metric values that reduce late, and records ready to be shown.
+
+A *metric value* (:class:`Mean`, :class:`Max`, ...) carries what its reduction needs, so that microbatches and ranks
+with unequal token counts combine to what one process would have measured on the whole batch. Its components may be
+tensors on any device; nothing here reads them until :meth:`Metric.result` is asked on host values.
+
+A *record* (:class:`Scalar`, :class:`Table`, :class:`Audio`, ...) is plain host data with a tag. It knows nothing about
+any backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Op: TypeAlias = Literal["sum", "max", "min"]
+Cell: TypeAlias = str | int | float | bool | None
+MetricT = TypeVar("MetricT", bound="Metric")
+
+_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+
+
+class Metric:
+    """A value made of components, each combined over microbatches and ranks by its own operation.
+
+    Args:
+        components: one tensor (any shape, the same at every call for a tag) or number for each entry of ``ops``.
+            Held as float64, on the device where they were measured.
+
+    Raises:
+        ValueError: when the number of components is not the number of ``ops``.
+    """
+
+    ops: ClassVar[tuple[Op, ...]] = ()
+
+    def __init__(self, *components: Tensor | float) -> None:
+        if len(components) != len(self.ops):
+            raise ValueError(f"{type(self).__name__} takes {len(self.ops)} components, got {len(components)}")
+        self.components: tuple[Tensor, ...] = tuple(_as_component(component) for component in components)
+
+    def merge(self: MetricT, other: MetricT) -> MetricT:
+        """This value and ``other`` as if measured together. Launches device work only; never waits for it."""
+        if type(other) is not type(self):
+            raise TypeError(f"cannot merge {type(self).__name__} with {type(other).__name__}")
+        pairs = zip(self.ops, self.components, other.components, strict=True)
+        return type(self)(*(_COMBINE[op](ours, theirs) for op, ours, theirs in pairs))
+
+    def with_components(self: MetricT, components: Sequence[Tensor]) -> MetricT:
+        """The same kind of value over other components (their host copies, or their sums over ranks)."""
+        return type(self)(*components)
+
+    def result(self) -> float | None:
+        """The number to show, or None where nothing was measured. Reads the components: call it on host copies."""
+        return self._result(*(component.numpy() for component in self.components))
+
+    def _result(self, *components: np.ndarray) -> float | None:
+        raise TypeError(f"{type(self).__name__} has no result of its own")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(str(component.tolist()) for component in self.components)})"
+
+
+class Mean(Metric):
+    """A weighted mean: ``total`` over ``count``. Absent when ``count`` is 0."""
+
+    ops = ("sum", "sum")
+
+    def _result(self, total: np.ndarray, count: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(total) / float(count) if count > 0 else None
+
+
+class Sum(Metric):
+    """A count or another total."""
+
+    ops = ("sum",)
+
+    def _result(self, total: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(total)
+
+
+class Max(Metric):
+    """The largest value; -inf stands for "nothing measured" and is absent."""
+
+    ops = ("max",)
+
+    def _result(self, value: np.ndarray) -> float | None:  # type: ignore[override]
+        return None if value == -math.inf else float(value)
+
+
+class Min(Metric):
+    """The smallest value; +inf stands for "nothing measured" and is absent."""
+
+    ops = ("min",)
+
+    def _result(self, value: np.ndarray) -> float | None:  # type: ignore[override]
+        return None if value == math.inf else float(value)
+
+
+class Norm(Metric):
+    """A Euclidean norm, carried as its sum of squares."""
+
+    ops = ("sum",)
+
+    def _result(self, squares: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(np.sqrt(squares))
+
+
+class Std(Metric):
+    """A population standard deviation from ``total``, ``squares`` and ``count``. Absent when ``count`` is 0.
+
+    A caller whose values lie far from zero takes them relative to a fixed shift first: the result is the same.
+    """
+
+    ops = ("sum", "sum", "sum")
+
+    def _result(self, total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> float | None:  # type: ignore[override]
+        if count <= 0:
+            return None
+        mean = float(total) / float(count)
+        variance = float(squares) / float(count) - mean * mean
+        return math.sqrt(variance) if variance > 0 else (0.0 if variance <= 0 else math.nan)
+
+
+class SumOfMeans(Metric):
+    """A sum of means, each over its own tokens (a loss with a text and one term per codebook).
+
+    Components are vectors of equal length, ``totals`` and ``counts``; a term whose count is 0 does not take part, and
+    the value is absent when all are 0.
+    """
+
+    ops = ("sum", "sum")
+
+    def _result(self, totals: np.ndarray, counts: np.ndarray) -> float | None:  # type: ignore[override]
+        measured = counts > 0
+        return float((totals[measured] / counts[measured]).sum()) if measured.any() else None
+
+
+class UsedFraction(Metric):
+    """The fraction of the entries of a histogram that are not 0 (codebook use). Absent for an empty histogram."""
+
+    ops = ("sum",)
+
+    def _result(self, counts: np.ndarray) -> float | None:  # type: ignore[override]
+        return float((counts > 0).mean()) if counts.sum() > 0 else None
+
+
+class Perplexity(Metric):
+    """The exponential of a histogram's entropy: 1 for one entry, its length for all equally. Absent when empty."""
+
+    ops = ("sum",)
+
+    def _result(self, counts: np.ndarray) -> float | None:  # type: ignore[override]
+        total = counts.sum()
+        if not total > 0:
+            return None
+        shares = counts[counts > 0] / total
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _as_component(component: Tensor | float) -> Tensor:
+    if not isinstance(component, Tensor):
+        return torch.tensor(component, dtype=torch.float64)
+    # Apple's GPUs have no float64; their counts stay exact up to 2**24.
+    dtype = torch.float32 if component.device.type == "mps" else torch.float64
+    return component.detach().to(dtype)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One number. ``note`` is said beside the catalogue's description (how it was measured on this run)."""
+
+    tag: str
+    value: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under named columns. Cells are shown as they are: backends escape them, never the caller.
+
+    Raises:
+        ValueError: when a row has another length than ``columns``.
+    """
+
+    tag: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"{self.tag}: a row of {len(row)} cells under {len(self.columns)} columns: {row!r}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of plain text."""
+
+    tag: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One piece of sound: ``samples`` of shape ``[samples]`` or ``[samples, channels]``.
+
+    Floats are full scale at ±1; signed integers at their type's range. ``sampling_rate`` is in hertz.
+    """
+
+    samples: np.ndarray
+    sampling_rate: int
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Clips to listen to, side by side under one tag."""
+
+    tag: str
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture: ``pixels`` uint8 of shape ``[height, width, 3]`` or ``[height, width]``."""
+
+    tag: str
+    pixels: np.ndarray
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between edges: ``edges`` has one entry more than ``counts``."""
+
+    tag: str
+    edges: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something a person should look at now."""
+
+    tag: str
+    title: str
+    text: str
+    level: Literal["info", "warning", "error"] = "warning"
+
+
+Record: TypeAlias = Scalar | Table | Text | Audio | Image | Histogram | Alert

@@ -1,0 +1,10 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import trainer  # noqa: F401  (makes an installed torchaudio importable before anything imports transformers)

@@ -1,0 +1,756 @@
+"""Data files are read whole, and every fault is reported with its file, sample, field, reason and mend."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trainer.chatml
+from trainer.audio import check_audio
+from trainer.chatml import (
+    LISTED_PROBLEMS,
+    AudioContent,
+    DataFileError,
+    Message,
+    Problem,
+    Sample,
+    TextContent,
+    load_samples,
+)
+
+Raw = dict[str, Any]
+ARABIC = "مرحبا بالعالم، كيف حالك؟"
+
+
+def load(file: Path, **options: Any) -> list[Sample]:
+    return load_samples(file, show_progress=False, **options)
+
+
+def problems_of(file: Path, **options: Any) -> tuple[Problem, ...]:
+    with pytest.raises(DataFileError) as caught:
+        load(file, **options)
+    return caught.value.problems
+
+
+def text(words: str) -> Raw:
+    return {"type": "text", "text": words}
+
+
+def audio(url: str, **more: Any) -> Raw:
+    return {"type": "audio", "audio_url": url, **more}
+
+
+def raw_sample(sample_id: str | None = None, **more: Any) -> Raw:
+    """A whole valid sample; ``folder`` fixtures hold its clips."""
+    user = [text("Words of the reference."), audio("clips/reference.wav"), text(ARABIC)]
+    return {
+        "messages": [
+            {"role": "system", "content": "Speak."},
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": [text(ARABIC), audio("clips/target.flac")]},
+        ],
+        "misc": {"sample_id": sample_id} if sample_id else {},
+        **more,
+    }
+
+
+def write_json(folder: Path, *samples: Any) -> Path:
+    file = folder / "train.json"
+    # half a surrogate pair has no UTF-8 form: its backslash escape is JSON's own
+    file.write_bytes(json.dumps(samples, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+    return file
+
+
+def write_jsonl(folder: Path, *samples: Any) -> Path:
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    return file
+
+
+def write_clip(file: Path, seconds: float, sampling_rate: int = 8_000, **options: Any) -> None:
+    soundfile.write(file, np.zeros((round(seconds * sampling_rate), 2)), sampling_rate, **options)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One clip of every kind, good and bad."""
+    clips = tmp_path_factory.mktemp("clips")
+    write_clip(clips / "reference.wav", 3.0, 48_000, subtype="PCM_24")
+    write_clip(clips / "target.flac", 2.0, 44_100)
+    write_clip(clips / "other.ogg", 1.0)
+    write_clip(clips / "long.wav", 31.0, 1_000)
+    write_clip(clips / "short.wav", 0.04)
+    write_clip(clips / "none.wav", 0.0)
+    soundfile.write(clips / "nan.wav", np.array([0.0, np.nan, np.inf, 0.0] * 1000), 8_000, subtype="FLOAT")
+    (clips / "empty.wav").touch()
+    (clips / "text.wav").write_text("not audio at all")
+    (clips / "folder.wav").mkdir()
+    return clips
+
+
+@pytest.fixture
+def folder(tmp_path: Path, clips: Path) -> Path:
+    """A data folder with the clips under ``clips/``."""
+    shutil.copytree(clips, tmp_path / "clips")
+    return tmp_path
+
+
+# What is read
+
+
+def test_a_sample_is_read_whole(folder: Path) -> None:
+    misc = {"ref_transcript": "Reference.", "target_transcript": ARABIC, "duration": 2.0, "language": "ar"}
+    raw = raw_sample("ar-1", speaker="Layla", start_index=0)
+    raw["misc"] |= misc
+    file = write_json(folder, raw)
+
+    [sample] = load(file)
+
+    reference, target = folder / "clips/reference.wav", folder / "clips/target.flac"
+    assert sample.messages == (
+        Message("system", (TextContent("Speak."),)),
+        Message(
+            "user",
+            (TextContent("Words of the reference."), AudioContent(reference, is_target=False), TextContent(ARABIC)),
+        ),
+        Message("assistant", (TextContent(ARABIC), AudioContent(target, is_target=True))),
+    )
+    assert (sample.sample_id, sample.speaker, sample.language) == ("ar-1", "Layla", "ar")
+    assert (sample.ref_transcript, sample.target_transcript) == ("Reference.", ARABIC)
+    assert (sample.start_index, sample.references, sample.targets) == (0, (reference,), (target,))
+    assert str(sample.source) == f"{file}: sample 0"
+
+
+def test_the_example_of_the_documentation_is_read(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "data_format.md"
+    example = json.loads(page.read_text(encoding="utf-8").split("```json")[1].split("```")[0])
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips/layla_001.wav", 3.0)
+    write_clip(tmp_path / "clips/layla_002.wav", 3.2)
+
+    [sample] = load(write_json(tmp_path, example))
+
+    assert (sample.sample_id, sample.speaker, sample.language) == ("layla-002", "layla", "ar")
+    assert (sample.references, sample.targets) == (
+        (tmp_path / "clips/layla_001.wav",),
+        (tmp_path / "clips/layla_002.wav",),
+    )
+
+
+def test_json_and_jsonl_give_the_same_samples(folder: Path) -> None:
+    raws = [raw_sample(f"id-{number}", speaker=ARABIC) for number in range(3)]
+
+    from_json, from_jsonl = load(write_json(folder, *raws)), load(write_jsonl(folder, *raws))
+
+    source = from_json[0].source
+    assert [replace(sample, source=source) for sample in from_json] == [
+        replace(sample, source=source) for sample in from_jsonl
+    ]
+    assert [sample.source.position for sample in from_jsonl] == [0, 1, 2]
+    assert str(from_jsonl[2].source) == f"{folder / 'train.jsonl'}:3: sample 2"
+
+
+@pytest.mark.parametrize("writer", [write_json, write_jsonl])
+def test_another_extension_is_told_by_its_content(folder: Path, writer: Callable[..., Path]) -> None:
+    file = writer(folder, raw_sample("a"), raw_sample("b")).rename(folder / "train.data")
+
+    assert [sample.sample_id for sample in load(file)] == ["a", "b"]
+
+
+def test_ids_are_made_from_the_position(folder: Path) -> None:
+    samples = load(write_jsonl(folder, raw_sample(), raw_sample("named"), raw_sample()))
+
+    assert [sample.sample_id for sample in samples] == ["train-00000", "named", "train-00002"]
+
+
+def test_optional_fields_may_be_missing_null_or_blank(folder: Path) -> None:
+    bare = {"messages": raw_sample()["messages"]}
+    null = {**bare, "speaker": None, "start_index": None, "misc": {"sample_id": None, "duration": None}}
+    blank = {**bare, "speaker": " ", "misc": {"sample_id": "", "language": "", "ref_transcript": "\n"}}
+
+    for sample in load(write_json(folder, bare, null, blank)):
+        assert sample.sample_id == f"train-0000{sample.source.position}"
+        assert (sample.speaker, sample.language, sample.ref_transcript, sample.target_transcript) == (None,) * 4
+        assert sample.start_index == 0
+
+
+def test_assistant_audio_before_start_index_is_a_reference(folder: Path) -> None:
+    raw = raw_sample(start_index=3)
+    raw["messages"] += [
+        {"role": "user", "content": "Once more."},
+        {"role": "assistant", "content": [audio("clips/other.ogg")]},
+    ]
+
+    [sample] = load(write_json(folder, raw))
+
+    assert sample.references == (folder / "clips/reference.wav", folder / "clips/target.flac")
+    assert sample.targets == (folder / "clips/other.ogg",)
+
+
+def test_relative_paths_start_at_the_data_file(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "lists").mkdir()
+    raw = raw_sample()
+    raw["messages"][1]["content"][1]["audio_url"] = "../clips/reference.wav"
+    raw["messages"][2]["content"][1]["audio_url"] = str(folder / "clips/target.flac")
+    file = write_json(folder / "lists", raw)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    [absolute] = load(file)
+    monkeypatch.chdir(folder)
+    [relative] = load(Path("lists/train.json"))
+
+    assert absolute == relative
+    assert absolute.references == (folder / "clips/reference.wav",)
+    assert absolute.targets == (folder / "clips/target.flac",)
+
+
+def test_jsonl_takes_blank_lines_line_separators_and_a_byte_order_mark(folder: Path) -> None:
+    raw = raw_sample("a", speaker="one\u2028two")
+    line = json.dumps(raw, ensure_ascii=False)
+    (folder / "train.jsonl").write_bytes(f"\ufeff{line}\r\n\r\n{json.dumps(raw_sample('b'))}".encode())
+
+    first, second = load(folder / "train.jsonl")
+
+    assert first.speaker == "one\u2028two"
+    assert (second.source.position, second.source.line) == (1, 3)
+
+
+def test_every_audio_file_is_probed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[Path] = []
+
+    def count(path: Path) -> Any:
+        probed.append(path)
+        return check_audio(path)
+
+    monkeypatch.setattr(trainer.chatml, "check_audio", count)
+    broken = raw_sample()
+    broken["messages"][1]["content"][1] = audio("clips/../clips/missing.wav")
+    load(write_json(folder, *([raw_sample()] * 3), broken, broken), skip_bad_samples=True)
+
+    assert sorted(path.name for path in probed) == ["missing.wav", "reference.wav", "target.flac"]
+
+
+def test_progress_can_be_shown_and_hidden(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_json(folder, raw_sample())
+    load_samples(file, show_progress=False)
+    assert capsys.readouterr() == ("", "")
+    load_samples(file)
+    assert "Checking train.json" in capsys.readouterr().err
+
+
+# What is wrong with a sample
+
+
+def user(raw: Raw) -> list[Raw]:
+    return raw["messages"][1]["content"]
+
+
+def assistant(raw: Raw) -> list[Raw]:
+    return raw["messages"][2]["content"]
+
+
+def reference_is(url: Any) -> Callable[[Raw], object]:
+    return lambda raw: user(raw)[1].update(audio_url=url)
+
+
+def target_is(url: str) -> Callable[[Raw], object]:
+    return lambda raw: assistant(raw)[1].update(audio_url=url)
+
+
+def role_is(position: int, role: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw["messages"][position].update(role=role)
+
+
+def content_is(content: Any) -> Callable[[Raw], object]:
+    return lambda raw: raw["messages"][1].update(content=content)
+
+
+REFERENCE = "messages[1].content[1].audio_url"
+TARGET = "messages[2].content[1].audio_url"
+
+# name: (what is done to a valid sample, the field named, the reason, the mend)
+BAD_SAMPLES: dict[str, tuple[Callable[[Raw], object], str, str, str]] = {
+    "messages missing": (lambda raw: raw.pop("messages"), "messages", "is missing", "Give a list"),
+    "messages no list": (lambda raw: raw.update(messages={}), "messages", "is an object, not a list", "Give a list"),
+    "messages empty": (lambda raw: raw.update(messages=[]), "messages", "is an empty list", "Give a list"),
+    "message no object": (
+        lambda raw: raw["messages"].__setitem__(0, "hi"),
+        "messages[0]",
+        "is a string, not an object",
+        "A message is {",
+    ),
+    "role unknown": (
+        role_is(1, "human"),
+        "messages[1].role",
+        "unknown role 'human'",
+        "Use one of system, user, assist",
+    ),
+    "role missing": (lambda raw: raw["messages"][1].pop("role"), "messages[1].role", "is missing", "Use one of"),
+    "role no string": (role_is(1, ["user"]), "messages[1].role", "is a list, not a string", "Use one of"),
+    "content missing": (
+        lambda raw: raw["messages"][1].pop("content"),
+        "messages[1].content",
+        "is missing",
+        "Give a string, or a list of",
+    ),
+    "content number": (content_is(3), "messages[1].content", "is a number, not a string or a list", "Give a string"),
+    "content null": (content_is(None), "messages[1].content", "is null, not a string or a list", "Give a string"),
+    "content empty": (content_is([]), "messages[1].content", "is an empty list", "Give a string"),
+    "item no object": (content_is([True]), "messages[1].content[0]", "is true, not an object", "Give a string"),
+    "type unknown": (
+        content_is([{"type": "video"}]),
+        "messages[1].content[0].type",
+        "unknown content type 'video'",
+        "Use text or audio",
+    ),
+    "type missing": (content_is([{"text": "a"}]), "messages[1].content[0].type", "is missing", "Use text or audio"),
+    "text missing": (
+        lambda raw: user(raw)[0].pop("text"),
+        "messages[1].content[0].text",
+        "is missing",
+        "Give the text",
+    ),
+    "text no string": (
+        lambda raw: user(raw)[0].update(text=7),
+        "messages[1].content[0].text",
+        "is a number, not a string",
+        "Give the text",
+    ),
+    "text half a pair": (
+        lambda raw: user(raw)[0].update(text="\ud83d"),
+        "messages[1].content[0].text",
+        "half of a surrogate pair",
+        "Write the text again",
+    ),
+    "target text blank": (
+        lambda raw: assistant(raw)[0].update(text=" \n"),
+        "messages[2].content[0].text",
+        "the target text is empty",
+        "Give the words of the target audio",
+    ),
+    "url missing": (lambda raw: user(raw)[1].pop("audio_url"), REFERENCE, "is missing", "Give the path"),
+    "url null": (reference_is(None), REFERENCE, "is null, not a string", "Give the path"),
+    "url empty": (reference_is(" "), REFERENCE, "is empty", "Give the path"),
+    "url null byte": (reference_is("a\0.wav"), REFERENCE, "cannot be a path", "Check the path"),
+    "url too long": (reference_is("a" * 300), REFERENCE, "cannot be opened", "Check the path"),
+    "audio missing": (reference_is("clips/gone.wav"), REFERENCE, "clips/gone.wav: no such file", "Check the path"),
+    "audio folder": (reference_is("clips/folder.wav"), REFERENCE, "folder.wav: is a directory", "Check the path"),
+    "audio empty": (reference_is("clips/empty.wav"), REFERENCE, "is an empty file (0 bytes)", "Export the clip"),
+    "audio unreadable": (target_is("clips/text.wav"), TARGET, "is not readable audio (Format not", "Export the clip"),
+    "audio no samples": (target_is("clips/none.wav"), TARGET, "none.wav: holds no samples", "Export the clip"),
+    "audio nonfinite": (
+        target_is("clips/nan.wav"),
+        TARGET,
+        "2000 of 4000 samples are NaN or infinite",
+        "Export the clip",
+    ),
+    "reference long": (
+        reference_is("clips/long.wav"),
+        REFERENCE,
+        "the reference audio is 31.00 s long, over the 30 s allowed",
+        "Cut the clip, or raise max_reference_seconds",
+    ),
+    "target short": (
+        target_is("clips/short.wav"),
+        TARGET,
+        "the target audio is 0.040 s long, under the least of 0.05 s",
+        "See whether the clip was cut short",
+    ),
+    "no assistant": (
+        lambda raw: raw["messages"].pop(),
+        "messages",
+        "there is no assistant message",
+        "End the sample with the assistant's audio",
+    ),
+    "no target": (
+        lambda raw: assistant(raw).pop(),
+        "messages",
+        "there is no assistant audio at or after start_index 0",
+        "Add the target audio",
+    ),
+    "target before start": (
+        lambda raw: (raw.update(start_index=3), raw["messages"].append({"role": "assistant", "content": "Bye."})),
+        "messages",
+        "there is no assistant audio at or after start_index 3",
+        "lower start_index",
+    ),
+    "start no number": (lambda raw: raw.update(start_index="0"), "start_index", "is a string, not a whole", "Use 0"),
+    "start boolean": (lambda raw: raw.update(start_index=True), "start_index", "is true, not a whole number", "Use 0"),
+    "start fraction": (lambda raw: raw.update(start_index=0.5), "start_index", "not a whole number", "Use 0"),
+    "start outside": (
+        lambda raw: raw.update(start_index=3),
+        "start_index",
+        "is 3, outside the 3 messages",
+        "Use 0 to 2",
+    ),
+    "start negative": (lambda raw: raw.update(start_index=-1), "start_index", "is -1, outside the 3", "Use 0 to 2"),
+    "system late": (
+        lambda raw: raw["messages"].insert(1, {"role": "system", "content": "Late."}),
+        "messages[1].role",
+        "a system message that is not the first message",
+        "Move it to messages[0]",
+    ),
+    "last not assistant": (
+        lambda raw: raw["messages"].append({"role": "user", "content": "Thanks."}),
+        "messages[3].role",
+        "the last message is the user's",
+        "End the sample with the assistant's audio",
+    ),
+    "duration disagrees": (
+        lambda raw: assistant(raw)[1].update(duration=2.6),
+        "messages[2].content[1].duration",
+        "2.6 s declared, but the file is 2.00 s long",
+        "correct the duration",
+    ),
+    "duration enormous": (
+        lambda raw: user(raw)[1].update(duration=10**400),
+        "messages[1].content[1].duration",
+        "s declared, but the file is 3.00 s long",
+        "correct the duration",
+    ),
+    "duration no number": (
+        lambda raw: user(raw)[1].update(duration="3"),
+        "messages[1].content[1].duration",
+        "is a string, not a number",
+        "Give seconds as a number",
+    ),
+    "duration nan": (
+        lambda raw: user(raw)[1].update(duration=math.nan),
+        "messages[1].content[1].duration",
+        "is nan, not a finite number",
+        "Give a finite number",
+    ),
+    "misc duration": (
+        lambda raw: raw["misc"].update(duration=1.0),
+        "misc.duration",
+        "1.0 s declared, but the file is 2.00 s long",
+        "correct the duration",
+    ),
+    "infinity in misc": (
+        lambda raw: raw["misc"].update(scores=[1, {"snr": -math.inf}]),
+        "misc.scores[1].snr",
+        "is -inf, not a finite number",
+        "Give a finite number",
+    ),
+    "misc no object": (lambda raw: raw.update(misc=[]), "misc", "is a list, not an object", "Make it an object"),
+    "speaker no string": (
+        lambda raw: raw.update(speaker=7),
+        "speaker",
+        "is a number, not a string",
+        "Put it in quotes",
+    ),
+    "id no string": (
+        lambda raw: raw["misc"].update(sample_id=7),
+        "misc.sample_id",
+        "is a number, not a string",
+        "Put it in quotes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_SAMPLES))
+@pytest.mark.parametrize("writer", [write_json, write_jsonl])
+def test_a_problem_names_file_sample_field_reason_and_mend(
+    folder: Path, writer: Callable[..., Path], name: str
+) -> None:
+    spoil, where, what, mend = BAD_SAMPLES[name]
+    bad = raw_sample("bad-one")
+    spoil(bad)
+    file = writer(folder, raw_sample("good"), bad)
+
+    [problem] = problems_of(file)
+
+    assert (problem.sample_position, problem.field, problem.path) == (1, where, file)
+    assert what in problem.what
+    assert mend in problem.mend
+    line = ":2" if writer is write_jsonl else ""
+    identity = {"misc no object": "", "id no string": ""}.get(name, " ('bad-one')")
+    assert str(problem) == f"{file}{line}: sample 1{identity}: {where}: {problem.what}. {problem.mend}"
+    assert [sample.sample_id for sample in load(file, skip_bad_samples=True)] == ["good"]
+
+
+@pytest.mark.parametrize(("raw", "kind"), [(None, "null"), ([], "a list"), ("hi", "a string"), (1.5, "a number")])
+def test_a_sample_that_is_no_object(folder: Path, raw: Any, kind: str) -> None:
+    [problem] = problems_of(write_json(folder, raw_sample(), raw))
+
+    assert (problem.sample_position, problem.sample_id, problem.field) == (1, None, "")
+    assert problem.what == f"is {kind}, not an object"
+    assert "messages" in problem.mend
+
+
+def test_the_length_limits_are_the_callers(folder: Path) -> None:
+    file = write_json(folder, raw_sample())
+
+    assert len(load(file, max_reference_seconds=3.0, max_target_seconds=2.0)) == 1
+    [reference] = problems_of(file, max_reference_seconds=2.9)
+    [target] = problems_of(file, max_target_seconds=1.5)
+    assert (reference.field, reference.what) == (
+        REFERENCE,
+        "the reference audio is 3.00 s long, over the 2.9 s allowed",
+    )
+    assert (target.field, target.what) == (TARGET, "the target audio is 2.00 s long, over the 1.5 s allowed")
+    assert "raise max_target_seconds" in target.mend
+
+
+@pytest.mark.parametrize(("seconds", "declared"), [(2.0, 2.5), (2.0, 1.5), (10.0, 12.0), (10.0, 8)])
+def test_a_duration_may_be_rounded(folder: Path, seconds: float, declared: float) -> None:
+    write_clip(folder / "clips/timed.wav", seconds)
+    raw = raw_sample()
+    raw["messages"][1]["content"][1] = audio("clips/timed.wav", duration=declared)
+
+    assert len(load(write_json(folder, raw))) == 1
+
+
+def test_misc_duration_is_not_held_against_several_targets(folder: Path) -> None:
+    raw = raw_sample()
+    assistant(raw).append(audio("clips/other.ogg"))
+    raw["misc"]["duration"] = 3.0
+
+    assert len(load(write_json(folder, raw))) == 1
+
+
+def test_duplicate_ids_name_both_positions(folder: Path) -> None:
+    [problem] = problems_of(write_jsonl(folder, raw_sample("a"), raw_sample("b"), raw_sample("a")))
+
+    assert (problem.sample_position, problem.sample_id, problem.field) == (2, "a", "misc.sample_id")
+    assert problem.what == "the id of sample 2 is already that of sample 0"
+    assert "an id of its own" in problem.mend
+
+
+def test_a_loop_of_links_is_a_problem(folder: Path) -> None:
+    (folder / "clips/loop.wav").symlink_to(folder / "clips/loop.wav")
+    raw = raw_sample()
+    reference_is("clips/loop.wav")(raw)
+
+    [problem] = problems_of(write_json(folder, raw))
+
+    assert problem.field == REFERENCE
+    assert "Check the path" in problem.mend
+
+
+def test_every_problem_of_every_sample_is_collected(folder: Path) -> None:
+    first, second = raw_sample(), raw_sample()
+    first["messages"][1]["role"] = "human"
+    user(first)[1]["audio_url"] = "clips/gone.wav"
+    assistant(first)[0]["text"] = ""
+    second["start_index"] = 9
+
+    problems = problems_of(write_json(folder, first, raw_sample(), second))
+
+    assert [(problem.sample_position, problem.field) for problem in problems] == [
+        (0, "messages[1].role"),
+        (0, REFERENCE),
+        (0, "messages[2].content[0].text"),
+        (2, "start_index"),
+    ]
+
+
+# What is wrong with a file
+
+
+def test_a_missing_data_file(tmp_path: Path) -> None:
+    [problem] = problems_of(tmp_path / "train.json")
+
+    assert str(problem) == f"{tmp_path / 'train.json'}: no such data file. Check the path."
+
+
+BAD_FILES: dict[str, tuple[str, bytes, int | None, str, str]] = {
+    "not utf-8": ("a.json", b'["\n\xff"]', 2, "is not UTF-8 (byte 3)", "Save the data file as UTF-8"),
+    "utf-16": ("a.jsonl", '{"messages": []}'.encode("utf-16"), 1, "is not UTF-8 (byte 0)", "as UTF-8"),
+    "broken": ("a.json", b'[\n{"a": 1,}]', 2, "is not valid JSON: ", "Mend the syntax"),
+    "cut": ("a.json", b'[{"messages": [', 1, "at line 1, column ", "Mend the syntax"),
+    "lines in json": ("a.json", b'{"a": 1}\n{"a": 2}', 2, "Extra data at line 2, column 1", "must end in .jsonl"),
+    "too deep": ("a.json", b"[" * 200_000, None, "cannot be parsed as JSON (", "deep nesting"),
+    "object": ("a.json", b'{"data": []}', None, "the top level is an object, not a list", "Put the samples into a"),
+    "empty list": ("a.json", b"[]", None, "holds no samples", "Add at least one sample"),
+    "empty json": ("a.json", b" \n", None, "holds no samples", "Add at least one sample"),
+    "empty jsonl": ("a.jsonl", b"\n\n", None, "holds no samples", "Add at least one sample"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_FILES))
+@pytest.mark.parametrize("skip_bad_samples", [False, True])
+def test_faults_of_the_file_always_raise(tmp_path: Path, name: str, skip_bad_samples: bool) -> None:
+    file_name, data, line, what, mend = BAD_FILES[name]
+    (tmp_path / file_name).write_bytes(data)
+
+    [problem] = problems_of(tmp_path / file_name, skip_bad_samples=skip_bad_samples)
+
+    assert (problem.sample_position, problem.path, problem.line) == (None, tmp_path / file_name, line)
+    assert what in problem.what
+    assert mend in problem.mend
+
+
+def test_a_directory_instead_of_a_data_file(tmp_path: Path) -> None:
+    [problem] = problems_of(tmp_path)
+
+    assert problem.what == "is a directory, not a data file"
+
+
+def test_a_broken_line_of_jsonl_is_a_problem_of_that_line_alone(folder: Path) -> None:
+    good = json.dumps(raw_sample())
+    file = folder / "train.jsonl"
+    file.write_text(f'{good}\n\n{{"messages": [}}\n{"[" * 200_000}\n{good}\n', encoding="utf-8")
+
+    broken, deep = problems_of(file)
+
+    assert (broken.sample_position, broken.line) == (1, 3)
+    assert broken.what == "is not valid JSON: Expecting value at line 3, column 15"
+    assert (deep.sample_position, deep.line) == (2, 4)
+    assert [sample.source.position for sample in load(file, skip_bad_samples=True)] == [0, 3]
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_beyond_json_are_refused(folder: Path, literal: str) -> None:
+    file = folder / "train.jsonl"
+    file.write_text(json.dumps(raw_sample(extra=[0, "HERE"])).replace('"HERE"', literal), encoding="utf-8")
+
+    [problem] = problems_of(file)
+
+    assert problem.field == "extra[1]"
+    assert "not a finite number" in problem.what
+
+
+# Skipping, and the report
+
+
+def bad_sample(number: int) -> Raw:
+    raw = raw_sample(f"bad-{number}")
+    reference_is(f"clips/gone-{number}.wav")(raw)
+    return raw
+
+
+def test_skipping_warns_once_and_says_which_and_why(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_json(folder, bad_sample(0), raw_sample("good"), bad_sample(2))
+
+    with caplog.at_level(logging.WARNING, logger="trainer.chatml"):
+        samples = load(file, skip_bad_samples=True)
+
+    assert [sample.sample_id for sample in samples] == ["good"]
+    [record] = caplog.records
+    message = record.getMessage()
+    assert f"{file}: left out 2 of 3 samples" in message
+    for number in (0, 2):
+        assert f"sample {number} ('bad-{number}'): {REFERENCE}: " in message
+        assert f"gone-{number}.wav: no such file" in message
+
+
+def test_skipping_everything_raises(folder: Path) -> None:
+    assert len(problems_of(write_json(folder, bad_sample(0), bad_sample(1)), skip_bad_samples=True)) == 2
+
+
+def test_the_message_lists_the_first_problems_and_counts_the_rest(folder: Path) -> None:
+    file = write_json(folder, *(bad_sample(number) for number in range(LISTED_PROBLEMS + 3)))
+
+    with pytest.raises(DataFileError) as caught:
+        load(file)
+
+    heading, *lines, more = str(caught.value).splitlines()
+    assert heading == f"{file} cannot be used: {LISTED_PROBLEMS + 3} problems"
+    assert len(lines) == LISTED_PROBLEMS
+    assert f"gone-{LISTED_PROBLEMS - 1}.wav" in lines[-1]
+    assert more.strip() == "and 3 more"
+    assert len(caught.value.problems) == LISTED_PROBLEMS + 3
+
+
+def test_samples_without_a_reference_are_counted_in_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    without = raw_sample()
+    without["messages"][1]["content"] = "Say it in any voice."
+
+    with caplog.at_level(logging.WARNING, logger="trainer.chatml"):
+        assert len(load(write_json(folder, without, raw_sample(), without))) == 3
+
+    [record] = caplog.records
+    assert "2 of 3 samples have no reference audio" in record.getMessage()
+
+
+def test_nothing_is_logged_for_a_good_file(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="trainer.chatml"):
+        load(write_json(folder, raw_sample()))
+
+    assert not caplog.records
+
+
+def test_the_error_can_be_pickled_and_written_whatever_the_file_holds(folder: Path) -> None:
+    raw = raw_sample("half \ud83d")
+    with pytest.raises(DataFileError) as caught:
+        load(write_jsonl(folder, raw))
+
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert copied.problems == caught.value.problems
+    assert "misc.sample_id: holds half of a surrogate pair" in str(copied).encode("utf-8").decode()
+
+
+# Anything at all
+
+words = st.text(st.characters(codec=None), max_size=12) | st.sampled_from(["target.flac", "nan.wav", "/", "."])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def objects(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """An object with any of the fields, each as expected or anything at all; or anything at all."""
+    return st.fixed_dictionaries({}, optional={key: value | values for key, value in fields.items()}) | values
+
+
+items = objects(type=st.sampled_from(["text", "audio"]), text=words, audio_url=words, duration=st.floats())
+turns = objects(role=st.sampled_from(["system", "user", "assistant"]), content=words | st.lists(items, max_size=3))
+samples_like = objects(
+    messages=st.lists(turns, max_size=3),
+    start_index=st.integers(-1, 3),
+    speaker=words,
+    misc=objects(sample_id=words, duration=st.integers()),
+)
+
+
+def loads_or_says_why(file: Path) -> None:
+    for skip_bad_samples in (False, True):
+        outcome = outcome_of(file, skip_bad_samples)
+        if isinstance(outcome, DataFileError):
+            assert outcome.problems
+            assert str(outcome).startswith(f"{file} cannot be used: ")
+        else:
+            assert outcome
+
+
+def outcome_of(file: Path, skip_bad_samples: bool) -> list[Sample] | DataFileError:
+    try:
+        return load(file, skip_bad_samples=skip_bad_samples)
+    except DataFileError as error:
+        return error
+
+
+@given(raws=st.lists(samples_like, min_size=1, max_size=4), extension=st.sampled_from([".json", ".jsonl"]))
+@settings(max_examples=150, deadline=None)
+def test_json_of_any_shape_is_read_or_refused(clips: Path, raws: list[Any], extension: str) -> None:
+    file = clips / f"any{extension}"
+    file.write_text(json.dumps(raws) if extension == ".json" else "\n".join(map(json.dumps, raws)), encoding="utf-8")
+
+    loads_or_says_why(file)
+
+
+@given(data=st.binary(max_size=60), extension=st.sampled_from([".json", ".jsonl", ""]))
+@settings(max_examples=100, deadline=None)
+def test_bytes_of_any_kind_are_read_or_refused(clips: Path, data: bytes, extension: str) -> None:
+    file = clips / f"bytes{extension}"
+    file.write_bytes(data)
+
+    loads_or_says_why(file)

@@ -1,0 +1,156 @@
+"""The Hugging Face Trainer for Higgs Audio v2: right loss, metadata kept from the model, a view for telemetry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import HiggsAudioV2ForConditionalGeneration, Trainer
+from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from trainer.loss import AccumulatedLoss, supervised_counts
+
+METADATA = "metadata"
+
+
+class StepObserver(Protocol):
+    """A callback that wants to see inside some steps, beyond the Trainer's events."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether it wants to see an optimizer step (counted from 1)."""
+
+    def on_microbatch(self, args: Any, state: Any, control: Any, metadata: Any = ..., **kwargs: Any) -> None:
+        """A microbatch of a due step is about to run; ``metadata`` is what the model does not see of it."""
+
+    def on_gradients(self, args: Any, state: Any, control: Any, model: Any = ..., **kwargs: Any) -> None:
+        """All gradients of a due step are there, not yet clipped."""
+
+
+class StepDataHandler(CallbackHandler):
+    """The Trainer's own handler, which also passes a due step's ``inputs`` and ``outputs`` to ``on_step_end``."""
+
+    def __init__(self, handler: CallbackHandler) -> None:
+        super().__init__(
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.step_data: dict[str, Any] = {}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step_data, self.step_data = self.step_data, {}
+        return cast(TrainerControl, super().on_step_end(args, state, control, **kwargs, **step_data))
+
+
+class HiggsAudioTrainer(Trainer):
+    """Fine-tunes ``HiggsAudioV2ForConditionalGeneration``, plain or wrapped by peft.
+
+    Takes the arguments of ``transformers.Trainer``. Callbacks with the methods of :class:`StepObserver` (the strategic
+    callbacks) see metadata, inputs, outputs and unclipped gradients of the steps that they ask for.
+
+    Raises:
+        ValueError: for another model, or when one process would drive several GPUs (start one per GPU with torchrun).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process would split its batches over {self.args.n_gpu} GPUs: start one process per GPU with "
+                f"torchrun --nproc_per_node={self.args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        base = find_higgs(self.model)
+        self._num_codebooks = base.config.num_codebooks
+        self._loss = AccumulatedLoss(base.config)
+        base.loss_function = self._loss
+        self.callback_handler = StepDataHandler(self.callback_handler)
+        self._metadata: Any = None
+        self._observed = False
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The Trainer's own step, backward included."""
+        self._observed = bool(self._due_observers())
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._observed = False
+            self._metadata = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The Trainer's own; on a due step the outputs are kept, detached, until its ``on_step_end``."""
+        self._loss.begin()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._observed:
+            self._step_data = {"inputs": {**inputs, METADATA: self._metadata}, "outputs": _detached(outputs)}
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Supervised tokens of each part of the loss over the accumulated batch and, while training, all ranks."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        counts = supervised_counts(batch_samples, self._num_codebooks).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(dim=0)
+        return counts
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs on the device, without the metadata; observers of a due step are told what it was."""
+        inputs = dict(inputs)
+        self._metadata = inputs.pop(METADATA, None) or []
+        if self._observed:
+            for observer in self._due_observers():
+                observer.on_microbatch(self.args, self.state, self.control, metadata=self._metadata)
+        return super()._prepare_inputs(inputs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._offer_gradients()
+        return super()._clip_grad_norm(model)
+
+    def _offer_gradients(self) -> None:
+        for observer in self._due_observers():
+            observer.on_gradients(self.args, self.state, self.control, model=self.model)
+
+    @property
+    def _step_data(self) -> dict[str, Any]:
+        return cast(StepDataHandler, self.callback_handler).step_data
+
+    @_step_data.setter
+    def _step_data(self, data: dict[str, Any]) -> None:
+        cast(StepDataHandler, self.callback_handler).step_data = data
+
+    def _due_observers(self) -> list[StepObserver]:
+        step = self.state.global_step + 1
+        return [
+            cast(StepObserver, callback)
+            for callback in self.callback_handler.callbacks
+            if hasattr(callback, "on_microbatch") and callback.is_due(step)
+        ]
+
+
+def find_higgs(model: nn.Module) -> HiggsAudioV2ForConditionalGeneration:
+    """The Higgs Audio v2 model inside a model (itself, or wrapped by peft).
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, HiggsAudioV2ForConditionalGeneration):
+            return module
+    raise ValueError(f"HiggsAudioTrainer trains HiggsAudioV2ForConditionalGeneration, not {type(model).__name__}")
+
+
+def _detached(outputs: Mapping[str, Any]) -> Any:
+    """The output with every tensor cut from the graph; caches and other objects are left out."""
+    kept = {name: value.detach() for name, value in outputs.items() if isinstance(value, Tensor)}
+    return type(outputs)(**kept)

@@ -1,0 +1,224 @@
+"""Fine-tunes Higgs Audio v2 for zero-shot voice cloning.
+
+    python trainer/train_v2_ddp.py --model_path ... --train_data_file ... --output_dir ...
+    torchrun --nproc_per_node=2 trainer/train_v2_ddp.py ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trainer  # noqa: F401  (makes an installed torchaudio importable before transformers imports it)
+
+# isort: split
+import torch
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from trainer.arguments import ScriptArguments
+from trainer.chatml import DataFileError, Sample, load_samples
+from trainer.code_cache import CodeCache
+from trainer.collator import VoiceCloningCollator
+from trainer.dataset import VoiceCloningDataset
+from trainer.higgs_trainer import HiggsAudioTrainer
+from trainer.model import add_lora, describe_trainable, freeze_llm, load_model
+from trainer.processing import check_processor, load_processor
+
+logger = logging.getLogger("trainer.train_v2_ddp")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train. Faults in arguments, data or checkpoints end the program before the first step, with one message."""
+    try:
+        arguments = parse_arguments(argv)
+        set_up_logging(arguments)
+        trainer = build_trainer(arguments)
+        resume = find_checkpoint(arguments)
+    except (DataFileError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    summarize(trainer, arguments)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
+    """The command line as checked arguments."""
+    parser = HfArgumentParser(ScriptArguments, description=__doc__)
+    (arguments,) = parser.parse_args_into_dataclasses(list(argv) if argv is not None else None)
+    return arguments
+
+
+def set_up_logging(arguments: ScriptArguments) -> None:
+    """INFO on rank 0, warnings elsewhere."""
+    if arguments.enable_strategic_logging:
+        from telemetry import setup_logging
+
+        setup_logging()
+        return
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("trainer").setLevel(level)
+
+
+def build_trainer(arguments: ScriptArguments) -> HiggsAudioTrainer:
+    """Everything that training needs, checked."""
+    training_arguments = make_training_arguments(arguments)
+    set_seed(arguments.seed)
+    processor = load_processor(arguments.model_path, arguments.audio_tokenizer_path, training_arguments.device)
+    train_samples, eval_samples = load_data(arguments)
+    model: Any = load_model(arguments.model_path)
+    check_processor(processor, model.config)
+    cache = CodeCache(processor.audio_tokenizer)
+    codes = cache.encode(path for sample in [*train_samples, *eval_samples] for path in (*sample.references, *sample.targets))
+    if arguments.freeze_llm:
+        freeze_llm(model)
+    if arguments.use_lora:
+        model = add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
+    logger.info(describe_trainable(model))
+    return HiggsAudioTrainer(
+        model=model,
+        args=training_arguments,
+        data_collator=VoiceCloningCollator(processor.tokenizer.pad_token_id, processor.audio_stream_eos_id),
+        train_dataset=VoiceCloningDataset(train_samples, processor, codes),
+        eval_dataset=VoiceCloningDataset(eval_samples, processor, codes) if eval_samples else None,
+        processing_class=processor,
+        callbacks=strategic_callbacks(arguments),
+    )
+
+
+def make_training_arguments(arguments: ScriptArguments) -> TrainingArguments:
+    """The Trainer's arguments."""
+    evaluates = bool(arguments.eval_data_file or arguments.validation_split) and not arguments.disable_eval
+    if arguments.logging_dir or arguments.enable_strategic_logging:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(arguments.logs)
+    return TrainingArguments(
+        output_dir=arguments.output_dir,
+        num_train_epochs=arguments.num_train_epochs,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.per_device_train_batch_size,
+        per_device_eval_batch_size=arguments.per_device_eval_batch_size,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        learning_rate=arguments.learning_rate,
+        warmup_steps=arguments.warmup_steps,
+        max_grad_norm=arguments.max_grad_norm,
+        logging_steps=arguments.logging_steps,
+        logging_first_step=True,
+        save_steps=arguments.save_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=arguments.eval_steps if evaluates else None,
+        seed=arguments.seed,
+        bf16=arguments.bf16,
+        report_to=trainer_destinations(arguments),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # metadata travels in the batch
+        ddp_find_unused_parameters=True,  # a batch without text or audio leaves its feed-forward network out
+        label_names=["labels", "audio_labels"],
+    )
+
+
+def trainer_destinations(arguments: ScriptArguments) -> list[str]:
+    """What the Trainer itself reports to: strategic logging writes the Trainer's numbers to TensorBoard too."""
+    chosen = ["tensorboard", "wandb"] if arguments.report_to == "all" else [arguments.report_to]
+    own = {"tensorboard"} if arguments.enable_strategic_logging else set()
+    return [name for name in chosen if name != "none" and name not in own]
+
+
+def load_data(arguments: ScriptArguments) -> tuple[list[Sample], list[Sample]]:
+    """Training and evaluation samples, every file checked as a whole."""
+    options = {
+        "max_reference_seconds": arguments.max_reference_seconds,
+        "skip_bad_samples": arguments.skip_bad_samples,
+        "show_progress": int(os.environ.get("RANK", "0")) == 0,
+    }
+    samples = load_samples(arguments.train_data_file, **options)
+    if arguments.eval_data_file:
+        return samples, load_samples(arguments.eval_data_file, **options)
+    return split_samples(samples, arguments.validation_split, arguments.seed)
+
+
+def split_samples(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Hold out about ``share`` of the samples: whole speakers where all are named, so that evaluation is zero-shot.
+
+    Raises:
+        ValueError: when nothing would be left to train on.
+    """
+    if not share:
+        return list(samples), []
+    by_speaker = all(sample.speaker for sample in samples) and len({sample.speaker for sample in samples}) > 1
+    keys = [sample.speaker if by_speaker else sample.sample_id for sample in samples]
+    order = sorted(set(keys), key=str)
+    random.Random(seed).shuffle(order)
+    held: set[str | None] = set()
+    while order and sum(key in held for key in keys) < share * len(samples):
+        held.add(order.pop())
+    train = [sample for sample, key in zip(samples, keys, strict=True) if key not in held]
+    if not train:
+        raise ValueError(f"--validation_split {share} of {len(samples)} samples leaves nothing to train on")
+    logger.info("held out %d of %d samples by %s", len(samples) - len(train), len(samples), "speaker" if by_speaker else "sample")
+    return train, [sample for sample, key in zip(samples, keys, strict=True) if key in held]
+
+
+def strategic_callbacks(arguments: ScriptArguments) -> list[TrainerCallback]:
+    """The telemetry that was asked for; nothing of it is imported otherwise."""
+    if not arguments.enable_strategic_logging:
+        return []
+    from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
+
+    backends: list[Any] = [ConsoleBackend()]
+    if arguments.report_to in ("tensorboard", "all"):
+        backends.append(TensorBoardBackend())
+    return [
+        StrategicTelemetry(
+            components=arguments.strategic_logging_components,
+            logging_steps=arguments.strategic_logging_steps,
+            backends=backends,
+            logging_dir=arguments.logs,
+        )
+    ]
+
+
+def find_checkpoint(arguments: ScriptArguments) -> str | None:
+    """The checkpoint to resume from.
+
+    Raises:
+        ValueError: when there is none where one was asked for.
+    """
+    asked = arguments.resume_from_checkpoint
+    if asked is None or asked.lower() in ("", "false", "none"):
+        return None
+    if asked.lower() not in ("last", "true"):
+        if not Path(asked).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {asked}: no such directory")
+        return asked
+    found = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+    if found is None:
+        raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint in {arguments.output_dir}")
+    return str(found)
+
+
+def summarize(trainer: HiggsAudioTrainer, arguments: ScriptArguments) -> None:
+    """Say on rank 0 how the loss went, what was written, and how to open it."""
+    if not trainer.is_world_process_zero():
+        return
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if losses:
+        logger.info("loss: %.4f at the first logged step, %.4f at the last", losses[0], losses[-1])
+    logger.info("model: %s", Path(arguments.output_dir).resolve())
+    if arguments.enable_strategic_logging and arguments.report_to in ("tensorboard", "all"):
+        from telemetry import launch_command
+
+        logger.info("open the dashboard with: %s", launch_command(arguments.logs))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
