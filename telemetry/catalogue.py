@@ -102,7 +102,10 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction=f"mean {_TOKENS}",
     ),
     Entry(
-        "inputs/tokens/padding_fraction", "Share of positions that are padding.", reduction=f"mean {_TOKENS}", better="lower"
+        "inputs/tokens/padding_fraction",
+        "Share of positions that are padding.",
+        reduction=f"mean {_TOKENS}",
+        better="lower",
     ),
     Entry(
         "inputs/supervised/text_fraction",
@@ -142,7 +145,11 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="sum",
         better="lower",
     ),
-    Entry("inputs/tensors", "Shape, dtype, device, statistics and first values of every tensor in the batch.", kind="table"),
+    Entry(
+        "inputs/tensors",
+        "Shape, dtype, device, statistics and first values of every tensor in the batch.",
+        kind="table",
+    ),
     Entry(
         "inputs/sequence",
         "The sequence of a sample span by span: role or modality, tokens, whether supervised, decoded text.",
@@ -156,7 +163,10 @@ CATALOGUE: tuple[Entry, ...] = (
         absent="the batch carries no reference waveform",
     ),
     Entry(
-        "inputs/target", "Target audio as the data set holds it.", kind="audio", absent="the batch carries no target waveform"
+        "inputs/target",
+        "Target audio as the data set holds it.",
+        kind="audio",
+        absent="the batch carries no target waveform",
     ),
     # outputs
     Entry(
@@ -167,7 +177,15 @@ CATALOGUE: tuple[Entry, ...] = (
         better="lower",
         absent="nothing is supervised in the step, or the model computed no logits",
     ),
-    Entry("outputs/loss/text", "Cross-entropy of supervised text tokens.", "nats per token", "scalar", "mean", "lower", _NO_TEXT),
+    Entry(
+        "outputs/loss/text",
+        "Cross-entropy of supervised text tokens.",
+        "nats per token",
+        "scalar",
+        "mean",
+        "lower",
+        _NO_TEXT,
+    ),
     Entry(
         "outputs/loss/audio",
         "Cross-entropy of supervised audio codes, all codebooks together.",
@@ -214,7 +232,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "outputs/eos/supervised",
-        "Share of the target clips' stream ends (one per codebook) that have a label. Below 1: the model is not taught to stop.",
+        "Share of the target clips' stream ends (one per codebook) with a label. Below 1: the model is not taught to stop.",
         reduction="mean over codebooks and clips",
         better="higher",
         absent="no target audio in the step",
@@ -276,7 +294,9 @@ CATALOGUE: tuple[Entry, ...] = (
         absent="frozen",
     ),
     Entry("gradients/<group>/zero_fraction", "Share of gradient values that are exactly zero.", reduction="mean"),
-    Entry("gradients/<group>/nonfinite", "NaN and infinite gradient values.", "values", reduction="sum", better="lower"),
+    Entry(
+        "gradients/<group>/nonfinite", "NaN and infinite gradient values.", "values", reduction="sum", better="lower"
+    ),
     Entry(
         "gradients/layer_<l>/{shared_attention,text_ffn,audio_ffn}/norm",
         "Norm of one layer's gradients, before clipping.",
@@ -295,7 +315,11 @@ CATALOGUE: tuple[Entry, ...] = (
         better="higher",
         absent="the family has no ChatML structure, or the batch has no token ids",
     ),
-    Entry("zero_shot/chatml", "Violations by sample: role order, headers, placeholders, reference, transcript.", kind="table"),
+    Entry(
+        "zero_shot/chatml",
+        "Violations by sample: role order, headers, placeholders, reference, transcript.",
+        kind="table",
+    ),
     Entry(
         "zero_shot/reference/present_fraction",
         "Share of samples with reference audio.",
@@ -316,7 +340,9 @@ CATALOGUE: tuple[Entry, ...] = (
         "nats per audio token",
         better="higher",
     ),
-    Entry("zero_shot/speaker_similarity", "Cosine of speaker embeddings, generated against reference.", better="higher"),
+    Entry(
+        "zero_shot/speaker_similarity", "Cosine of speaker embeddings, generated against reference.", better="higher"
+    ),
     Entry("zero_shot/{wer,cer}", "Word and character error rate of generated speech.", better="lower"),
     Entry("zero_shot/duration_ratio", "Generated over target duration."),
     Entry("zero_shot/silence_fraction", "Share of generated audio that is silent.", better="lower"),
@@ -334,7 +360,9 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("{train,eval}/epoch", "Passes over the training data.", "epochs"),
     Entry("{train,eval,test}/<name>", "As the Trainer logs it."),
     # telemetry
-    Entry("telemetry/step_seconds", "Time telemetry took of the training thread on this step.", "seconds", better="lower"),
+    Entry(
+        "telemetry/step_seconds", "Time telemetry took of the training thread on this step.", "seconds", better="lower"
+    ),
     Entry("telemetry/overhead_fraction", "That time as a share of the step.", better="lower"),
     Entry("telemetry/queue_depth", "Steps waiting to be written.", "steps", better="lower"),
     Entry("telemetry/dropped_records", "Records lost so far.", "records", reduction="sum", better="lower"),

@@ -8,6 +8,7 @@ after repeated failures; training never notices.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Emitter(Protocol):
 
 
 Build = Callable[[Mapping[str, Tensor], Emitter], None]
+Deferred = tuple[Mapping[str, Tensor], Build]
 
 
 @dataclass
@@ -48,7 +50,7 @@ class _Step:
     metrics: dict[str, Metric] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    deferred: list[tuple[Mapping[str, Tensor], Build]] = field(default_factory=list)
+    deferred: list[Deferred] = field(default_factory=list)
 
     def add_metric(self, tag: str, value: Metric, note: str) -> None:
         held = self.metrics.get(tag)
@@ -75,7 +77,7 @@ class Recorder:
     def open(self, run: Run) -> None:
         """Open every backend; one that cannot be opened is left out and said."""
         for index, backend in enumerate(self._backends):
-            if self._attempt(index, backend, "open", lambda backend=backend: backend.open(run)):
+            if self._attempt(index, backend, "open", functools.partial(backend.open, run)):
                 self._opened.append((index, backend))
 
     def metric(self, tag: str, value: Metric, note: str = "") -> None:
@@ -144,7 +146,7 @@ class Recorder:
 
     def _write(self, step: int, records: Sequence[Record]) -> None:
         for index, backend in list(self._opened):
-            if not self._attempt(index, backend, "write", lambda backend=backend: backend.write(step, records)):
+            if not self._attempt(index, backend, "write", functools.partial(backend.write, step, records)):
                 self.dropped_records += len(records)
                 if self._failures[index] >= MAX_FAILURES:
                     self._opened.remove((index, backend))
@@ -185,7 +187,9 @@ def _to_host(step: _Step) -> _Step:
     metrics = {
         tag: metric.with_components([next(hosted) for _ in metric.components]) for tag, metric in step.metrics.items()
     }
-    deferred = [({name: tensor.cpu() for name, tensor in tensors.items()}, build) for tensors, build in step.deferred]
+    deferred: list[Deferred] = [
+        ({name: tensor.cpu() for name, tensor in tensors.items()}, build) for tensors, build in step.deferred
+    ]
     return _Step(metrics, step.notes, step.records, deferred)
 
 

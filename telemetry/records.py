@@ -11,7 +11,7 @@ any backend.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, TypeVar
 
@@ -23,7 +23,7 @@ Op: TypeAlias = Literal["sum", "max", "min"]
 Cell: TypeAlias = str | int | float | bool | None
 MetricT = TypeVar("MetricT", bound="Metric")
 
-_COMBINE = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+_COMBINE: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 class Metric:

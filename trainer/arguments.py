@@ -14,11 +14,14 @@ DESTINATIONS = ("tensorboard", "wandb", "all", "none")
 class ScriptArguments:
     """What ``trainer/train_v2_ddp.py`` takes. ``--help`` prints it."""
 
-    model_path: str = field(metadata={"help": "Directory or hub id of the Higgs Audio v2 model, tokenizer and processor."})
+    model_path: str = field(
+        metadata={"help": "Directory or hub id of the Higgs Audio v2 model, tokenizer and processor."}
+    )
     train_data_file: str = field(metadata={"help": "ChatML voice-cloning data, JSON or JSONL (docs/data_format.md)."})
     output_dir: str = field(metadata={"help": "Where checkpoints and the trained model go."})
     audio_tokenizer_path: str | None = field(
-        default=None, metadata={"help": "Directory or hub id of the codec. Default: the one the model's processor names."}
+        default=None,
+        metadata={"help": "Directory or hub id of the codec. Default: the one the model's processor names."},
     )
     eval_data_file: str | None = field(default=None, metadata={"help": "Evaluation data, in the same format."})
     validation_split: float = field(
@@ -54,12 +57,8 @@ class ScriptArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint directory, or 'last' for the newest one in --output_dir."}
     )
-    report_to: str = field(
-        default="tensorboard", metadata={"help": "Where to report.", "choices": list(DESTINATIONS)}
-    )
-    logging_dir: str | None = field(
-        default=None, metadata={"help": "TensorBoard files. Default: <output_dir>/logs."}
-    )
+    report_to: str = field(default="tensorboard", metadata={"help": "Where to report.", "choices": list(DESTINATIONS)})
+    logging_dir: str | None = field(default=None, metadata={"help": "TensorBoard files. Default: <output_dir>/logs."})
     enable_strategic_logging: bool = field(
         default=False, metadata={"help": "Measure what happens inside training steps (docs/strategic_logging.md)."}
     )
@@ -76,8 +75,8 @@ class ScriptArguments:
             ValueError: names the argument and what it may be.
         """
         positive = (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-            "logging_steps", "save_steps", "eval_steps", "strategic_logging_steps", "lora_rank", "max_reference_seconds",
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
+            "save_steps", "eval_steps", "strategic_logging_steps", "lora_rank", "max_reference_seconds",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:

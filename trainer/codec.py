@@ -2,8 +2,8 @@
 
 Two kinds are supported: ``HiggsAudioV2TokenizerModel`` and the demonstration codec.
 
-transformers imports torchaudio as soon as it is installed, and is therefore imported here only after
-:func:`import_torchaudio`.
+transformers imports torchaudio wherever it is installed. The package therefore calls :func:`import_torchaudio` before
+anything else, and functions here import transformers when they are called.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ def load_audio_tokenizer(path: str, device: torch.device | str | None = None) ->
         ValueError: when there is no audio tokenizer at ``path``, or none of a supported kind. Names the path, what
             is wrong and what to do.
     """
-    import_torchaudio()
     importlib.import_module("trainer.demo.codec")  # makes the demonstration codec known to transformers
     from transformers import AutoModelForAudioTokenization
 

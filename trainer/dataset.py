@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import HiggsAudioV2Processor
 from trainer.audio import read_audio
 from trainer.chatml import AudioContent, Message, Sample, TextContent
 from trainer.codec import codec_frame_rate, codec_num_codebooks, codec_sampling_rate
+from trainer.processing import codec_of
 
 IGNORE_INDEX = -100
 
@@ -108,8 +109,10 @@ class Layout:
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._bos, self._eos = processor.audio_stream_bos_id, processor.audio_stream_eos_id
-        self._sampling_rate = codec_sampling_rate(processor.audio_tokenizer)
-        self._frame_rate = codec_frame_rate(processor.audio_tokenizer)
+        codec = codec_of(processor)
+        self._codebooks = codec_num_codebooks(codec)
+        self._sampling_rate = codec_sampling_rate(codec)
+        self._frame_rate = codec_frame_rate(codec)
 
     def text(self, sample: Sample, codes: Mapping[Path, Tensor]) -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``labels``, each int64 ``[sequence]``."""
@@ -177,7 +180,7 @@ class Layout:
             if message.role != "assistant" or index < sample.start_index:
                 continue
             upto = self._chat(messages[: index + 1])
-            at = len(os.path.commonprefix([upto, self._chat(messages[:index], add_generation_prompt=True)]))
+            at = _shared_length(upto, self._chat(messages[:index], add_generation_prompt=True))
             for text in _texts(message):
                 found = upto.find(text, at)
                 if found < 0:
@@ -200,12 +203,17 @@ class Layout:
 
     def _placeholders(self, frames: int) -> list[int]:
         """Ids of one clip: as many as it has frames, the last ones for the codebooks that end later."""
-        delays = codec_num_codebooks(self._processor.audio_tokenizer) - 1
+        delays = self._codebooks - 1
         return [self._processor.audio_token_id] * (frames - delays) + [self._processor.audio_delay_token_id] * delays
 
 
 def _overlaps(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
     return end > start and any(start < span_end and end > span_start for span_start, span_end in spans)
+
+
+def _shared_length(text: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
 def _clips(messages: Sequence[Message]) -> Iterator[AudioContent]:

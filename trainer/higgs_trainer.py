@@ -62,7 +62,7 @@ class HiggsAudioTrainer(Trainer):
                 f"one process would split its batches over {self.args.n_gpu} GPUs: start one process per GPU with "
                 f"torchrun --nproc_per_node={self.args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
             )
-        base = find_higgs(self.model)
+        base = find_higgs(cast(nn.Module, self.model))
         self._num_codebooks = base.config.num_codebooks
         self._loss = AccumulatedLoss(base.config)
         base.loss_function = self._loss

@@ -12,7 +12,13 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 logger = logging.getLogger(__name__)
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-AUDIO_PARTS = ("audio_mlp", "audio_input_layernorm", "audio_post_attention_layernorm", "embed_audio_tokens", "audio_lm_head")
+AUDIO_PARTS = (
+    "audio_mlp",
+    "audio_input_layernorm",
+    "audio_post_attention_layernorm",
+    "embed_audio_tokens",
+    "audio_lm_head",
+)
 
 
 def load_model(path: str) -> HiggsAudioV2ForConditionalGeneration:

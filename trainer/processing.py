@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, DacFeatureExtractor, HiggsAudioV2Config, HiggsAudioV2Processor
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from trainer.codec import codec_num_codebooks, codec_sampling_rate, load_audio_tokenizer
 
@@ -71,7 +71,7 @@ def check_processor(processor: HiggsAudioV2Processor, config: HiggsAudioV2Config
     Raises:
         ValueError: names every disagreement: token ids, number of codebooks, codebook size, stream ids.
     """
-    codec = processor.audio_tokenizer
+    codec = codec_of(processor)
     pairs = {
         "audio_token_id": (processor.audio_token_id, config.audio_token_id),
         "audio_bos_token_id": (processor.audio_bos_token_id, config.audio_bos_token_id),
@@ -80,7 +80,7 @@ def check_processor(processor: HiggsAudioV2Processor, config: HiggsAudioV2Config
         "audio_stream_eos_id": (processor.audio_stream_eos_id, config.audio_stream_eos_id),
         "number of codebooks": (codec_num_codebooks(codec), config.num_codebooks),
     }
-    faults = [f"{name}: {ours} against the model's {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    faults = [f"{name}: {own} against the model's {other}" for name, (own, other) in pairs.items() if own != other]
     needed = max(int(codec.config.codebook_size), config.audio_stream_bos_id + 1, config.audio_stream_eos_id + 1)
     if needed > config.codebook_size:
         faults.append(f"codes and stream ids need {needed} entries a codebook, the model has {config.codebook_size}")
@@ -92,6 +92,11 @@ def check_processor(processor: HiggsAudioV2Processor, config: HiggsAudioV2Config
             + "; ".join(faults)
             + ". Pass the --audio_tokenizer_path that the model was trained with."
         )
+
+
+def codec_of(processor: HiggsAudioV2Processor) -> Any:
+    """The audio tokenizer that a processor encodes with."""
+    return processor.audio_tokenizer  # type: ignore[attr-defined]
 
 
 def training_template() -> str:
@@ -135,6 +140,6 @@ def _can_say(processor: HiggsAudioV2Processor, messages: tuple[dict[str, Any], .
         return False
     try:
         rendered = processor.apply_chat_template(list(messages), tokenize=False)
-    except Exception:  # a template raises whatever it likes
+    except Exception:  # noqa: BLE001  (a template raises whatever it likes)
         return False
     return bool(rendered.count(processor.audio_token) == 2 and rendered.count("t" + processor.audio_bos_token) == 1)

@@ -1,20 +1,21 @@
 """Fine-tunes Higgs Audio v2 for zero-shot voice cloning.
 
-    python trainer/train_v2_ddp.py --model_path ... --train_data_file ... --output_dir ...
-    torchrun --nproc_per_node=2 trainer/train_v2_ddp.py ...
+python trainer/train_v2_ddp.py --model_path ... --train_data_file ... --output_dir ...
+torchrun --nproc_per_node=2 trainer/train_v2_ddp.py ...
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import trainer  # noqa: F401  (makes an installed torchaudio importable before transformers imports it)
+import trainer as _trainer  # noqa: F401  (first: repairs what transformers imports)
 
 # isort: split
 import torch
@@ -28,7 +29,7 @@ from trainer.collator import VoiceCloningCollator
 from trainer.dataset import VoiceCloningDataset
 from trainer.higgs_trainer import HiggsAudioTrainer
 from trainer.model import add_lora, describe_trainable, freeze_llm, load_model
-from trainer.processing import check_processor, load_processor
+from trainer.processing import check_processor, codec_of, load_processor
 
 logger = logging.getLogger("trainer.train_v2_ddp")
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> ScriptArguments:
     """The command line as checked arguments."""
-    parser = HfArgumentParser(ScriptArguments, description=__doc__)
+    parser = HfArgumentParser(cast(Any, ScriptArguments), description=__doc__)
     (arguments,) = parser.parse_args_into_dataclasses(list(argv) if argv is not None else None)
     return arguments
 
@@ -61,9 +62,14 @@ def set_up_logging(arguments: ScriptArguments) -> None:
 
         setup_logging()
         return
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    level = logging.INFO if is_main_rank() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("trainer").setLevel(level)
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def build_trainer(arguments: ScriptArguments) -> HiggsAudioTrainer:
@@ -74,8 +80,8 @@ def build_trainer(arguments: ScriptArguments) -> HiggsAudioTrainer:
     train_samples, eval_samples = load_data(arguments)
     model: Any = load_model(arguments.model_path)
     check_processor(processor, model.config)
-    cache = CodeCache(processor.audio_tokenizer)
-    codes = cache.encode(path for sample in [*train_samples, *eval_samples] for path in (*sample.references, *sample.targets))
+    clips = [path for sample in train_samples + eval_samples for path in sample.references + sample.targets]
+    codes = CodeCache(codec_of(processor)).encode(clips)
     if arguments.freeze_llm:
         freeze_llm(model)
     if arguments.use_lora:
@@ -131,14 +137,15 @@ def trainer_destinations(arguments: ScriptArguments) -> list[str]:
 
 def load_data(arguments: ScriptArguments) -> tuple[list[Sample], list[Sample]]:
     """Training and evaluation samples, every file checked as a whole."""
-    options = {
-        "max_reference_seconds": arguments.max_reference_seconds,
-        "skip_bad_samples": arguments.skip_bad_samples,
-        "show_progress": int(os.environ.get("RANK", "0")) == 0,
-    }
-    samples = load_samples(arguments.train_data_file, **options)
+    load = functools.partial(
+        load_samples,
+        max_reference_seconds=arguments.max_reference_seconds,
+        skip_bad_samples=arguments.skip_bad_samples,
+        show_progress=is_main_rank(),
+    )
+    samples = load(arguments.train_data_file)
     if arguments.eval_data_file:
-        return samples, load_samples(arguments.eval_data_file, **options)
+        return samples, load(arguments.eval_data_file)
     return split_samples(samples, arguments.validation_split, arguments.seed)
 
 
@@ -160,7 +167,8 @@ def split_samples(samples: Sequence[Sample], share: float, seed: int) -> tuple[l
     train = [sample for sample, key in zip(samples, keys, strict=True) if key not in held]
     if not train:
         raise ValueError(f"--validation_split {share} of {len(samples)} samples leaves nothing to train on")
-    logger.info("held out %d of %d samples by %s", len(samples) - len(train), len(samples), "speaker" if by_speaker else "sample")
+    kind = "speaker" if by_speaker else "sample"
+    logger.info("held out %d of %d samples by %s", len(samples) - len(train), len(samples), kind)
     return train, [sample for sample, key in zip(samples, keys, strict=True) if key in held]
 
 

@@ -27,7 +27,8 @@ class StrategicCallback(TrainerCallback):
 
     Works alone on any Trainer: ``trainer.add_callback(InputLoggerCallback())``. It watches the model with hooks that
     live for the due step only. A trainer may also hand ``inputs=`` and ``outputs=`` to :meth:`on_step_end`, and call
-    :meth:`on_microbatch` before a forward pass and :meth:`on_gradients` before clipping. Off a due step it costs one comparison.
+    :meth:`on_microbatch` before a forward pass and :meth:`on_gradients` before clipping. Off a due step it costs one
+    comparison.
 
     Args:
         logging_steps: N, at least 1.
@@ -165,7 +166,9 @@ class StrategicCallback(TrainerCallback):
         if self._session is not None and logs:
             self._session.trainer_logs(self, state.global_step, logs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._session is not None:
             self._session.leave(self)
             self._session = None

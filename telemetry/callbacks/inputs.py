@@ -14,8 +14,8 @@ from telemetry.families.base import IGNORE_INDEX, BatchView
 from telemetry.families.chat import ChatFormat
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
 from telemetry.recorder import Emitter
+from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
 
 SHOWN_SAMPLES = 2
 SHOWN_CLIPS = 4
@@ -77,9 +77,7 @@ class InputLoggerCallback(StrategicCallback):
         samples = [microbatch.sample_id(row) for row in range(min(SHOWN_SAMPLES, view.input_ids.shape[0]))]
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
-            rows = tuple(
-                (sample, *span) for row, sample in enumerate(samples) for span in _spans(host, row, tokenizer)
-            )
+            rows = tuple((sample, *span) for row, sample in enumerate(samples) for span in _spans(host, row, tokenizer))
             emit.record(Table("inputs/sequence", SEQUENCE_COLUMNS, rows))
 
         self.session.recorder.defer(_span_tensors(view, len(samples)), build)

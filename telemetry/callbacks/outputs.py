@@ -12,8 +12,8 @@ from telemetry.callbacks.base import StrategicCallback
 from telemetry.families.base import IGNORE_INDEX, AudioView, Head, shift_labels
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table, UsedFraction
 from telemetry.recorder import Emitter
+from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table, UsedFraction
 
 SHOWN_SAMPLES = 4
 ENDS = 10
@@ -115,7 +115,9 @@ class OutputLoggerCallback(StrategicCallback):
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             rows = tuple(
-                (sample, *cells) for row, sample in enumerate(samples) for cells in _prediction_rows(host, row, tokenizer)
+                (sample, *cells)
+                for row, sample in enumerate(samples)
+                for cells in _prediction_rows(host, row, tokenizer)
             )
             emit.record(Table("outputs/predictions", COLUMNS, rows))
 
@@ -140,9 +142,7 @@ def _by_codebook(values: Tensor, head: Head) -> Tensor:
     return values if head.modality == "audio" else values.unsqueeze(-1)
 
 
-def _audio_metrics(
-    targets: Tensor, stats: TokenStats, audio: AudioView, mask: Tensor
-) -> Iterator[tuple[str, Metric]]:
+def _audio_metrics(targets: Tensor, stats: TokenStats, audio: AudioView, mask: Tensor) -> Iterator[tuple[str, Metric]]:
     ends = targets == audio.eos_id
     if stats.probe_probability is not None:
         total, count = masked_totals(stats.probe_probability, ends)

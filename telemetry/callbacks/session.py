@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
@@ -40,7 +40,7 @@ class Session:
         processing_class: the Trainer's; decodes token ids.
     """
 
-    _by_model: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+    _by_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, Session]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module, args: TrainingArguments, state: TrainerState, processing_class: Any) -> None:
         self.family = find_family(model)
@@ -182,11 +182,15 @@ class Session:
 def default_logging_dir(args: TrainingArguments) -> Path:
     """``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same place after a resume."""
     chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    return Path(chosen).expanduser() if chosen else Path(args.output_dir) / "runs" / "telemetry"
+    return Path(chosen).expanduser() if chosen else Path(_output_dir(args)) / "runs" / "telemetry"
 
 
 def _run_name(args: TrainingArguments) -> str:
-    return getattr(args, "run_name", None) or Path(args.output_dir).name
+    return getattr(args, "run_name", None) or Path(_output_dir(args)).name
+
+
+def _output_dir(args: TrainingArguments) -> str:
+    return args.output_dir or "."
 
 
 def _run_config(args: TrainingArguments, model: nn.Module | None) -> Mapping[str, Any]:

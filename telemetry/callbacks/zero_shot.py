@@ -11,8 +11,8 @@ from telemetry.callbacks.base import StrategicCallback
 from telemetry.families.base import AudioView, BatchView
 from telemetry.families.chat import ChatFormat, Turn, role_faults
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Cell, Mean, Table
 from telemetry.recorder import Emitter
+from telemetry.records import Cell, Mean, Table
 
 SHOWN_ROWS = 50
 COLUMNS = ("sample", "speaker", "compliant", "violations")

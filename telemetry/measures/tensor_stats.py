@@ -84,7 +84,12 @@ def tensor_statistics(tensor: Tensor, shift: float = 0.0) -> TensorStats:
 def first_values(tensor: Tensor, n: int = 8) -> Tensor:
     """The first ``n`` values (fewer if there are fewer), flat, on the tensor's device: a copy that keeps no other."""
     with undisturbed(tensor.device):
-        return next(value_pieces(tensor, max(n, 1)), tensor.new_empty(0))[:n].clone()
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            return tensor.reshape(-1)[:n].clone()
+        while tensor.dim() > 1 and tensor[0].numel() >= n:
+            tensor = tensor[0]
+        rows = -(-n // tensor[0].numel())  # cut before flattening, which copies a tensor that is not contiguous
+        return tensor[:rows].reshape(-1)[:n].clone()
 
 
 def _piece_statistics(piece: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel, HubertConfig
 
 from trainer.codec import (
     codec_frame_rate,
@@ -43,9 +44,6 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def higgs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny HiggsAudioV2TokenizerModel with random weights: 24 kHz, 960 samples a frame, 4 codebooks of 16."""
-    import_torchaudio()
-    from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel, HubertConfig
-
     ratios = [8, 5, 4, 2, 3]
     config = HiggsAudioV2TokenizerConfig(
         acoustic_model_config=DacConfig(
@@ -83,7 +81,7 @@ def test_demonstration_codec_loads(demonstration: Path) -> None:
 
 def test_higgs_tokenizer_loads(higgs: Path) -> None:
     codec = load_audio_tokenizer(str(higgs))
-    assert type(codec).__name__ == "HiggsAudioV2TokenizerModel"
+    assert isinstance(codec, HiggsAudioV2TokenizerModel)
     assert (codec_sampling_rate(codec), codec_num_codebooks(codec), codec_frame_rate(codec)) == (24000, 4, 25.0)
 
 
@@ -182,7 +180,7 @@ def test_missing_weights_are_named(demonstration: Path, tmp_path: Path) -> None:
 
 def test_installed_torchaudio_resamples_in_a_fresh_process() -> None:
     script = (
-        "from trainer.codec import import_torchaudio; import_torchaudio(); import_torchaudio()\n"
+        "from trainer.codec import import_torchaudio; import_torchaudio()\n"
         "import torch, torchaudio\n"
         "wave = torch.sin(torch.arange(24000) * 2 * torch.pi * 1000 / 24000)\n"
         "half = torchaudio.functional.resample(wave, 24000, 16000)\n"

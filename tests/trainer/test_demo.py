@@ -14,23 +14,21 @@ import pytest
 import soundfile
 import torch
 from torch import Tensor
-
-from trainer.audio import read_audio
-from trainer.codec import import_torchaudio, load_audio_tokenizer
-from trainer.demo import synthesize as synthesis
-from trainer.demo.__main__ import main
-from trainer.demo.codec import DemonstrationCodec, DemonstrationCodecConfig
-from trainer.demo.prepare import Demonstration, prepare, samples_of, train_tokenizer
-from trainer.demo.synthesize import CLIPS_DIRECTORY, Clip, read_manifest, synthesize, trim_silence
-
-import_torchaudio()
-from transformers import (  # noqa: E402  # transformers imports torchaudio
+from transformers import (
     AutoModelForAudioTokenization,
     AutoTokenizer,
     HiggsAudioV2ForConditionalGeneration,
     HiggsAudioV2Processor,
 )
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function  # noqa: E402
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from trainer.audio import read_audio
+from trainer.codec import load_audio_tokenizer
+from trainer.demo import synthesize as synthesis
+from trainer.demo.__main__ import main
+from trainer.demo.codec import DemonstrationCodec, DemonstrationCodecConfig
+from trainer.demo.prepare import Demonstration, prepare, samples_of, train_tokenizer
+from trainer.demo.synthesize import CLIPS_DIRECTORY, Clip, read_manifest, synthesize, trim_silence
 
 CONFIG = DemonstrationCodecConfig()
 

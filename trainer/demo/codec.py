@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForAudioTokenization, PreTrainedConfig
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.processing_utils import MODALITY_TO_BASE_CLASS_MAPPING
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 _FLOOR = 1e-4  # of the mel magnitude; about 80 dB below full scale speech, where 16-bit files are noise
 _KMEANS_ITERATIONS = 25
@@ -160,13 +159,14 @@ class DemonstrationCodec(PreTrainedAudioTokenizerBase):
 
     def forward(self, input_values: Tensor, **_: Any) -> DemonstrationCodecOutput:
         """The codes of ``input_values`` (float ``[batch, 1, samples]``) and the waveforms made from them."""
-        codes = self.encode(input_values).audio_codes
-        return DemonstrationCodecOutput(audio_codes=codes, audio_values=self.decode(codes).audio_values)
+        encoded = self.encode(input_values)
+        assert encoded.audio_codes is not None
+        return DemonstrationCodecOutput(encoded.audio_codes, self.decode(encoded.audio_codes).audio_values)
 
     def _analyse(self, waveforms: Tensor) -> Tensor:
         """Log-mel frames ``[batch, frames, frame_size]`` of waveforms ``[batch, samples]``."""
         config = self.config
-        padded = F.pad(waveforms, (0, -waveforms.shape[-1] % config.hop_length))
+        padded = nn.functional.pad(waveforms, (0, -waveforms.shape[-1] % config.hop_length))
         window = torch.hann_window(config.fft_size, device=padded.device)
         spectrum = _stft(padded, window, config.subframe_length)[..., :-1]  # the last one lies behind the last sample
         mels = torch.einsum("fm,bft->btm", self._filters(padded.device), spectrum.abs())

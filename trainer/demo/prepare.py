@@ -203,6 +203,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, codec: DemonstrationCodecCo
 
     Start and end of stream are the two ids behind the codec's codes.
     """
+    ids = tokenizer.get_vocab()
     return HiggsAudioV2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -217,9 +218,9 @@ def model_config(tokenizer: PreTrainedTokenizerFast, codec: DemonstrationCodecCo
         codebook_size=codec.codebook_size + 2,
         audio_stream_bos_id=codec.codebook_size,
         audio_stream_eos_id=codec.codebook_size + 1,
-        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
-        audio_bos_token_id=tokenizer.convert_tokens_to_ids(AUDIO_BOS_TOKEN),
-        audio_delay_token_id=tokenizer.convert_tokens_to_ids(AUDIO_DELAY_TOKEN),
+        audio_token_id=ids[AUDIO_TOKEN],
+        audio_bos_token_id=ids[AUDIO_BOS_TOKEN],
+        audio_delay_token_id=ids[AUDIO_DELAY_TOKEN],
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -233,7 +234,7 @@ def save_model(made: Demonstration) -> None:
     """
     tokenizer = train_tokenizer()
     codec = load_audio_tokenizer(str(made.audio_tokenizer))
-    config = model_config(tokenizer, codec.config)
+    config = model_config(tokenizer, DemonstrationCodecConfig.from_pretrained(made.audio_tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numbers
 import re
 import string
+import sys
+import textwrap
 
 import numpy as np
 
@@ -20,6 +22,9 @@ MAX_CELL = 300
 
 MAX_ROWS = 50
 """Rows of a table that are shown: the page renders every stored step's rows anew."""
+
+# In characters: what a page in a window 1500 pixels wide has room for, and what a column's borders take of it.
+_PAGE, _COLUMN, _NARROWEST = 130, 4, 12
 
 _CONTROL_PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\x7f": "\u2421"}
 _ESCAPES = str.maketrans(
@@ -32,28 +37,37 @@ _NEWLINE = re.compile(r"\r\n?|[\n\x85\u2028\u2029]")
 _COLLAPSING_SPACE = re.compile(r"(?:(?<=^)|(?<= )) | $")
 
 
-def escape(text: str) -> str:
-    """Text as one line of Markdown that shows exactly this text.
+def escape(text: str, width: int = sys.maxsize) -> str:
+    """Text as one line of Markdown that shows exactly this text, in lines of at most ``width`` characters.
 
     Newlines become ``<br>``, spaces that HTML would swallow become no-break spaces, and control characters and broken
     surrogates become visible stand-ins.
     """
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "<br>".join(_escape_line(line) for line in _NEWLINE.split(text))
+    lines = [part for line in _NEWLINE.split(text) for part in _wrap(line, width)]
+    return "<br>".join(_COLLAPSING_SPACE.sub("\N{NO-BREAK SPACE}", line).translate(_ESCAPES) for line in lines)
 
 
-def _escape_line(line: str) -> str:
-    return _COLLAPSING_SPACE.sub("\N{NO-BREAK SPACE}", line).translate(_ESCAPES)
+def _wrap(line: str, width: int) -> list[str]:
+    """A line in parts that end behind a space where they can; together they are the line."""
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(
+        line, width, expand_tabs=False, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False
+    )
 
 
 def table_markdown(table: Table) -> str:
-    """A table of at most :data:`MAX_ROWS` rows; a last row says how many more there are."""
-    shown = table.rows[:MAX_ROWS]
-    lines = [_row(table.columns), "|" + " --- |" * len(table.columns)]
-    lines += [_row(row) for row in shown]
-    if left_out := len(table.rows) - len(shown):
-        lines.append(_row((f"… {left_out} more rows", *("",) * (len(table.columns) - 1))))
-    return "\n".join(lines)
+    """A table of at most :data:`MAX_ROWS` rows; a last row says how many more there are.
+
+    Lines of wide columns are broken so that the table fits the page: the page itself breaks short words first.
+    """
+    texts = [[_shorten(_cell_text(cell)) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
+    if (left_out := len(table.rows) - MAX_ROWS) > 0:
+        texts.append([f"… {left_out} more rows", *[""] * (len(table.columns) - 1)])
+    width = _line_width([max(map(_longest_line, column)) for column in zip(*texts, strict=True)])
+    header, *rows = ["| " + " | ".join(escape(text, width) for text in row) + " |" for row in texts]
+    return "\n".join([header, "|" + " --- |" * len(table.columns), *rows])
 
 
 def alert_markdown(alert: Alert) -> str:
@@ -61,8 +75,19 @@ def alert_markdown(alert: Alert) -> str:
     return f"**{escape(f'{alert.level.upper()}: {alert.title}')}**\n\n{escape(alert.text)}"
 
 
-def _row(cells: tuple[Cell, ...]) -> str:
-    return "| " + " | ".join(escape(_shorten(_cell_text(cell))) for cell in cells) + " |"
+def _longest_line(text: str) -> int:
+    return max(map(len, _NEWLINE.split(text)))
+
+
+def _line_width(columns: list[int]) -> int:
+    """The longest line for which columns of these widths fit side by side: narrow ones whole, wide ones equally."""
+    room = _PAGE - _COLUMN * len(columns)
+    for done, column in enumerate(sorted(columns)):
+        share = room // (len(columns) - done)
+        if column > share:
+            return max(share, _NARROWEST)
+        room -= column
+    return MAX_CELL + 1
 
 
 def _shorten(text: str) -> str:

@@ -52,7 +52,7 @@ def watched() -> Callable[..., tuple[Any, Watch]]:
         with Watch(tensors) as watch:
             result = measure(*tensors)
         assert watch.calls > 0
-        assert watch.waits == []
+        assert not watch.waits, f"waits in {watch.waits}"
         assert torch.equal(torch.get_rng_state(), random_state)
         assert [tensor._version for tensor in tensors] == versions
         for tensor, copy in zip(tensors, before, strict=True):

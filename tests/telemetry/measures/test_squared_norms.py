@@ -45,7 +45,7 @@ def test_equals_the_definition(tensors: list[Tensor]) -> None:
 def test_large_gradients_keep_their_digits(dtype: torch.dtype, scale: float) -> None:
     """A plain float32 sum over as many values is off by 1e-4, a bfloat16 norm by 1e-3."""
     generator = torch.Generator().manual_seed(0)
-    tensor = (torch.randn(2000, 2000, generator=generator) * scale).to(dtype)
+    tensor = (torch.randn(1200, 1200, generator=generator) * scale).to(dtype)
     exact = float(tensor.double().square().sum())
     for view in (tensor, tensor.t(), tensor[::2]):
         share = float(view.double().square().sum()) / exact

@@ -1,0 +1,47 @@
+# make demo   set up, train on the bundled speech, say how to open the dashboard
+# make test   set up, pass the tests
+# make lint   ruff and mypy
+# make bench  measurements
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+DEMO = runs/demo
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m trainer.demo prepare $(DEMO)
+	rm -rf $(DEMO)/output $(DEMO)/logs
+	$(BIN)/python trainer/train_v2_ddp.py \
+		--model_path $(DEMO)/model --audio_tokenizer_path $(DEMO)/audio_tokenizer \
+		--train_data_file $(DEMO)/train.json --eval_data_file $(DEMO)/eval.json \
+		--output_dir $(DEMO)/output --logging_dir $(DEMO)/logs \
+		--max_steps 400 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
+		--learning_rate 1e-3 --warmup_steps 20 --logging_steps 10 --eval_steps 200 --save_steps 400 \
+		--enable_strategic_logging --strategic_logging_steps 50
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from telemetry.catalogue import CATALOGUE, SECTIONS, Entry, describe, find
+
+# The public tags, written out by hand: this list is what keeps them from changing unseen.
+INPUTS = [
+    "inputs/tokens/total",
+    "inputs/tokens/text_fraction",
+    "inputs/tokens/reference_audio_fraction",
+    "inputs/tokens/target_audio_fraction",
+    "inputs/tokens/padding_fraction",
+    "inputs/supervised/text_fraction",
+    "inputs/supervised/audio_fraction",
+    "inputs/invalid_ids",
+    "inputs/tensor/input_ids/min",
+    "inputs/tensor/input_ids/max",
+    "inputs/tensor/audio_input_ids/mean",
+    "inputs/tensor/labels/std",
+    "inputs/tensor/labels/zero_fraction",
+    "inputs/tensor/attention_mask/nonfinite",
+]
+OUTPUTS = [
+    "outputs/loss/total",
+    "outputs/loss/text",
+    "outputs/loss/audio",
+    "outputs/loss/codebook_0",
+    "outputs/loss/codebook_7",
+    "outputs/accuracy/text",
+    "outputs/accuracy/audio",
+    "outputs/accuracy/codebook_0",
+    "outputs/accuracy/codebook_11",
+    "outputs/top5/text",
+    "outputs/top5/audio",
+    "outputs/top5/codebook_3",
+    "outputs/entropy/text",
+    "outputs/entropy/audio",
+    "outputs/eos/probability",
+    "outputs/eos/supervised",
+    "outputs/codebook_0/used_fraction",
+    "outputs/codebook_7/perplexity",
+]
+ATTENTION = [
+    "attention/layer_0/text_to_text",
+    "attention/layer_0/text_to_reference",
+    "attention/layer_0/text_to_target",
+    "attention/layer_1/reference_to_text",
+    "attention/layer_1/reference_to_reference",
+    "attention/layer_1/reference_to_target",
+    "attention/layer_27/target_to_text",
+    "attention/layer_27/target_to_reference",
+    "attention/layer_27/target_to_target",
+    "attention/layer_27/entropy",
+    "attention/layer_27/max_logit",
+    "attention/layer_27/sink",
+    "activations/layer_0/text_ffn/rms",
+    "activations/layer_0/text_ffn/absmax",
+    "activations/layer_0/text_ffn/zero_fraction",
+    "activations/layer_12/audio_ffn/rms",
+    "activations/layer_12/audio_ffn/absmax",
+    "activations/layer_12/audio_ffn/zero_fraction",
+]
+GROUPS = [
+    "shared_attention",
+    "text_ffn",
+    "audio_ffn",
+    "text_embedding",
+    "audio_embedding",
+    "text_head",
+    "audio_head",
+    "norms",
+    "lora",
+    "other",
+]
+GRADIENTS = [
+    "gradients/total_norm",
+    "gradients/text_audio_cosine",
+    "gradients/layer_0/shared_attention/norm",
+    "gradients/layer_0/text_ffn/norm",
+    "gradients/layer_12/audio_ffn/norm",
+    *(f"gradients/{group}/norm" for group in GROUPS),
+    *(f"gradients/{group}/update_ratio" for group in GROUPS),
+    *(f"gradients/{group}/zero_fraction" for group in GROUPS),
+    *(f"gradients/{group}/nonfinite" for group in GROUPS),
+]
+ZERO_SHOT = [
+    "zero_shot/chatml/compliance",
+    "zero_shot/reference/present_fraction",
+    "zero_shot/reference/seconds",
+    "zero_shot/conditioning/gain",
+    "zero_shot/speaker_similarity",
+    "zero_shot/wer",
+    "zero_shot/cer",
+    "zero_shot/duration_ratio",
+    "zero_shot/silence_fraction",
+    "zero_shot/eos_hit_rate",
+    "zero_shot/reference_leak",
+]
+OTHERS = [
+    "health/reference_ignored",
+    "health/no_end_of_stream",
+    "train/loss",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/epoch",
+    "train/train_runtime",
+    "eval/loss",
+    "eval/epoch",
+    "eval/runtime",
+    "telemetry/step_seconds",
+    "telemetry/overhead_fraction",
+    "telemetry/queue_depth",
+    "telemetry/dropped_records",
+]
+SCALARS = [*INPUTS, *OUTPUTS, *ATTENTION, *GRADIENTS, *ZERO_SHOT, *OTHERS]
+TABLES = [
+    "inputs/tensors",
+    "inputs/sequence",
+    "outputs/predictions",
+    "zero_shot/chatml",
+    "zero_shot/clips",
+    "health/checks",
+]
+AUDIO = [
+    "inputs/reference",
+    "inputs/target",
+    "zero_shot/clip_0/reference",
+    "zero_shot/clip_0/target",
+    "zero_shot/clip_10/generated",
+]
+IMAGES = ["attention/mass", "attention/heads"]
+TAGS = [
+    *((tag, "scalar") for tag in SCALARS),
+    *((tag, "table") for tag in TABLES),
+    *((tag, "audio") for tag in AUDIO),
+    *((tag, "image") for tag in IMAGES),
+]
+# Entries for whatever an earlier one does not name.
+FALLBACKS = {"{train,eval,test}/<name>", "health/<name>"}
+
+
+def concrete(tag: str) -> list[str]:
+    """Some tags of an entry: every alternative, two indices, two names."""
+    choices = []
+    for part in re.split(r"(\{.+?\}(?![^{]*\})|<[^<>]+>)", tag):
+        if part.startswith("{"):
+            choices.append([tag for choice in part[1:-1].split(",") for tag in concrete(choice)])
+        elif part in ("<k>", "<l>", "<i>"):
+            choices.append(["0", "12"])
+        elif part.startswith("<"):
+            choices.append(["some_name", "other.name"])
+        else:
+            choices.append([part])
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+@pytest.mark.parametrize(("tag", "kind"), TAGS)
+def test_every_public_tag_is_in_the_catalogue(tag: str, kind: str) -> None:
+    entry = find(tag)
+    assert entry is not None
+    assert entry.kind == kind
+    assert tag.split("/")[0] in SECTIONS
+
+
+def test_every_entry_but_the_fallbacks_is_of_a_public_tag() -> None:
+    public = {find(tag) for tag, _ in TAGS}
+    assert [entry.tag for entry in CATALOGUE if entry not in public and entry.tag not in FALLBACKS] == []
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.tag)
+def test_every_entry_says_what_it_means(entry: Entry) -> None:
+    assert entry.meaning.endswith((".", "!"))
+    assert entry.meaning in describe(concrete(entry.tag)[0]) or entry.tag in FALLBACKS
+    # "test" is where the Trainer puts what predict() logs: shown, but no question of its own.
+    assert {tag.split("/")[0] for tag in concrete(entry.tag)} <= {*SECTIONS, "test"}
+    assert all(SECTIONS.values())
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.tag)
+def test_no_other_entry_has_its_tags(entry: Entry) -> None:
+    for tag in concrete(entry.tag):
+        others = {other.tag for other in CATALOGUE if other is not entry and other.pattern.fullmatch(tag)}
+        if entry.tag in FALLBACKS:
+            assert others == set(), tag
+        else:
+            assert others <= FALLBACKS, tag
+            assert find(tag) is entry
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "outputs/loss/codebook_",
+        "outputs/loss/codebook_x",
+        "outputs/loss/codebook_<k>",
+        "outputs/loss/text/more",
+        "more/outputs/loss/text",
+        "inputs/tensor/a/b/min",
+        "gradients/layer_1/lora/norm",
+        "attention/layer_0/text_to_padding",
+        "train",
+        "",
+    ],
+)
+def test_other_tags_are_not_found(tag: str) -> None:
+    assert find(tag) is None
+    assert describe(tag) == ""
+    assert describe(tag, "as measured here") == "as measured here"
+
+
+def test_a_description_has_meaning_unit_direction_and_note() -> None:
+    assert describe("outputs/loss/text", "Fused.") == (
+        "Cross-entropy of supervised text tokens. Unit: nats per token. Lower is better. Fused."
+    )
+    assert describe("train/grad_norm") == "Gradient norm before clipping, as the Trainer logs it."
+
+
+def test_a_section_is_the_first_part_of_a_tag() -> None:
+    entry = find("zero_shot/clip_3/target")
+    assert entry is not None
+    assert entry.section == "zero_shot"
