@@ -1,0 +1,1 @@
+"""What people open, made from the catalogue."""

@@ -232,7 +232,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "outputs/eos/supervised",
-        "Share of the target clips' stream ends (one per codebook) with a label. Below 1: the model is not taught to stop.",
+        "Share of the target clips' stream ends (one per codebook) with a label. Below 1: it is not taught to stop.",
         reduction="mean over codebooks and clips",
         better="higher",
         absent="no target audio in the step",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Su
 
 SHOWN_SAMPLES = 2
 SHOWN_CLIPS = 4
+NOT_DATA = frozenset({"num_items_in_batch"})  # the Trainer's own, for the loss
 TENSOR_COLUMNS = (
     "tensor", "shape", "dtype", "device", "min", "max", "mean", "std", "zero fraction", "non-finite", "first values",
 )  # fmt: skip
@@ -84,17 +86,23 @@ class InputLoggerCallback(StrategicCallback):
 
     def _show_audio(self, microbatch: Microbatch, kind: str) -> None:
         tag = f"inputs/{kind}"
+        # One clip a sample: a sample without one keeps its place, so that a player shows the same row at every step.
         sources = [
-            (_caption(microbatch, row, metadata), waveform)
-            for row, metadata in enumerate(microbatch.metadata)
-            for waveform in metadata.get(kind) or ()
-        ][:SHOWN_CLIPS]
-        if not sources:
+            (_caption(microbatch, row, metadata), next(iter(metadata.get(kind) or ()), None))
+            for row, metadata in enumerate(microbatch.metadata[:SHOWN_CLIPS])
+        ]
+        present = [waveform for _, waveform in sources if waveform is not None]
+        if not present:
             self.session.recorder.absent(tag, f"the batch carries no {kind} waveform")
             return
+        silence = np.zeros(0, dtype=np.float32)
+        rate = present[0].sampling_rate
 
         def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
-            clips = tuple(Clip(source.samples, source.sampling_rate, caption) for caption, source in sources)
+            clips = tuple(
+                Clip(silence, rate, caption) if source is None else Clip(source.samples, source.sampling_rate, caption)
+                for caption, source in sources
+            )
             emit.record(Audio(tag, clips))
 
         self.session.recorder.defer({}, build)
@@ -135,7 +143,7 @@ def _outside(ids: Tensor, vocabulary: int) -> Tensor:
 
 
 def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor))
+    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor) and name not in NOT_DATA)
 
 
 def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:

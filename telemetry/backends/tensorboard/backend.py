@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,5 +84,16 @@ class TensorBoardBackend:
 
 
 def launch_command(logging_dir: str | Path) -> str:
-    """The shell command that shows a directory's runs with every sample that a long run needs."""
-    return f"tensorboard --logdir {shlex.quote(str(logging_dir))} --samples_per_plugin {_SAMPLES}"
+    """The shell command that shows a directory's runs with every sample that a long run needs.
+
+    ``tensorboard`` is named by its path where a shell would not find the one of this Python environment.
+    """
+    return f"{_program()} --logdir {shlex.quote(str(logging_dir))} --samples_per_plugin {_SAMPLES}"
+
+
+def _program() -> str:
+    beside = Path(sys.executable).parent / "tensorboard"
+    found = shutil.which("tensorboard")
+    if not beside.exists() or (found and Path(found).samefile(beside)):
+        return "tensorboard"
+    return shlex.quote(str(beside))

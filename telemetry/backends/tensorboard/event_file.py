@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -138,7 +137,7 @@ def _after(directory: Path) -> tuple[int, _Clock]:
 
 
 def _last_time(path: Path) -> float:
-    """When the last whole event of a file was written; 0 where it has none. Reads lengths, and only one event."""
+    """When the last whole event of a file was written; 0 where none can be read. Reads lengths, and only one event."""
     size = path.stat().st_size
     offset, last = 0, None
     with path.open("rb", buffering=0) as file:
@@ -146,14 +145,12 @@ def _last_time(path: Path) -> float:
             (length,) = _LENGTH.unpack(header)
             if offset + _OVERHEAD + length > size:
                 break
-            last = (length, offset + _LENGTH.size + _CHECKSUM.size)
+            last = (_OVERHEAD + length, offset)
             offset += _OVERHEAD + length
-        if last is None:
-            return 0.0
-        try:
-            return Event.FromString(os.pread(file.fileno(), *last)).wall_time
-        except DecodeError:
-            return 0.0
+        record = os.pread(file.fileno(), *last) if last else b""
+    data = record[_LENGTH.size + _CHECKSUM.size : -_CHECKSUM.size]
+    # Bytes that are no event may still parse as one, from any year.
+    return Event.FromString(data).wall_time if record and record == _framed(data) else 0.0
 
 
 def _framed(data: bytes) -> bytes:

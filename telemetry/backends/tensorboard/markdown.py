@@ -11,7 +11,6 @@ import numbers
 import re
 import string
 import sys
-import textwrap
 
 import numpy as np
 
@@ -52,9 +51,7 @@ def _wrap(line: str, width: int) -> list[str]:
     """A line in parts that end behind a space where they can; together they are the line."""
     if len(line) <= width:
         return [line]
-    return textwrap.wrap(
-        line, width, expand_tabs=False, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False
-    )
+    return re.findall(rf".{{1,{width}}}\Z|.{{0,{width - 1}}} |.{{{width}}}", line, re.DOTALL)
 
 
 def table_markdown(table: Table) -> str:

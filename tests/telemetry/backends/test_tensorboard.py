@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import string
+import struct
 import subprocess
 import sys
 import textwrap
@@ -377,6 +378,18 @@ def test_a_broken_earlier_file_does_not_keep_a_run_from_starting(content: bytes,
     assert path is not None
     assert path.name > broken.name
     assert steps_in(path) == [1, 2]
+
+
+def test_times_of_a_damaged_event_are_not_believed(tmp_path: Path) -> None:
+    first = record_steps(tmp_path, losses(1, 2)).path
+    assert first is not None
+    content = bytearray(first.read_bytes())
+    year_one_million = struct.pack("<d", 3e13)
+    at = content.rindex(struct.pack("<d", events(first)[-1].wall_time))
+    content[at : at + 8] = year_one_million
+    first.write_bytes(content)
+    second = record_steps(tmp_path, losses(1, 2)).path
+    assert events(second)[0].wall_time < time.time() + 60
 
 
 def test_times_follow_those_of_earlier_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
