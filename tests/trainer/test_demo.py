@@ -23,6 +23,7 @@ from transformers import (
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from trainer.audio import read_audio
+from trainer.chatml import load_samples
 from trainer.codec import load_audio_tokenizer
 from trainer.demo import synthesize as synthesis
 from trainer.demo.__main__ import main
@@ -273,6 +274,11 @@ def test_data_files(made: Demonstration) -> None:
     assert 6 <= made.eval_samples <= 12
 
 
+def test_data_files_pass_validation(made: Demonstration) -> None:
+    for path, number in ((made.train_file, made.train_samples), (made.eval_file, made.eval_samples)):
+        assert len(load_samples(path, show_progress=False)) == number
+
+
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_samples_have_a_reference_of_the_same_voice(made: Demonstration, split: str) -> None:
     clips = {clip.file: clip for clip in read_manifest()}
@@ -347,9 +353,7 @@ def test_processor_works_from_any_directory(
     assert loss.item() == pytest.approx(untrained, rel=0.1)
 
 
-def test_command_says_what_it_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_command_says_what_it_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="trainer.demo"):
         main(["prepare", str(tmp_path / "demo")])
     for name in ("model", "audio_tokenizer", "train.json", "eval.json"):

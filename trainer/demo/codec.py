@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedAudioTokenizerBase
 from transformers.processing_utils import MODALITY_TO_BASE_CLASS_MAPPING
 from transformers.utils.generic import ModelOutput
 
-_FLOOR = 1e-4  # of the mel magnitude; about 80 dB below full scale speech, where 16-bit files are noise
+_FLOOR = 1e-4  # of the mel magnitude: that of the rounding noise of 16-bit files
 _KMEANS_ITERATIONS = 25
 _GRIFFIN_LIM_ITERATIONS = 32
 _GRIFFIN_LIM_MOMENTUM = 0.99  # the value that its authors recommend
