@@ -17,9 +17,9 @@ demo: $(VENV)/.installed
 		--model_path $(DEMO)/model --audio_tokenizer_path $(DEMO)/audio_tokenizer \
 		--train_data_file $(DEMO)/train.json --eval_data_file $(DEMO)/eval.json \
 		--output_dir $(DEMO)/output --logging_dir $(DEMO)/logs \
-		--max_steps 400 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
-		--learning_rate 1e-3 --warmup_steps 20 --logging_steps 10 --eval_steps 200 --save_steps 400 \
-		--enable_strategic_logging --strategic_logging_steps 50
+		--max_steps 150 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
+		--learning_rate 2e-3 --warmup_steps 20 --logging_steps 5 --eval_steps 50 --save_steps 150 \
+		--enable_strategic_logging --strategic_logging_steps 10
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

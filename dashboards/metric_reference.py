@@ -8,8 +8,9 @@ from telemetry.catalogue import CATALOGUE, SECTIONS, Entry
 
 _HEAD = """# Metric reference
 
-Generated from the catalogue: `python -m dashboards metrics > docs/metrics.md`. Tags are a public interface. `<k>`, `<l>`,
-`<i>` are numbers, `<name>` and `<group>` names, `{a,b}` one of several. What cannot be measured is left out, never zero.
+Generated from the catalogue: `python -m dashboards metrics > docs/metrics.md`. Tags are a public interface. `<k>`,
+`<l>`, `<i>` are numbers, `<name>` and `<group>` names, `{a,b}` one of several. What cannot be measured is left out,
+never zero.
 A tag listed here may wait for a later release: what a run has measured is what its dashboard shows.
 """
 

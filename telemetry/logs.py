@@ -51,12 +51,14 @@ class _StderrHandler(logging.Handler):
 def setup_logging(rank: int | None = None, level: int = logging.INFO) -> None:
     """One handler on stderr for the loggers ``telemetry``, ``trainer`` and ``transformers``; call it once per process.
 
+    ``level`` is for the project's own; transformers keeps its own verbosity (``TRANSFORMERS_VERBOSITY``).
+
     Their lines come once: they no longer propagate to the root logger, and transformers' default handler is taken off.
     Other loggers, and other handlers of these three, are left as they are. A second call adds nothing; it applies its
-    rank and level to the handler that is there. The Trainer sets transformers' level again from its ``log_level``.
+    rank and level to the handler that is there.
 
-    Since nothing propagates, pytest's ``caplog`` sees these loggers after a call only when its handler is added to them
-    (``logging.getLogger("telemetry").addHandler(caplog.handler)``); without a call it works as usual.
+    Since nothing propagates, pytest's ``caplog`` misses these loggers in the test that makes the call, unless its
+    handler is added to them (``logging.getLogger("telemetry").addHandler(caplog.handler)``).
 
     Args:
         rank: this process's rank; the environment variable ``RANK`` (set by torchrun) or else 0 when None.
@@ -76,7 +78,8 @@ def setup_logging(rank: int | None = None, level: int = logging.INFO) -> None:
         logger = logging.getLogger(name)
         if handler not in logger.handlers:
             logger.addHandler(handler)
-        logger.setLevel(level)
+        if name != "transformers":
+            logger.setLevel(level)
         logger.propagate = False
 
 

@@ -28,6 +28,7 @@ _TRAINER_SECTIONS = ("train", "eval")  # the Trainer prints these itself
 _WIDTH = 120  # columns where there is no terminal
 _GUIDES = 8  # columns that the tree's lines take in front of a section's content
 _ROWS = 12
+_NAMED = 12
 _CELL_CHARACTERS = 200
 _TEXT_CHARACTERS = 2000
 _GAP = 2  # blank columns between numbers
@@ -114,18 +115,21 @@ def _terminal_width() -> int:
         return _WIDTH
 
 
-def _plain(text: str, limit: int = _TEXT_CHARACTERS) -> RichText:
+def _plain(text: str) -> RichText:
     """Text as it is: no markup, control characters spelled out so that they cannot move the cursor."""
-    shown = text[:limit].encode("utf-8", "backslashreplace").decode().translate(_CONTROL)
-    rest = f" … {len(text) - limit:,} more characters" if len(text) > limit else ""
-    return RichText(shown + rest, overflow="fold")
+    return RichText(text.encode("utf-8", "backslashreplace").decode().translate(_CONTROL), overflow="fold")
+
+
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} … {len(text) - limit:,} more characters"
 
 
 def _headline(step: int, records: Sequence[Record]) -> str:
     parts = [f"step {step:,}", _counted(len(records), "record")]
     odd = [scalar.tag for scalar in _of_kind(records, Scalar) if _number(scalar.value).startswith("!")]
     if odd:
-        parts.append(f"{_counted(len(odd), 'non-finite value')}: {', '.join(odd)}")
+        more = f", … {len(odd) - _NAMED:,} more" if len(odd) > _NAMED else ""
+        parts.append(f"{_counted(len(odd), 'non-finite value')}: {', '.join(odd[:_NAMED])}{more}")
     return " · ".join(parts)
 
 
@@ -218,7 +222,10 @@ def _heading(before: Sequence[str], column: str) -> str:
 
 
 def _alert(alert: Alert) -> RichText:
-    return _plain(f"{alert.level.upper()} {alert.tag}: {alert.title}" + (f"\n{alert.text}" if alert.text else ""))
+    return _plain(
+        f"{alert.level.upper()} {alert.tag}: {alert.title}"
+        + (f"\n{_shortened(alert.text, _TEXT_CHARACTERS)}" if alert.text else "")
+    )
 
 
 def _content(record: Record) -> Iterator[RenderableType]:
@@ -227,7 +234,7 @@ def _content(record: Record) -> Iterator[RenderableType]:
     if isinstance(record, Table):
         yield Group(_plain(path), Padding(_table(record), (0, 0, 0, 2)), *_more_rows(record))
     elif isinstance(record, Text):
-        yield _plain(f"{path}: {record.text}")
+        yield _plain(f"{path}: {_shortened(record.text, _TEXT_CHARACTERS)}")
     elif isinstance(record, Audio):
         for clip in record.clips:
             seconds = f"{len(clip.samples) / clip.sampling_rate:.1f} s" if clip.sampling_rate > 0 else "? s"
@@ -244,9 +251,9 @@ def _content(record: Record) -> Iterator[RenderableType]:
 def _table(table: Table) -> RichTable:
     shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in table.columns:
-        shown.add_column(_plain(column, _CELL_CHARACTERS), overflow="fold")
+        shown.add_column(_plain(_shortened(column, _CELL_CHARACTERS)), overflow="fold")
     for row in table.rows[:_ROWS]:
-        shown.add_row(*(_plain(_cell(cell), _CELL_CHARACTERS) for cell in row))
+        shown.add_row(*(_plain(_shortened(_cell(cell), _CELL_CHARACTERS)) for cell in row))
     return shown
 
 

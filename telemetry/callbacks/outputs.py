@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ class OutputLoggerCallback(StrategicCallback):
             logits.reshape(*targets.shape, -1), targets, probe_id=None if audio is None else audio.eos_id
         )
         self._predictions[head.modality] = (targets, stats)
-        for tag, value in self._metrics(head, targets, stats, audio):
+        vocabulary = logits.shape[-1] // head.codebooks
+        for tag, value in self._metrics(head, targets, stats, audio, vocabulary):
             self.session.recorder.metric(f"outputs/{tag}", value)
 
     def finish_step(self) -> None:
@@ -75,9 +77,9 @@ class OutputLoggerCallback(StrategicCallback):
         return {head.modality for head in family.heads()} if family is not None else set()
 
     def _metrics(
-        self, head: Head, targets: Tensor, stats: TokenStats, audio: AudioView | None
+        self, head: Head, targets: Tensor, stats: TokenStats, audio: AudioView | None, vocabulary: int
     ) -> Iterator[tuple[str, Metric]]:
-        mask = targets != IGNORE_INDEX
+        mask = (targets >= 0) & (targets < vocabulary)  # a label outside is a data fault, counted in inputs/invalid_ids
         columns = {
             "loss": stats.nll,
             "accuracy": (stats.rank == 0).float(),
@@ -147,13 +149,16 @@ def _audio_metrics(targets: Tensor, stats: TokenStats, audio: AudioView, mask: T
     if stats.probe_probability is not None:
         total, count = masked_totals(stats.probe_probability, ends)
         yield "eos/probability", Mean(total.sum(), count.sum())
-    entries = [entry for entry in range(audio.vocabulary) if entry not in (audio.bos_id, audio.eos_id)]
-    kept = torch.tensor(entries, device=targets.device) if len(entries) <= max(entries) else None
-    counts = histogram_of_ids(stats.prediction, mask, audio.vocabulary)
-    counts = counts[:, : len(entries)] if kept is None else counts.index_select(1, kept)
+    counts = _without(histogram_of_ids(stats.prediction, mask, audio.vocabulary), {audio.bos_id, audio.eos_id})
     for k in range(audio.codebooks):
         yield f"codebook_{k}/used_fraction", UsedFraction(counts[k])
         yield f"codebook_{k}/perplexity", Perplexity(counts[k])
+
+
+def _without(counts: Tensor, ids: set[int]) -> Tensor:
+    """Counts ``[codebooks, vocabulary]`` without the columns of some ids: those of the codebook's own entries."""
+    edges = [-1, *sorted(ids), counts.shape[1]]
+    return torch.cat([counts[:, edge + 1 : following] for edge, following in itertools.pairwise(edges)], dim=1)
 
 
 def _supervised_ends(audio: AudioView) -> Mean:

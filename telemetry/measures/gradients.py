@@ -10,7 +10,7 @@ from torch import Tensor
 
 from telemetry.measures._support import sum_dtype, undisturbed, value_pieces
 
-# A float32 sum on the CPU loses about a percent over 5e7 values; over pieces of this size it keeps six digits.
+# A float32 sum on the CPU loses about a percent over 5e7 values; over pieces of this size it keeps five digits.
 # Accelerators sum in blocks of such a size by themselves.
 _CPU_PIECE_ELEMENTS = 2**16
 

@@ -49,7 +49,7 @@ def metrics_of(values: Sequence[float]) -> dict[str, Metric]:
         "min": Min(min(values, default=math.inf)),
         "norm": Norm(tensor.square().sum()),
         "std": Std(tensor.sum(), tensor.square().sum(), len(values)),
-        "sum of means": SumOfMeans(torch.tensor(totals), torch.tensor(counts)),
+        "sum of means": SumOfMeans(torch.tensor(totals, dtype=torch.float64), torch.tensor(counts)),
         "used fraction": UsedFraction(ids),
         "perplexity": Perplexity(ids),
     }

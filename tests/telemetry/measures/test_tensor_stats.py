@@ -29,8 +29,8 @@ def tensors(draw: st.DrawFn) -> Tensor:
     size = math.prod(shape)
     dtype = draw(st.sampled_from(FLOATS + INTEGERS + COMPLEX))
     if dtype in INTEGERS:
-        values = draw(st.lists(st.integers(0, 100), min_size=size, max_size=size))
-        return torch.tensor(values, dtype=dtype).reshape(shape)
+        integers = draw(st.lists(st.integers(0, 100), min_size=size, max_size=size))
+        return torch.tensor(integers, dtype=dtype).reshape(shape)
     numbers = st.one_of(st.floats(-100, 100), st.sampled_from([0.0, -0.0, *ODD]))
     values = draw(st.lists(numbers, min_size=size, max_size=size))
     if dtype in COMPLEX:
