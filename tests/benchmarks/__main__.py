@@ -1,0 +1,47 @@
+"""``make bench``: measurements side by side in one run, as medians and ratios. Not tests: they pass no judgement."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import trainer as _trainer  # noqa: F401  (first: repairs what transformers imports)
+
+
+def main() -> None:
+    """Run every benchmark and print one table each."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each mode is measured, in turn")
+    parser.add_argument("--steps", type=int, default=4, help="counted training steps a round")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+
+    from tests.benchmarks import step_time
+
+    console = Console()
+    console.print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    show(
+        console,
+        "Training step, about 100 M parameters, batch 2, 512 positions",
+        ("step", "median s", "ratio to plain", "ratio, lowest to highest round"),
+        step_time.report(arguments.rounds, arguments.steps),
+    )
+
+
+def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """One table."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""How much longer a training step takes with telemetry: plain, non-due and due steps, in turn, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    HiggsAudioV2Config,
+    HiggsAudioV2ForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from telemetry import COMPONENTS, StrategicTelemetry
+from telemetry.backends.memory import MemoryBackend
+from trainer.collator import VoiceCloningCollator
+from trainer.dataset import IGNORE_INDEX, Example
+from trainer.higgs_trainer import HiggsAudioTrainer
+
+NEVER = 10**9
+STREAM_BOS, STREAM_EOS = 1024, 1025
+AUDIO, DELAY, PAD = 19_000, 19_001, 19_002
+TEXT, REFERENCE, TARGET = 64, 200, 248  # positions of one sample
+
+
+def make_model() -> HiggsAudioV2ForConditionalGeneration:
+    """About 100 million parameters, with the structure and codebooks of the real model."""
+    config = HiggsAudioV2Config(
+        vocab_size=20_000,
+        hidden_size=640,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=64,
+        codebook_size=1026,
+        audio_token_id=AUDIO,
+        audio_bos_token_id=PAD + 1,
+        audio_delay_token_id=DELAY,
+        pad_token_id=PAD,
+        eos_token_id=PAD,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )
+    torch.manual_seed(0)
+    return HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
+
+
+class SyntheticSpeech(Dataset[Example]):
+    """Random samples of about 512 positions: text, a reference clip, a target clip."""
+
+    def __init__(self, size: int) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._examples = [self._make() for _ in range(size)]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+    def _make(self) -> Example:
+        text = torch.randint(0, AUDIO, (TEXT,), generator=self._generator)
+        clips = [self._clip(frames) for frames in (REFERENCE, TARGET)]
+        ids = torch.cat([text[: TEXT // 2], clips[0][0], text[TEXT // 2 :], clips[1][0]])
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        supervised = slice(TEXT // 2 + REFERENCE, TEXT + REFERENCE)
+        labels[supervised] = ids[supervised]
+        frames = torch.cat([codes for _, codes in clips])
+        audio_labels = frames.clone()
+        audio_labels[:REFERENCE] = IGNORE_INDEX
+        return Example(ids, labels, frames, audio_labels)
+
+    def _clip(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.randint(0, STREAM_BOS, (frames, 8), generator=self._generator)
+        codes[-1] = STREAM_EOS
+        placeholders = torch.full((frames,), AUDIO)
+        placeholders[-7:] = DELAY
+        return placeholders, codes
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of every optimizer step, from its beginning to the beginning of the next."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        if self._began is not None:
+            self.seconds.append(now - self._began)
+        self._began = now
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to train: a name and the telemetry of a fresh run."""
+
+    name: str
+    callbacks: Callable[[], list[TrainerCallback]]
+
+
+def modes() -> Iterator[Mode]:
+    """Plain first: what the others are compared with."""
+    yield Mode("plain", list)
+    yield Mode("empty callback", lambda: [TrainerCallback()])
+    yield Mode("non-due", lambda: [telemetry(None, NEVER)])
+    for name in COMPONENTS:
+        yield Mode(f"due: {name}", lambda name=name: [telemetry([name], 1)])
+    yield Mode("due: all", lambda: [telemetry(None, 1)])
+
+
+def telemetry(components: list[str] | None, every: int) -> StrategicTelemetry:
+    """Telemetry into memory: what a backend costs is measured on its own."""
+    return StrategicTelemetry(components, logging_steps=every, backends=[MemoryBackend()])
+
+
+def measure(rounds: int, steps: int, directory: str) -> dict[str, list[float]]:
+    """Step times by mode. Every round trains ``steps`` counted steps in each mode, in turn; the first two are not
+    counted (they warm up, and step 1 is always due)."""
+    model = make_model()
+    data = SyntheticSpeech(8)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for mode in modes():
+            watch = Stopwatch()
+            train(model, data, [*mode.callbacks(), watch], steps + 3, directory)
+            seconds[mode.name] += watch.seconds[2:]
+    return seconds
+
+
+def train(
+    model: HiggsAudioV2ForConditionalGeneration,
+    data: SyntheticSpeech,
+    callbacks: list[TrainerCallback],
+    steps: int,
+    directory: str,
+) -> None:
+    """A short real training, without logging or checkpoints."""
+    arguments = TrainingArguments(
+        output_dir=directory,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=1e-5,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+    )
+    trainer = HiggsAudioTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=VoiceCloningCollator(PAD, STREAM_EOS),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def report(rounds: int = 3, steps: int = 4) -> list[tuple[str, ...]]:
+    """Rows of mode, median seconds of a step, and the median of the rounds' ratios to plain."""
+    with tempfile.TemporaryDirectory() as directory:
+        seconds = measure(rounds, steps, directory)
+    rows = []
+    for name, values in seconds.items():
+        ratios = [
+            statistics.median(values[at : at + steps]) / statistics.median(seconds["plain"][at : at + steps])
+            for at in range(0, rounds * steps, steps)
+        ]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        rows.append((name, f"{statistics.median(values):.3f}", f"{statistics.median(ratios):.3f}", spread))
+    return rows
