@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -45,17 +47,20 @@ class CodeCache:
 
         Ranks share the encoding of what is missing; a progress bar on rank 0 shows it. Every rank must call this.
         """
-        unique = list(dict.fromkeys(paths))
-        files = {path: self._directory / f"{content_key(path)}.safetensors" for path in unique}
+        files = {path: self._directory / f"{content_key(path)}.safetensors" for path in dict.fromkeys(paths)}
         state = PartialState()
-        missing = [path for path in unique if not files[path].exists()]
+        codes = _read(files)
+        missing = [path for path in files if path not in codes]
         self._fill(missing[state.process_index :: state.num_processes], files, show=state.is_main_process)
         state.wait_for_everyone()
+        codes |= _read({path: files[path] for path in missing})
         # Ranks on other machines may not share the directory.
-        self._fill([path for path in unique if not files[path].exists()], files, show=state.is_local_main_process)
+        elsewhere = [path for path in missing if path not in codes]
+        self._fill(elsewhere, files, show=state.is_local_main_process)
+        codes |= _read({path: files[path] for path in elsewhere})
         if state.is_main_process:
-            logger.info("%d clips: %d encoded now, the others were in %s", len(unique), len(missing), self._directory)
-        return {path: load_file(str(files[path]))["codes"].long() for path in unique}
+            logger.info("%d clips: %d encoded now, the others were in %s", len(files), len(missing), self._directory)
+        return {path: codes[path] for path in files}
 
     def _fill(self, paths: Sequence[Path], files: dict[Path, Path], show: bool) -> None:
         if not paths:
@@ -68,15 +73,33 @@ class CodeCache:
             partial.replace(files[path])
 
 
+def _read(files: Mapping[Path, Path]) -> dict[Path, Tensor]:
+    """The codes that are there; a file that cannot be read (a full disk, a copy cut short) counts as not there."""
+    codes = {}
+    for path, file in files.items():
+        try:
+            codes[path] = load_file(str(file))["codes"].long()
+        except FileNotFoundError:
+            continue
+        except (SafetensorError, KeyError) as error:
+            logger.warning("encoding %s again: its cached codes in %s are unreadable (%s)", path, file, error)
+    return codes
+
+
 def codec_key(codec: Any) -> str:
-    """A hash of a codec's configuration and weights."""
+    """A hash of a codec's configuration and weights, the same wherever it was loaded from."""
     digest = hashlib.sha256(type(codec).__name__.encode())
-    digest.update(codec.config.to_json_string(use_diff=False).encode() if _stable(codec) else b"")
+    digest.update(json.dumps(_settings(json.loads(codec.config.to_json_string(use_diff=False)))).encode())
     for name, tensor in sorted(codec.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def _stable(codec: Any) -> bool:
-    return hasattr(codec.config, "to_json_string")
+def _settings(config: Any) -> Any:
+    """A configuration, and every one inside it, without where and by what it was loaded."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _settings(value) for key, value in config.items() if key not in ("_name_or_path", "transformers_version")
+    }

@@ -180,7 +180,9 @@ class Layout:
             if message.role != "assistant" or index < sample.start_index:
                 continue
             upto = self._chat(messages[: index + 1])
-            at = _shared_length(upto, self._chat(messages[:index], add_generation_prompt=True))
+            prompt = self._chat(messages[:index], add_generation_prompt=True)
+            # The prompt may begin the audio behind the header, and a text may begin as that token does.
+            at = _shared_length(upto, prompt.removesuffix(self._processor.audio_bos_token))
             for text in _texts(message):
                 found = upto.find(text, at)
                 if found < 0:

@@ -120,6 +120,8 @@ def make_training_arguments(arguments: ScriptArguments) -> TrainingArguments:
         eval_steps=arguments.eval_steps if evaluates else None,
         seed=arguments.seed,
         bf16=arguments.bf16,
+        # Unless asked for, a CPU trains without bf16, and every rank for itself.
+        use_cpu=not torch.accelerator.is_available(),
         report_to=trainer_destinations(arguments),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # metadata travels in the batch
