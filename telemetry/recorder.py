@@ -116,8 +116,16 @@ class Recorder:
         for tensors, build in hosted.deferred:
             self._build(tensors, build, hosted)
         records = [*self._scalars(hosted), *hosted.records]
-        if records:
-            self._write(step, records)
+        self.write(step, records)
+
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        """Write finished records now, past what the step has measured so far."""
+        for index, backend in list(self._opened) if records else ():
+            if not self._attempt(index, backend, "write", functools.partial(backend.write, step, records)):
+                self.dropped_records += len(records)
+                if self._failures[index] >= MAX_FAILURES:
+                    self._opened.remove((index, backend))
+                    logger.error("backend %s failed %d times: left out from now on", backend.name, MAX_FAILURES)
 
     def close(self) -> None:
         """Close every backend."""
@@ -143,14 +151,6 @@ class Recorder:
             else:
                 scalars.append(Scalar(tag, value, step.notes.get(tag, "")))
         return scalars
-
-    def _write(self, step: int, records: Sequence[Record]) -> None:
-        for index, backend in list(self._opened):
-            if not self._attempt(index, backend, "write", functools.partial(backend.write, step, records)):
-                self.dropped_records += len(records)
-                if self._failures[index] >= MAX_FAILURES:
-                    self._opened.remove((index, backend))
-                    logger.error("backend %s failed %d times: left out from now on", backend.name, MAX_FAILURES)
 
     def _attempt(self, index: int, backend: Backend, verb: str, action: Callable[[], None]) -> bool:
         try:

@@ -94,6 +94,7 @@ class StrategicCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        self.stepping = False  # a training that ended in an exception may have left it on
         if model is not None:
             self._session = Session.join(self, model, args, state, processing_class)
 
@@ -152,7 +153,6 @@ class StrategicCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.stepping and self._session is not None:
-            self.stepping = False
             self._session.finish(self, state.global_step, inputs, outputs)
 
     def on_log(

@@ -49,9 +49,9 @@ class Session:
         self._model = weakref.ref(model)
         self._args = args
         self._starting_step = state.global_step
+        self._state = state
         self._members: list[StrategicCallback] = []
         self._failures: dict[StrategicCallback, int] = {}
-        self._finished: set[StrategicCallback] = set()
         self._recorder: Recorder | None = None
         self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
         self._stepping = False
@@ -67,7 +67,7 @@ class Session:
     ) -> Session:
         """The session of a model's training, made by the first callback that asks."""
         session = cls._by_model.get(model)
-        if session is not None and member in session._members:  # left over from a training that ended in an exception
+        if session is not None and session._state is not state:  # left over from a training that ended in an exception
             session.close()
             session = None
         if session is None:
@@ -106,7 +106,6 @@ class Session:
         if self._stepping:
             return
         self._stepping = True
-        self._finished.clear()
         self.recorder.discard()
         if self._probe is not None:
             self._probe.attach()
@@ -125,8 +124,8 @@ class Session:
         if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
             self._probe.replay(inputs, outputs)
         self.guard(member, member.finish_step)
-        self._finished.add(member)
-        if self._finished >= set(self._members):
+        member.stepping = False
+        if not self._stepping_members():
             self._end_step()
             self.recorder.flush(step)
 
@@ -134,10 +133,9 @@ class Session:
         """Record what the Trainer logs, once however many callbacks hear of it."""
         if not self._members or member is not self._members[0]:
             return
-        for name, value in logs.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self.recorder.record(Scalar(_trainer_tag(name), float(value)))
-        self.recorder.flush(step)
+        numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name != "step"}
+        # Past the step that is being collected: a trainer may log in the middle of one.
+        self.recorder.write(step, [Scalar(_trainer_tag(name), float(value)) for name, value in numbers.items()])
 
     def guard(self, member: StrategicCallback, action: Callable[..., None], *args: Any) -> None:
         """Run a callback's measure; one that raises is reported and, after repeated failures, switched off."""
@@ -154,14 +152,17 @@ class Session:
                 logger.error("%s failed %d times: switched off", name, MAX_FAILURES)
 
     def observe_inputs(self, microbatch: Microbatch) -> None:
-        """From the probe: pass it on to every callback."""
-        for member in self._members:
+        """From the probe: pass it on to every callback whose step is due."""
+        for member in self._stepping_members():
             self.guard(member, member.observe_inputs, microbatch)
 
     def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """From the probe: pass it on to every callback."""
-        for member in self._members:
+        """From the probe: pass it on to every callback whose step is due."""
+        for member in self._stepping_members():
             self.guard(member, member.observe_logits, microbatch, head, logits)
+
+    def _stepping_members(self) -> list[StrategicCallback]:
+        return [member for member in self._members if member.stepping]
 
     def _end_step(self) -> None:
         self._stepping = False
@@ -197,7 +198,7 @@ def _run_config(args: TrainingArguments, model: nn.Module | None) -> Mapping[str
     """Training arguments (secrets left out by ``to_sanitized_dict``) and the model's configuration."""
     config: dict[str, Any] = dict(args.to_sanitized_dict())
     model_config = getattr(model, "config", None)
-    if model_config is not None:
+    if model_config is not None and hasattr(model_config, "to_json_string"):
         config["model"] = json.loads(model_config.to_json_string())
     return config
 

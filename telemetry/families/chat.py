@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
@@ -44,7 +45,7 @@ class ChatFormat:
         turns: list[Turn] = []
         faults: list[str] = []
         starts = [position for position, token in enumerate(ids) if token == self.header_start]
-        for start, following in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for start, following in pairwise([*starts, len(ids)]):
             header_end = _find(ids, self.header_end, start, following)
             if header_end is None:
                 faults.append(f"unbalanced header: no <|end_header_id|> behind token {start}")

@@ -74,10 +74,11 @@ class HiggsAudioV2Family:
             text=real & ~is_audio,
             text_labels=inputs.get("labels"),
             vocabulary=self._config.vocab_size,
-            audio=self._audio_view(inputs, input_ids, is_audio & real),
+            audio=self._audio_view(inputs, input_ids, is_audio, real),
         )
 
-    def _audio_view(self, inputs: Mapping[str, Any], input_ids: Tensor, is_audio: Tensor) -> AudioView | None:
+    def _audio_view(self, inputs: Mapping[str, Any], input_ids: Tensor, asks: Tensor, real: Tensor) -> AudioView | None:
+        """``asks``: positions that the model hands a frame to; it does so at padding too."""
         codes = inputs.get("audio_input_ids")
         if not isinstance(codes, Tensor):
             return None
@@ -86,11 +87,12 @@ class HiggsAudioV2Family:
         labels = inputs.get("audio_labels")
         if not isinstance(labels, Tensor):
             labels = torch.full_like(codes, IGNORE_INDEX)
+        is_audio = asks & real
         starts = is_audio & ~self._continues(input_ids, is_audio)
-        placed_labels = _place(labels, mask, is_audio, IGNORE_INDEX)
+        placed_labels = _place(labels, mask, asks, IGNORE_INDEX)
         target = _clips_with(starts, is_audio, (placed_labels != IGNORE_INDEX).any(dim=-1))
         return AudioView(
-            codes=_place(codes, mask, is_audio, 0),
+            codes=_place(codes, mask, asks, 0),
             labels=placed_labels,
             reference=is_audio & ~target,
             target=target,
@@ -99,7 +101,7 @@ class HiggsAudioV2Family:
             bos_id=self._config.audio_stream_bos_id,
             eos_id=self._config.audio_stream_eos_id,
             frames=mask.sum(dim=1),
-            placeholders=is_audio.sum(dim=1),
+            placeholders=asks.sum(dim=1),
         )
 
     def _continues(self, input_ids: Tensor, is_audio: Tensor) -> Tensor:

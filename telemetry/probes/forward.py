@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from telemetry.families.base import BatchView, Family, Head
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class ForwardProbe:
         self._handles: list[RemovableHandle] = []
         self._microbatch: Microbatch | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
+        self._unreadable_said = False
         self.forwards = 0
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -95,9 +99,19 @@ class ForwardProbe:
     def _begin(self, inputs: Mapping[str, Any]) -> Microbatch:
         self.forwards += 1
         metadata, self._metadata = self._metadata, ()
-        microbatch = Microbatch(inputs, self._family.view(inputs), metadata)
+        microbatch = Microbatch(inputs, self._view(inputs), metadata)
         self._listener.observe_inputs(microbatch)
         return microbatch
+
+    def _view(self, inputs: Mapping[str, Any]) -> BatchView | None:
+        """How the family reads a batch; None for one that it cannot, which the model may still be able to."""
+        try:
+            return self._family.view(inputs)
+        except Exception:
+            if not self._unreadable_said:
+                logger.exception("family %s cannot read a batch; training goes on", self._family.name)
+            self._unreadable_said = True
+            return None
 
     @torch.no_grad()
     def _before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

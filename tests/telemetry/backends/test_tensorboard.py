@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -695,7 +696,21 @@ def test_configuration_is_flat_and_plain() -> None:
 def test_the_command_is_safe_to_paste_and_keeps_every_sample(tmp_path: Path) -> None:
     directory = tmp_path / "it's a run; rm -rf $HOME"
     words = shlex.split(launch_command(directory))
-    assert words == ["tensorboard", "--logdir", str(directory), "--samples_per_plugin", SAMPLES]
+    assert words[1:] == ["--logdir", str(directory), "--samples_per_plugin", SAMPLES]
+
+
+def test_the_command_runs_from_a_shell_that_knows_nothing_of_this_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    program = shlex.split(launch_command(tmp_path))[0]
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert version.strip() == metadata.version("tensorboard")
+
+
+def test_the_command_is_short_where_the_shell_finds_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert launch_command("logs").startswith("tensorboard --logdir logs ")
 
 
 def test_the_writer_needs_neither_tensorflow_nor_the_server(tmp_path: Path) -> None:

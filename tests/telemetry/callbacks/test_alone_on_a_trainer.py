@@ -1,0 +1,364 @@
+"""Each callback alone, added to an unmodified ``transformers.Trainer`` with a small Llama."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from slow_references import assert_same, scalars_at
+from text_training import Training, hooks_of, training
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from telemetry import (
+    InputLoggerCallback,
+    OutputLoggerCallback,
+    SharedAttentionLoggerCallback,
+    StrategicTelemetry,
+    ZeroShotVerificationLoggerCallback,
+)
+from telemetry.backends.memory import MemoryBackend
+from telemetry.callbacks.base import StrategicCallback
+from telemetry.callbacks.shared_attention import CLIPPED_NOTE
+from telemetry.callbacks.strategic import COMPONENTS
+from telemetry.records import Scalar, Table
+
+SECTIONS = {InputLoggerCallback: "inputs", OutputLoggerCallback: "outputs", SharedAttentionLoggerCallback: "gradients"}
+ALL = [*SECTIONS, ZeroShotVerificationLoggerCallback]
+
+
+def measured_steps(backend: MemoryBackend) -> dict[str, set[int]]:
+    """Section → steps with a record, the Trainer's own logs left out."""
+    found: dict[str, set[int]] = {}
+    for tag, records in backend.records.items():
+        section = tag.split("/")[0]
+        if section not in ("train", "eval"):
+            found.setdefault(section, set()).update(step for step, _ in records)
+    return found
+
+
+@pytest.mark.parametrize("kind", list(SECTIONS))
+def test_values_of_due_steps_and_no_other(
+    kind: type[StrategicCallback], llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [kind(3, [backend])], steps=7, accumulation=2)
+    run.trainer.train()
+    section = SECTIONS[kind]
+    assert measured_steps(backend) == {section: {1, 3, 6}}
+    for step in (1, 3, 6):
+        expected = {tag: value for tag, value in run.expected(step).items() if tag.startswith(section)}
+        assert expected
+        assert_same(scalars_at(backend, step, section), expected)
+    assert backend.closed
+
+
+def test_the_zero_shot_callback_says_that_there_is_no_audio(
+    llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = MemoryBackend()
+    training(llama, tmp_path, [ZeroShotVerificationLoggerCallback(1, [backend])], steps=2).trainer.train()
+    assert measured_steps(backend) == {}
+    said = [record.getMessage() for record in telemetry_log.records]
+    assert said.count("no zero_shot/reference/present_fraction: the batch has no audio") == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_all_together_with_other_accumulations(llama: LlamaForCausalLM, tmp_path: Path, accumulation: int) -> None:
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=2, backends=[backend])], 3, accumulation)
+    run.trainer.train()
+    for step in (1, 2):
+        assert_same(scalars_at(backend, step, "inputs", "outputs", "gradients"), run.expected(step))
+    assert scalars_at(backend, 3, "inputs", "outputs", "gradients") == {}
+
+
+@pytest.mark.parametrize("kind", [*ALL, StrategicTelemetry])
+def test_hooks_live_for_due_steps_only(kind: type, llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    counted: dict[str, list[int]] = {"begin": [], "end": []}
+
+    class Counter(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            counted["begin"].append(hooks_of(llama))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            counted["end"].append(hooks_of(llama))
+
+    before = hooks_of(llama)
+    run = training(llama, tmp_path, [kind(logging_steps=3, backends=[MemoryBackend()]), Counter()], steps=4)
+    run.trainer.train()
+    assert [count > before for count in counted["begin"]] == [True, False, True, False]
+    assert counted["end"] == [before] * 4
+    assert hooks_of(llama) == before
+
+
+@pytest.mark.parametrize("kind", [*ALL, StrategicTelemetry])
+def test_nothing_of_a_step_is_kept_alive(kind: type, llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Logits of every step: their storage is gone when telemetry has returned from ``on_step_end``."""
+    storages: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def remember(_module: Any, _args: Any, logits: torch.Tensor) -> None:
+        storages.append(weakref.ref(logits.untyped_storage()))
+
+    class Check(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gc.collect()
+            alive.append(sum(storage() is not None for storage in storages))
+
+    llama.lm_head.register_forward_hook(remember)
+    run = training(llama, tmp_path, [kind(logging_steps=1, backends=[MemoryBackend()]), Check()], steps=3)
+    run.trainer.train()
+    assert len(storages) == 3 * 2
+    assert alive == [0, 0, 0]
+
+
+def test_the_check_for_what_is_kept_alive_sees_a_leak(llama: LlamaForCausalLM) -> None:
+    logits = llama(input_ids=torch.tensor([[1, 2]])).logits
+    storage = weakref.ref(logits.untyped_storage())
+    view = logits.detach()[:, :1]
+    del logits
+    gc.collect()
+    assert storage() is not None
+    del view
+    gc.collect()
+    assert storage() is None
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+def test_gradient_norms_say_when_they_come_after_clipping(
+    llama: LlamaForCausalLM, tmp_path: Path, max_grad_norm: float, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = MemoryBackend()
+    callback = SharedAttentionLoggerCallback(1, [backend])
+    run = training(llama, tmp_path, [callback], steps=2, max_grad_norm=max_grad_norm)
+    run.trainer.train()
+    for step in (1, 2):
+        expected = {t: v for t, v in run.expected(step, max_grad_norm).items() if t.startswith("gradients")}
+        assert_same(scalars_at(backend, step, "gradients"), expected, rel=1e-4)
+    notes = {
+        record.note
+        for tag in backend.tags()
+        if tag.startswith("gradients/")
+        for _, record in backend.records[tag]
+        if isinstance(record, Scalar)
+    }
+    assert notes == {CLIPPED_NOTE if max_grad_norm else ""}
+    said = [record.getMessage() for record in telemetry_log.records]
+    assert said.count("gradient norms are measured after clipping on this Trainer") == (1 if max_grad_norm else 0)
+
+
+class CountingBackend(MemoryBackend):
+    """Counts how often it is opened and closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def open(self, run: Any) -> None:
+        self.events.append("open")
+        super().open(run)
+
+    def close(self) -> None:
+        self.events.append("close")
+        super().close()
+
+
+def test_two_callbacks_share_one_backend_and_one_step(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    backend = CountingBackend()
+    callbacks = [OutputLoggerCallback(2, [backend]), InputLoggerCallback(2, [backend])]
+    run = training(llama, tmp_path, callbacks, steps=2)
+    run.trainer.train()
+    assert backend.events == ["open", "close"]
+    for step in (1, 2):
+        expected = {t: v for t, v in run.expected(step).items() if not t.startswith("gradients")}
+        assert_same(scalars_at(backend, step, "inputs", "outputs"), expected)
+
+
+def test_callbacks_with_backends_of_their_own_share_what_they_measure(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    one, other = CountingBackend(), CountingBackend()
+    callbacks = [OutputLoggerCallback(1, [one]), InputLoggerCallback(1, [other, one])]
+    training(llama, tmp_path, callbacks, steps=1).trainer.train()
+    assert one.events == other.events == ["open", "close"]
+    assert one.tags() == other.tags()
+    assert set(measured_steps(one)) == {"inputs", "outputs"}
+
+
+def test_callbacks_of_different_cadence_each_keep_their_own(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    backend = MemoryBackend()
+    callbacks = [
+        InputLoggerCallback(2, [backend]),
+        OutputLoggerCallback(3, [backend]),
+        SharedAttentionLoggerCallback(4, [backend]),
+    ]
+    run = training(llama, tmp_path, callbacks, steps=7)
+    run.trainer.train()
+    assert measured_steps(backend) == {"inputs": {1, 2, 4, 6}, "outputs": {1, 3, 6}, "gradients": {1, 4}}
+    for step in (1, 2, 3, 4, 6):
+        sections = [name for name, steps in measured_steps(backend).items() if step in steps]
+        expected = {t: v for t, v in run.expected(step).items() if t.split("/")[0] in sections}
+        assert_same(scalars_at(backend, step, "inputs", "outputs", "gradients"), expected)
+    assert hooks_of(llama) == 0
+
+
+def test_the_trainers_own_numbers_come_once_under_train_and_eval(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    backend = MemoryBackend()
+    callbacks = [InputLoggerCallback(100, [backend]), StrategicTelemetry(["outputs"], 100, [backend])]
+    run = training(llama, tmp_path, callbacks, steps=4, logging_steps=2, eval_strategy="steps", eval_steps=2)
+    run.trainer.train()
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for logs in run.trainer.state.log_history:
+        for name, value in logs.items():
+            if name not in ("step", "total_flos"):  # the Trainer's own printer takes total_flos out of what others see
+                tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+                expected.setdefault(tag, []).append((int(logs["step"]), float(value)))
+    shown = {
+        tag: [(step, record.value) for step, record in records if isinstance(record, Scalar)]
+        for tag, records in backend.records.items()
+        if tag.split("/")[0] in ("train", "eval")
+    }
+    assert shown == expected
+    assert {"train/loss", "train/learning_rate", "eval/loss", "train/train_runtime"} <= set(shown)
+    assert [step for step, _ in shown["eval/loss"]] == [2, 4]
+
+
+def test_a_trainer_that_logs_in_the_middle_of_a_step_tears_nothing(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    class Talkative(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            self.log({"part": 1.0})
+            return loss
+
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=2, kind=Talkative)
+    run.trainer.train()
+    assert measured_steps(backend) == {"inputs": {1, 2}, "outputs": {1, 2}, "gradients": {1, 2}}
+    for step in (1, 2):
+        assert_same(scalars_at(backend, step, "inputs", "outputs", "gradients"), run.expected(step))
+    assert [step for step, _ in backend.records["train/part"]] == [0, 0, 1, 1]
+
+
+class HandingOver(Trainer):
+    """Takes its loss from a model that hooks do not see, and hands inputs and outputs to ``on_step_end``."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        kwargs = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        self.inputs = inputs
+        self.outputs = type(model).forward(model, **inputs, **kwargs)  # not model(...): no hook of the model's fires
+        hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        self.outputs.logits = torch.nn.functional.linear(hidden, model.lm_head.weight).detach()
+        return self.outputs.loss
+
+
+class Hand(TrainerCallback):
+    """What a trainer of one's own does: passes the step's data on."""
+
+    def __init__(self, callback: StrategicCallback) -> None:
+        self.callback = callback
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.callback.on_step_end(args, state, control, inputs=self.trainer.inputs, outputs=self.trainer.outputs)
+
+
+@pytest.mark.parametrize("kind", [InputLoggerCallback, OutputLoggerCallback])
+def test_inputs_and_outputs_handed_over_where_no_hook_fires(
+    kind: type[StrategicCallback], llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    backend = MemoryBackend()
+    callback = kind(2, [backend])
+    hand = Hand(callback)
+    run = training(llama, tmp_path, [hand, callback], steps=3, accumulation=1, kind=HandingOver)
+    hand.trainer = run.trainer
+    run.trainer.train()
+    section = SECTIONS[kind]
+    assert measured_steps(backend) == {section: {1, 2}}
+    for step in (1, 2):
+        expected = {tag: value for tag, value in run.expected(step).items() if tag.startswith(section)}
+        assert_same(scalars_at(backend, step, section), expected)
+
+
+class FusedLlama(LlamaForCausalLM):
+    """Its loss never calls the head as a module and returns no logits, as fused linear cross entropies do."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = torch.nn.functional.linear(hidden, self.lm_head.weight)
+        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss)
+
+
+def test_a_fused_loss_leaves_outputs_absent_and_says_so_once(
+    llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = MemoryBackend()
+    run = training(
+        FusedLlama(llama.config), tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=3
+    )
+    run.trainer.train()
+    assert measured_steps(backend) == {"inputs": {1, 2, 3}, "gradients": {1, 2, 3}}
+    said = [record.getMessage() for record in telemetry_log.records if "outputs/" in record.getMessage()]
+    assert said == ["no outputs/loss/text: the model computed no logits for it (a fused loss, or no such head)"]
+
+
+def test_tables_of_a_text_model(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=1, accumulation=2)
+    run.trainer.train()
+    last = run.of_step(1)[-1]
+    rows = backend.last("inputs/sequence", Table).rows
+    for row in range(2):
+        spans = [cells[1:] for cells in rows if cells[0] == f"row {row}"]
+        assert sum(int(str(span[1])) for span in spans) == last["input_ids"].shape[1]
+        shown = " ".join(str(span[3]) for span in spans)
+        assert shown == " ".join(map(str, last["input_ids"][row].tolist()))
+        supervised = sum(int(str(span[1])) for span in spans if span[2] == "yes")
+        assert supervised == int((last["labels"][row] != -100).sum())
+    streams = {row[1] for row in backend.last("outputs/predictions", Table).rows}
+    assert streams == {"text", "text tokens"}
+
+
+def test_another_training_of_the_same_model_starts_afresh(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    backends = [MemoryBackend(), MemoryBackend()]
+    for backend in backends:
+        run = training(llama, tmp_path, [InputLoggerCallback(2, [backend])], steps=2)
+        run.trainer.train()
+    assert [measured_steps(backend) for backend in backends] == [{"inputs": {1, 2}}] * 2
+
+
+@pytest.mark.parametrize("logging_steps", [0, -1])
+def test_a_cadence_below_one_is_refused(logging_steps: int) -> None:
+    for kind in ALL:
+        with pytest.raises(ValueError, match="logging_steps must be at least 1"):
+            kind(logging_steps)
+
+
+@pytest.mark.parametrize("components", [[], ["outputs", "everything"]])
+def test_unknown_components_are_refused(components: list[str]) -> None:
+    with pytest.raises(ValueError, match="choose from inputs, outputs, shared_attention, zero_shot"):
+        StrategicTelemetry(components)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_one_component_is_what_its_callback_alone_is(name: str, llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    shown: list[Any] = []
+    for callback in (StrategicTelemetry([name, name], 2), COMPONENTS[name](2)):
+        backend = MemoryBackend()
+        for member in getattr(callback, "members", [callback]):
+            member.backends = [backend]
+        run: Training = training(llama_copy(llama), tmp_path, [callback], steps=2)
+        run.trainer.train()
+        shown.append({tag: records for tag, records in backend.records.items() if not tag.startswith("train/")})
+    assert shown[0] == shown[1]
+
+
+def llama_copy(llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(llama.config)
+    model.load_state_dict(llama.state_dict())
+    return model

@@ -1,0 +1,307 @@
+"""Nothing that goes wrong in telemetry, or in a training that it watched, reaches training or what comes after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from slow_references import assert_same, scalars_at
+from text_training import hooks_of, training
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+
+from telemetry import InputLoggerCallback, OutputLoggerCallback, SharedAttentionLoggerCallback, StrategicTelemetry
+from telemetry.backends.memory import MemoryBackend
+from telemetry.callbacks.base import StrategicCallback
+from telemetry.families import CausalLMFamily, Head
+from telemetry.probes.forward import Microbatch
+from telemetry.recorder import MAX_FAILURES
+
+
+class BrokenError(RuntimeError):
+    """What the tests' measures and backends raise."""
+
+
+class BreaksOnInputs(StrategicCallback):
+    calls = 0
+
+    def observe_inputs(self, microbatch: Microbatch) -> None:
+        type(self).calls += 1
+        raise BrokenError("inputs")
+
+
+class BreaksOnLogits(StrategicCallback):
+    calls = 0
+
+    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
+        type(self).calls += 1
+        raise BrokenError("logits")
+
+
+class BreaksOnGradients(StrategicCallback):
+    calls = 0
+
+    def observe_gradients(self, model: nn.Module, clipped: bool) -> None:
+        type(self).calls += 1
+        raise BrokenError("gradients")
+
+
+class BreaksAtTheEnd(StrategicCallback):
+    calls = 0
+
+    def finish_step(self) -> None:
+        type(self).calls += 1
+        raise BrokenError("end")
+
+
+@pytest.mark.parametrize("kind", [BreaksOnInputs, BreaksOnLogits, BreaksOnGradients, BreaksAtTheEnd])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_measure_that_raises_is_said_once_and_switched_off(
+    kind: Any, first: bool, llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    kind.calls = 0
+    backend = MemoryBackend()
+    others = [InputLoggerCallback(1, [backend]), OutputLoggerCallback(1, [backend])]
+    broken = kind(1, [backend])
+    run = training(llama, tmp_path, [broken, *others] if first else [*others, broken], steps=6)
+    run.trainer.train()
+
+    assert run.trainer.state.global_step == 6
+    for step in range(1, 7):
+        expected = {t: v for t, v in run.expected(step).items() if not t.startswith("gradients")}
+        assert_same(scalars_at(backend, step, "inputs", "outputs"), expected)
+    assert kind.calls == MAX_FAILURES
+    errors = [record for record in telemetry_log.records if record.levelname == "ERROR"]
+    assert [record.getMessage() for record in errors] == [
+        f"{kind.__name__} failed; training goes on",
+        f"{kind.__name__} failed {MAX_FAILURES} times: switched off",
+    ]
+    assert errors[0].exc_info is not None
+    assert errors[0].exc_info[0] is BrokenError
+    assert hooks_of(llama) == 0
+
+
+def test_training_is_the_same_with_a_measure_that_raises(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ([], [BreaksOnLogits(1, [MemoryBackend()]), BreaksOnGradients(1)]):
+        model = LlamaForCausalLM(llama.config)
+        model.load_state_dict(llama.state_dict())
+        training(model, tmp_path, callbacks, steps=3).trainer.train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class BrokenBackend:
+    """Raises in one of its methods."""
+
+    def __init__(self, verb: str) -> None:
+        self.name = f"broken {verb}"
+        self.verb = verb
+        self.calls: list[str] = []
+
+    def open(self, run: Any) -> None:
+        self._called("open")
+
+    def write(self, step: int, records: Any) -> None:
+        self._called("write")
+
+    def close(self) -> None:
+        self._called("close")
+
+    def _called(self, verb: str) -> None:
+        self.calls.append(verb)
+        if verb == self.verb:
+            raise BrokenError(verb)
+
+
+@pytest.mark.parametrize("verb", ["open", "write", "close"])
+def test_a_backend_that_raises_is_said_once_and_others_go_on(
+    verb: str, llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    broken, good = BrokenBackend(verb), MemoryBackend()
+    run = training(llama, tmp_path, [InputLoggerCallback(1, [broken, good])], steps=6)
+    run.trainer.train()
+    for step in range(1, 7):
+        assert_same(
+            scalars_at(good, step, "inputs"), {t: v for t, v in run.expected(step).items() if t.startswith("inputs")}
+        )
+    assert good.closed
+    assert run.trainer.state.global_step == 6
+    errors = [record for record in telemetry_log.records if record.levelname == "ERROR"]
+    assert [record.getMessage() for record in errors if record.exc_info] == [
+        f"backend {broken.name} could not {verb}; training goes on"
+    ]
+    if verb == "open":
+        assert broken.calls == ["open"]
+    elif verb == "write":
+        assert broken.calls == ["open", *["write"] * MAX_FAILURES]
+        assert errors[-1].getMessage() == f"backend {broken.name} failed {MAX_FAILURES} times: left out from now on"
+    else:
+        assert broken.calls[-1] == "close"
+        assert broken.calls.count("close") == 1
+
+
+class Stops(TrainerCallback):
+    """Raises in the middle of a step, as an interrupt does."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.event, self.step = event, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop("on_step_begin", state)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop("on_substep_end", state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop("on_pre_optimizer_step", state)
+
+    def _stop(self, event: str, state: Any) -> None:
+        if event == self.event and state.global_step + 1 == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step"])
+@pytest.mark.parametrize("again", ["same callbacks", "new callbacks"])
+def test_after_a_training_that_was_interrupted_the_next_one_is_whole(
+    event: str, again: str, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    interrupted, backend = MemoryBackend(), MemoryBackend()
+    callbacks: list[Any] = [InputLoggerCallback(2, [interrupted]), StrategicTelemetry(["outputs"], 2, [interrupted])]
+    with pytest.raises(KeyboardInterrupt):
+        training(llama, tmp_path, [*callbacks, Stops(event, 2)], steps=4).trainer.train()
+    shown_before = len(interrupted.records["inputs/invalid_ids"])
+    if again == "new callbacks":
+        callbacks = [InputLoggerCallback(2, [backend]), StrategicTelemetry(["outputs"], 2, [backend])]
+    else:
+        callbacks[0].backends = callbacks[1].members[0].backends = [backend]
+
+    run = training(llama, tmp_path, callbacks, steps=4)
+    run.trainer.train()
+
+    for step in (1, 2, 4):
+        expected = {t: v for t, v in run.expected(step).items() if not t.startswith("gradients")}
+        assert_same(scalars_at(backend, step, "inputs", "outputs"), expected)
+    assert scalars_at(backend, 3, "inputs", "outputs") == {}
+    assert interrupted.closed
+    assert len(interrupted.records["inputs/invalid_ids"]) == shown_before
+    assert hooks_of(llama) == 0
+
+
+def test_a_step_resumed_behind_an_interrupted_one_is_not_taken_for_it(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """The resumed training begins at a step that is due for one callback and not for the one that was interrupted."""
+    backend = MemoryBackend()
+    callbacks = [SharedAttentionLoggerCallback(4, [backend]), InputLoggerCallback(3, [backend])]
+    with pytest.raises(KeyboardInterrupt):
+        training(
+            llama, tmp_path, [*callbacks, Stops("on_substep_end", 4)], 5, save_strategy="steps", save_steps=2
+        ).trainer.train()
+    assert list(backend.scalars("inputs/invalid_ids")) == [1, 3]
+    run = training(llama, tmp_path, callbacks, steps=5)
+    run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [step for step, _ in backend.records["inputs/invalid_ids"]] == [1, 3, 3]
+    assert [step for step, _ in backend.records["gradients/total_norm"]] == [1, 4]
+    assert backend.run is not None
+    assert backend.run.starting_step == 2
+
+
+def test_a_batch_that_the_family_cannot_read_is_said_once_and_its_tensors_are_still_shown(
+    llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(self: CausalLMFamily, inputs: Any) -> None:
+        raise BrokenError("view")
+
+    monkeypatch.setattr(CausalLMFamily, "view", unreadable)
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=2)
+    run.trainer.train()
+    assert run.trainer.state.global_step == 2
+    for step in (1, 2):
+        expected = {t: v for t, v in run.expected(step).items() if t.startswith("inputs/tensor/")}
+        assert_same(scalars_at(backend, step, "inputs"), expected)
+    said = [record for record in telemetry_log.records if "cannot read a batch" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].exc_info is not None
+
+
+class Odd(nn.Module):
+    """A model of one's own: a head and a configuration that are not transformers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=29)
+        self.embedding = nn.Embedding(29, 4)
+        self.head = nn.Linear(4, 29)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embedding(input_ids))
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_model_with_a_configuration_of_its_own_is_measured(tmp_path: Path) -> None:
+    backend = MemoryBackend()
+    run = training(Odd(), tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=1)
+    run.trainer.train()
+    assert run.trainer.state.global_step == 1
+    assert {"inputs/tokens/total", "outputs/loss/text", "gradients/other/norm"} <= set(backend.tags())
+    assert backend.run is not None
+    assert "model" not in backend.run.config
+
+
+class Headless(nn.Module):
+    """A model that no family knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(29, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.embedding(input_ids).square().mean()}
+
+
+def test_a_model_of_no_family_trains_on_and_it_is_said_once(
+    tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = MemoryBackend()
+    run = training(Headless(), tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=2)
+    run.trainer.train()
+    assert run.trainer.state.global_step == 2
+    assert {tag.split("/")[0] for tag in backend.tags()} == {"train"}
+    said = [record.getMessage() for record in telemetry_log.records if "no family" in record.getMessage()]
+    assert said == ["telemetry knows no family for this model: inputs and outputs are absent"]
+
+
+def test_a_forward_that_raises_stops_training_as_it_would_have(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    class Fails(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            super().compute_loss(*args, **kwargs)
+            raise ZeroDivisionError
+
+    callbacks = [StrategicTelemetry(logging_steps=1, backends=[MemoryBackend()])]
+    with pytest.raises(ZeroDivisionError):
+        training(llama, tmp_path, callbacks, kind=Fails).trainer.train()
+    training(llama, tmp_path, callbacks, steps=1).trainer.train()
+    assert hooks_of(llama) == 0
+
+
+def test_evaluation_outside_training_is_not_watched(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=1)
+    run.trainer.evaluate()
+    assert backend.tags() == []
+    run.trainer.train()
+    written = {tag: len(records) for tag, records in backend.records.items()}
+    run.trainer.evaluate()
+    assert {tag: len(records) for tag, records in backend.records.items()} == written
+
+
+def test_a_callback_has_no_session_outside_training() -> None:
+    with pytest.raises(RuntimeError, match="InputLoggerCallback is not watching a training run"):
+        _ = InputLoggerCallback().session

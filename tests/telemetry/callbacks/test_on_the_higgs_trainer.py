@@ -1,0 +1,77 @@
+"""On the project's own trainer: telemetry's losses and norms are the ones that the Trainer logs, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slow_references import scalars_at
+from transformers import TrainingArguments
+from voice_batches import Sample, Voices
+
+from telemetry import StrategicTelemetry
+from telemetry.backends.memory import MemoryBackend
+from telemetry.records import Scalar, Table
+from trainer.higgs_trainer import HiggsAudioTrainer
+
+STEPS = 3
+
+
+class Collator:
+    """Batches of known samples, with the metadata that the trainer takes out."""
+
+    def __init__(self, voices: Voices) -> None:
+        self.voices = voices
+        self.names: list[list[str]] = []
+
+    def __call__(self, rows: list[tuple[str, Sample]]) -> dict[str, Any]:
+        self.names.append([name for name, _ in rows])
+        samples = self.voices.pad([sample for _, sample in rows])
+        return {**self.voices.batch(samples), "metadata": [{"sample_id": name} for name, _ in rows]}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
+def test_losses_and_norms_are_those_of_the_trainer(
+    higgs: Any, voices: Voices, tmp_path: Path, accumulation: int, max_grad_norm: float
+) -> None:
+    data = [(f"s{i}", voices.conversation(reference=1 + i % 4, target=1 + 3 * (i % 5), seed=i)) for i in range(18)]
+    collator, backend = Collator(voices), MemoryBackend()
+    trainer = HiggsAudioTrainer(
+        model=higgs,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=max_grad_norm,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            label_names=["labels", "audio_labels"],
+        ),
+        data_collator=collator,
+        train_dataset=data,  # type: ignore[arg-type]
+        processing_class=voices.tokenizer,
+        callbacks=[StrategicTelemetry(logging_steps=1, backends=[backend])],
+    )
+    trainer.train()
+
+    for step in range(1, STEPS + 1):
+        values = scalars_at(backend, step, "outputs", "gradients")
+        assert values["outputs/loss/total"] == pytest.approx(backend.scalars("train/loss")[step], rel=1e-5)
+        if max_grad_norm:
+            logged = backend.scalars("train/grad_norm")[step]
+            assert logged > max_grad_norm  # clipping changed something
+            assert values["gradients/total_norm"] == pytest.approx(logged, rel=1e-5)
+    notes = {record.note for _, record in backend.records["gradients/total_norm"] if isinstance(record, Scalar)}
+    assert notes == {""}
+    tables = [record for _, record in backend.records["zero_shot/chatml"] if isinstance(record, Table)]
+    seen = [sorted(str(row[0]) for row in table.rows) for table in tables]
+    expected = [collator.names[step * accumulation : (step + 1) * accumulation] for step in range(STEPS)]
+    assert seen == [sorted(name for names in step for name in names) for step in expected]
