@@ -1,29 +1,42 @@
-"""Collects what one step measured, brings it to the host in one go, and hands records to every backend.
+"""Collects what one step measured, and brings it to rank 0 and to every backend, on a thread of its own.
 
 Callbacks only ever *add*: metric values (merged with what earlier microbatches of the step measured), finished
-records, and deferred work that needs host values (:meth:`Recorder.defer`). :meth:`Recorder.flush` turns all of it
-into records and writes them. A backend that fails is reported once, its lost records are counted, and it is left out
-after repeated failures; training never notices.
+records, and work that needs host values (:meth:`Recorder.defer`, :meth:`Recorder.show`). :meth:`Recorder.flush` packs
+the step's tensors, starts one copy to the host and returns. The background thread waits for the copy, does the
+deferred work, gathers all ranks' values on rank 0 and writes there.
+
+A backend that fails is reported once, and left out after repeated failures; one that blocks is skipped. What is lost is
+counted and said once. Training never notices.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
-from telemetry import catalogue
+from telemetry import catalogue, shutdown
 from telemetry.backends.base import Backend, Run
-from telemetry.records import Metric, Record, Scalar
+from telemetry.clock import StepClock
+from telemetry.records import Max, Metric, Record, Scalar, Sum, Table
+from telemetry.reduction import RankGather, Share, merge
+from telemetry.transfer import Transfer
+from telemetry.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
+MAX_QUEUE_BYTES = 256 * 2**20
+BLOCKED_SECONDS = 60.0
+DRAIN_SECONDS = 30.0
+NAMED_TAGS = 5
 
 
 class Emitter(Protocol):
@@ -40,7 +53,15 @@ class Emitter(Protocol):
 
 
 Build = Callable[[Mapping[str, Tensor], Emitter], None]
-Deferred = tuple[Mapping[str, Tensor], Build]
+
+
+@dataclass
+class _Deferred:
+    """Work on host values. ``shows``: it makes records and no metric, so only rank 0 needs it."""
+
+    tensors: Mapping[str, Tensor]
+    build: Build
+    shows: bool
 
 
 @dataclass
@@ -50,7 +71,7 @@ class _Step:
     metrics: dict[str, Metric] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    deferred: list[Deferred] = field(default_factory=list)
+    deferred: list[_Deferred] = field(default_factory=list)
 
     def add_metric(self, tag: str, value: Metric, note: str) -> None:
         held = self.metrics.get(tag)
@@ -58,27 +79,114 @@ class _Step:
         if note:
             self.notes[tag] = note
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that has to come to the host, in the order that :meth:`hosted` takes it back."""
+        parts = [part for metric in self.metrics.values() for part in metric.components if isinstance(part, Tensor)]
+        return parts + [tensor for work in self.deferred for tensor in work.tensors.values()]
+
+    def hosted(self, copies: Iterable[Tensor]) -> _Step:
+        """The same step over host values."""
+        rest = iter(copies)
+        metrics = {
+            tag: metric.with_components([_host(next(rest)) if isinstance(p, Tensor) else p for p in metric.components])
+            for tag, metric in self.metrics.items()
+        }
+        deferred = [replace(work, tensors={name: next(rest) for name in work.tensors}) for work in self.deferred]
+        return _Step(metrics, self.notes, self.records, deferred)
+
+
+class _Lane:
+    """One backend and how it is doing."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.failures = 0
+        self.active = True
+        self.opened = False
+        self.busy_since: float | None = None
+
+    def blocked(self) -> bool:
+        """Whether it has been in one call for too long."""
+        return self.busy_since is not None and time.monotonic() - self.busy_since > BLOCKED_SECONDS
+
+
+@dataclass
+class _Job:
+    """A step on its way: first ``measured`` (to be brought home and reduced), then ``records`` for ``lanes``."""
+
+    step: int
+    measured: _Step | None = None
+    transfer: Transfer | None = None
+    records: Sequence[Record] = ()
+    lanes: list[_Lane] = field(default_factory=list)
+    gather: bool = False
+    closing: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        scalars = 64 * len(self.records) + (128 * len(self.measured.metrics) if self.measured else 0)
+        return scalars + self._media_bytes() + (self.transfer.nbytes if self.transfer else 0)
+
+    def drop_media(self) -> int:
+        kept = [record for record in self.records if isinstance(record, Scalar)]
+        dropped = len(self.records) - len(kept)
+        self.records = kept
+        if self.measured is not None:
+            media = [record for record in self.measured.records if not isinstance(record, Scalar)]
+            shows = [work for work in self.measured.deferred if work.shows]
+            dropped += len(media) + len(shows)
+            self.measured.records = [record for record in self.measured.records if isinstance(record, Scalar)]
+            for work in shows:
+                work.build = _nothing
+        return dropped
+
+    def drop_all(self) -> int:
+        dropped = len(self.records)
+        self.records = ()
+        if self.measured is not None:
+            dropped += len(self.measured.metrics) + len(self.measured.records) + len(self.measured.deferred)
+            self.measured, self.transfer = _Step(), None
+        return dropped
+
+    def _media_bytes(self) -> int:
+        held = [*self.records, *(self.measured.records if self.measured else ())]
+        return sum(_media_bytes(record) for record in held if not isinstance(record, Scalar))
+
 
 class Recorder:
-    """Collects a step and writes it to ``backends``.
+    """Collects steps and writes them to ``backends``.
 
     Args:
         backends: destinations; none on ranks that show nothing.
+        gather: brings the ranks' values together; None for a single process.
+        max_queue_bytes: how much may wait for the background thread.
     """
 
-    def __init__(self, backends: Sequence[Backend]) -> None:
-        self._backends = list(backends)
-        self._failures = dict.fromkeys(range(len(self._backends)), 0)
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        gather: RankGather | None = None,
+        max_queue_bytes: int = MAX_QUEUE_BYTES,
+    ) -> None:
+        self._lanes = [_Lane(backend) for backend in backends]
+        self._gather = gather
         self._step = _Step()
         self._said: set[str] = set()
-        self._opened: list[tuple[int, Backend]] = []
+        self._run: Run | None = None
+        self._worker: Worker[_Job] = Worker(self._work, max_queue_bytes, self._count_dropped)
+        self._delivery: tuple[_Job, _Lane] | None = None
+        self._closed = False
         self.dropped_records = 0
+        self._counting = threading.Lock()
+        self._said_dropped = False
+        shutdown.register(self)
+
+    # -- the training thread ------------------------------------------------------------------------------------------
 
     def open(self, run: Run) -> None:
-        """Open every backend; one that cannot be opened is left out and said."""
-        for index, backend in enumerate(self._backends):
-            if self._attempt(index, backend, "open", functools.partial(backend.open, run)):
-                self._opened.append((index, backend))
+        """Have every backend opened, in the background; one that cannot be opened is left out and said."""
+        self._run = run
+        self._put(_Job(run.starting_step, lanes=list(self._lanes)))
 
     def metric(self, tag: str, value: Metric, note: str = "") -> None:
         """Add a metric value to the step. Launches device work only."""
@@ -89,11 +197,19 @@ class Recorder:
         self._step.records.append(record)
 
     def defer(self, tensors: Mapping[str, Tensor], build: Build) -> None:
-        """Have ``build(host_tensors, emitter)`` run when the step is flushed, with ``tensors`` copied to the host.
+        """Have ``build(host_tensors, emitter)`` run in the background, on every rank: for metrics of host values.
 
-        The tensors must not change until then: hand over what is this step's own (results, or clones).
+        The tensors' values are those at :meth:`flush`: hand over what is this step's own.
         """
-        self._step.deferred.append((tensors, build))
+        self._step.deferred.append(_Deferred(tensors, build, shows=False))
+
+    def show(self, tensors: Mapping[str, Tensor], build: Build) -> None:
+        """As :meth:`defer`, for tables, audio and images, which come from rank 0.
+
+        On another rank its tables are made only for a step in which that rank has something non-finite, and are shown
+        beside rank 0's.
+        """
+        self._step.deferred.append(_Deferred(tensors, build, shows=True))
 
     def absent(self, tag: str, reason: str) -> None:
         """Say once for this run why a tag has no value."""
@@ -109,37 +225,148 @@ class Recorder:
         """Forget what the step has measured so far."""
         self._step = _Step()
 
-    def flush(self, step: int) -> None:
-        """Turn what was added since the last flush into the records of ``step`` and write them."""
+    def flush(self, step: int, clock: StepClock | None = None) -> None:
+        """Send what was added since the last flush on its way as ``step``. Waits for nothing.
+
+        With several ranks, every rank must flush the same steps in the same order.
+
+        Args:
+            step: the optimizer step.
+            clock: what telemetry has taken of it so far.
+        """
         collected, self._step = self._step, _Step()
-        hosted = _to_host(collected)
-        for tensors, build in hosted.deferred:
-            self._build(tensors, build, hosted)
-        records = [*self._scalars(hosted), *hosted.records]
-        self.write(step, records)
+        began = time.perf_counter()
+        transfer = Transfer(collected.tensors())
+        self._add_own_state(collected)
+        if clock is not None:
+            clock.spent += time.perf_counter() - began
+            collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
+            collected.metrics["telemetry/overhead_fraction"] = Max(clock.spent / max(clock.step_seconds(), clock.spent))
+        self._put(_Job(step, collected, transfer, lanes=list(self._lanes), gather=self._gather is not None))
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        """Write finished records now, past what the step has measured so far."""
-        for index, backend in list(self._opened) if records else ():
-            if not self._attempt(index, backend, "write", functools.partial(backend.write, step, records)):
-                self.dropped_records += len(records)
-                if self._failures[index] >= MAX_FAILURES:
-                    self._opened.remove((index, backend))
-                    logger.error("backend %s failed %d times: left out from now on", backend.name, MAX_FAILURES)
+        """Write finished records past the step that is being collected."""
+        if records:
+            self._put(_Job(step, records=records, lanes=list(self._lanes)))
 
-    def close(self) -> None:
-        """Close every backend."""
-        for index, backend in self._opened:
-            self._attempt(index, backend, "close", backend.close)
-        self._opened = []
+    def drain(self, seconds: float = DRAIN_SECONDS) -> bool:
+        """Wait until all is written, at most so long. Returns whether it is."""
+        return self._worker.drain(seconds, self._skip_blocked)
 
-    def _build(self, tensors: Mapping[str, Tensor], build: Build, step: _Step) -> None:
+    def close(self, seconds: float = DRAIN_SECONDS) -> None:
+        """Write out what is left, in at most so many seconds, and close every backend."""
+        if self._closed:
+            return
+        self._closed = True
+        shutdown.unregister(self)
+        for lane in self._lanes:
+            self._worker.put(_Job(0, lanes=[lane], closing=True))
+        if not self._worker.drain(seconds, self._skip_blocked):
+            logger.warning("telemetry could not write everything within %.0f s", seconds)
+        lost = self._worker.close()
+        if lost:
+            self._count_dropped(lost)
+
+    def _put(self, job: _Job) -> None:
+        if self._lanes or job.gather:
+            self._skip_blocked()
+            self._worker.put(job)
+
+    def _add_own_state(self, step: _Step) -> None:
+        if step.metrics or step.records or step.deferred:
+            step.metrics["telemetry/queue_depth"] = Max(self._worker.waiting)
+            step.metrics["telemetry/dropped_records"] = Sum(self.dropped_records)
+
+    def _count_dropped(self, records: int) -> None:
+        with self._counting:
+            self.dropped_records += records
+        if records and not self._said_dropped:
+            self._said_dropped = True
+            logger.warning("telemetry had to drop records; telemetry/dropped_records counts them")
+
+    def _skip_blocked(self) -> None:
+        """Leave out a backend that has been in one call for too long, and go on behind its back."""
+        delivery = self._delivery
+        if delivery is None or not delivery[1].blocked():
+            return
+        job, lane = delivery
+        self._delivery = None
+        lane.active = False
+        logger.error("backend %s has blocked for %.0f s: left out from now on", lane.backend.name, BLOCKED_SECONDS)
+        self._count_dropped(len(job.records))
+        rest = job.lanes[job.lanes.index(lane) + 1 :] if lane in job.lanes else []
+        self._worker.replace(_Job(job.step, records=job.records, lanes=rest))
+
+    # -- the background thread ----------------------------------------------------------------------------------------
+
+    def _work(self, job: _Job) -> None:
         try:
-            build(tensors, _StepEmitter(step, self))
-        except Exception as error:
-            key = f"build:{getattr(build, '__qualname__', build)}"
-            self.say_once(key, "telemetry could not show %s: %r", key, error, level=logging.ERROR)
-            logger.debug("while building records", exc_info=True)
+            if job.measured is not None:
+                job.records = self._bring_home(job, job.measured)
+            self._deliver(job)
+        except Exception:  # the thread lives on
+            logger.exception("telemetry failed on step %d; training goes on", job.step)
+
+    def _bring_home(self, job: _Job, measured: _Step) -> Sequence[Record]:
+        """The records of a step: from this rank's values, or on rank 0 from all ranks'."""
+        step = measured.hosted(job.transfer.wait() if job.transfer is not None else ())
+        for work in step.deferred:
+            if not work.shows:
+                self._build(work, step)
+        nonfinite = tuple(tag for tag, metric in step.metrics.items() if not _finite(metric))
+        shares = self._gathered(job, step, nonfinite)
+        if shares is None:
+            return ()
+        step.metrics, step.notes = merge(shares)
+        for work in step.deferred:
+            if work.shows:
+                self._build(work, step)
+        self._name_nonfinite(job.step, shares)
+        records = [*self._scalars(step), *step.records]
+        return _with_tables(
+            records, [_of_rank(table, rank) for rank, share in enumerate(shares) for table in share.tables]
+        )
+
+    def _gathered(self, job: _Job, step: _Step, nonfinite: tuple[str, ...]) -> list[Share] | None:
+        share = Share(job.step, step.metrics, step.notes, nonfinite)
+        if self._gather is None or not job.gather:
+            return [share]
+        if nonfinite and not self._lanes:
+            share = replace(share, tables=self._tables(step))
+        try:
+            return self._gather.gather(share)
+        except Exception as error:  # noqa: BLE001  (a rank is gone: this one goes on alone)
+            self._gather = None
+            logger.warning(
+                "ranks can no longer be brought together (%s): from step %d on, this rank's numbers only",
+                error,
+                job.step,
+            )
+            return [share] if self._lanes else None
+
+    def _tables(self, step: _Step) -> tuple[Table, ...]:
+        scratch = _Step()
+        for work in step.deferred:
+            if work.shows:
+                self._build(work, scratch)
+        return tuple(record for record in scratch.records if isinstance(record, Table))
+
+    def _build(self, work: _Deferred, step: _Step) -> None:
+        try:
+            work.build(work.tensors, _StepEmitter(step, self))
+        except Exception:
+            key = f"build:{getattr(work.build, '__qualname__', work.build)}"
+            if key not in self._said:
+                self._said.add(key)
+                logger.exception("telemetry could not show %s; training goes on", key)
+
+    def _name_nonfinite(self, step: int, shares: Sequence[Share]) -> None:
+        for rank, share in enumerate(shares):
+            if share.nonfinite:
+                named = ", ".join(share.nonfinite[:NAMED_TAGS])
+                left = len(share.nonfinite) - NAMED_TAGS
+                more = f" and {left} more" if left > 0 else ""
+                self.say_once(f"nonfinite:{rank}", "step %d: not finite on rank %d: %s%s", step, rank, named, more)
 
     def _scalars(self, step: _Step) -> list[Scalar]:
         scalars = []
@@ -152,14 +379,40 @@ class Recorder:
                 scalars.append(Scalar(tag, value, step.notes.get(tag, "")))
         return scalars
 
-    def _attempt(self, index: int, backend: Backend, verb: str, action: Callable[[], None]) -> bool:
+    def _deliver(self, job: _Job) -> None:
+        for lane in job.lanes:
+            if not lane.active:
+                self._count_dropped(len(job.records))
+                continue
+            if not lane.opened and self._run is not None:
+                lane.opened = self._attempt(job, lane, "open", functools.partial(lane.backend.open, self._run))
+                lane.active = lane.opened and lane.active
+            if job.closing and lane.opened:
+                self._attempt(job, lane, "close", lane.backend.close)
+            elif job.records and lane.active:
+                write = functools.partial(lane.backend.write, job.step, job.records)
+                if not self._attempt(job, lane, "write", write):
+                    self._count_dropped(len(job.records))
+            if not self._worker.is_current():  # it blocked, and another thread has gone on
+                return
+
+    def _attempt(self, job: _Job, lane: _Lane, verb: str, action: Callable[[], None]) -> bool:
+        lane.busy_since = time.monotonic()
+        self._delivery = (job, lane)
         try:
             action()
         except Exception:
-            self._failures[index] += 1
-            if self._failures[index] == 1:
-                logger.exception("backend %s could not %s; training goes on", backend.name, verb)
+            lane.failures += 1
+            if lane.failures == 1:
+                logger.exception("backend %s could not %s; training goes on", lane.backend.name, verb)
+            if lane.failures >= MAX_FAILURES and lane.active:
+                lane.active = False
+                logger.error("backend %s failed %d times: left out from now on", lane.backend.name, MAX_FAILURES)
             return False
+        finally:
+            if self._worker.is_current():
+                self._delivery = None
+            lane.busy_since = None
         return True
 
 
@@ -180,28 +433,47 @@ class _StepEmitter:
         self._recorder.absent(tag, reason)
 
 
-def _to_host(step: _Step) -> _Step:
-    """The step with every tensor on the host: one copy for all metric components of a device, one for each other."""
-    flat = [component for metric in step.metrics.values() for component in metric.components]
-    hosted = iter(_copy_packed(flat))
-    metrics = {
-        tag: metric.with_components([next(hosted) for _ in metric.components]) for tag, metric in step.metrics.items()
-    }
-    deferred: list[Deferred] = [
-        ({name: tensor.cpu() for name, tensor in tensors.items()}, build) for tensors, build in step.deferred
-    ]
-    return _Step(metrics, step.notes, step.records, deferred)
+def _nothing(_tensors: Mapping[str, Tensor], _emit: Emitter) -> None:
+    """What is left of deferred work that was dropped."""
 
 
-def _copy_packed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Host copies, made with one transfer for each device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-    copies: list[Tensor] = list(tensors)
-    for indices in groups.values():
-        packed = torch.cat([tensors[index].reshape(-1) for index in indices]).cpu()
-        parts = packed.split([tensors[index].numel() for index in indices])
-        for index, part in zip(indices, parts, strict=True):
-            copies[index] = part.view(tensors[index].shape)
-    return copies
+def _host(tensor: Tensor) -> Tensor | float:
+    """0-d host tensors as numbers: cheaper to merge and to send."""
+    return float(tensor) if tensor.dim() == 0 else tensor
+
+
+def _finite(metric: Metric) -> bool:
+    value = metric.result()
+    return value is None or math.isfinite(value)
+
+
+def _media_bytes(record: Record) -> int:
+    if isinstance(record, Table):
+        return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
+    clips = getattr(record, "clips", ())
+    arrays = [clip.samples for clip in clips] + [getattr(record, name, None) for name in ("pixels", "edges", "counts")]
+    return sum(int(array.nbytes) for array in arrays if array is not None) + len(getattr(record, "text", ""))
+
+
+def _of_rank(table: Table, rank: int) -> Table:
+    """The table with its rows' first cell saying which rank they are of."""
+    return replace(table, rows=tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row))
+
+
+def _with_tables(records: list[Record], others: Sequence[Table]) -> list[Record]:
+    """Rank 0's records with other ranks' rows behind its own."""
+    for table in others:
+        at = next(
+            (
+                i
+                for i, own in enumerate(records)
+                if isinstance(own, Table) and own.tag == table.tag and own.columns == table.columns
+            ),
+            None,
+        )
+        if at is None:
+            records.append(table)
+        else:
+            own = cast(Table, records[at])
+            records[at] = replace(own, rows=own.rows + table.rows)
+    return records

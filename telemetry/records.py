@@ -2,7 +2,8 @@
 
 A *metric value* (:class:`Mean`, :class:`Max`, ...) carries what its reduction needs, so that microbatches and ranks
 with unequal token counts combine to what one process would have measured on the whole batch. Its components may be
-tensors on any device; nothing here reads them until :meth:`Metric.result` is asked on host values.
+tensors on any device or plain numbers; nothing here reads a tensor until :meth:`Metric.result` is asked on host
+values.
 
 A *record* (:class:`Scalar`, :class:`Table`, :class:`Audio`, ...) is plain host data with a tag. It knows nothing about
 any backend.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 Op: TypeAlias = Literal["sum", "max", "min"]
+Component: TypeAlias = Tensor | float
 Cell: TypeAlias = str | int | float | bool | None
 MetricT = TypeVar("MetricT", bound="Metric")
 
@@ -31,7 +33,7 @@ class Metric:
 
     Args:
         components: one tensor (any shape, the same at every call for a tag) or number for each entry of ``ops``.
-            Held as float64, on the device where they were measured.
+            Tensors are held as float64, on the device where they were measured; numbers stay numbers.
 
     Raises:
         ValueError: when the number of components is not the number of ``ops``.
@@ -42,28 +44,28 @@ class Metric:
     def __init__(self, *components: Tensor | float) -> None:
         if len(components) != len(self.ops):
             raise ValueError(f"{type(self).__name__} takes {len(self.ops)} components, got {len(components)}")
-        self.components: tuple[Tensor, ...] = tuple(_as_component(component) for component in components)
+        self.components: tuple[Component, ...] = tuple(_as_component(component) for component in components)
 
     def merge(self: MetricT, other: MetricT) -> MetricT:
         """This value and ``other`` as if measured together. Launches device work only; never waits for it."""
         if type(other) is not type(self):
             raise TypeError(f"cannot merge {type(self).__name__} with {type(other).__name__}")
         pairs = zip(self.ops, self.components, other.components, strict=True)
-        return type(self)(*(_COMBINE[op](ours, theirs) for op, ours, theirs in pairs))
+        return type(self)(*(_combine(op, ours, theirs) for op, ours, theirs in pairs))
 
-    def with_components(self: MetricT, components: Sequence[Tensor]) -> MetricT:
+    def with_components(self: MetricT, components: Sequence[Component]) -> MetricT:
         """The same kind of value over other components (their host copies, or their sums over ranks)."""
         return type(self)(*components)
 
     def result(self) -> float | None:
         """The number to show, or None where nothing was measured. Reads the components: call it on host copies."""
-        return self._result(*(component.numpy() for component in self.components))
+        return self._result(*(np.asarray(component) for component in self.components))
 
     def _result(self, *components: np.ndarray) -> float | None:
         raise TypeError(f"{type(self).__name__} has no result of its own")
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(str(component.tolist()) for component in self.components)})"
+        return f"{type(self).__name__}({', '.join(str(np.asarray(part).tolist()) for part in self.components)})"
 
 
 class Mean(Metric):
@@ -163,9 +165,25 @@ class Perplexity(Metric):
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def _as_component(component: Tensor | float) -> Tensor:
+def _combine(op: Op, ours: Component, theirs: Component) -> Component:
+    if isinstance(ours, Tensor):
+        return _COMBINE[op](ours, _beside(ours, theirs))
+    if isinstance(theirs, Tensor):
+        return _COMBINE[op](_beside(theirs, ours), theirs)
+    if op == "sum":
+        return ours + theirs
+    if math.isnan(ours) or math.isnan(theirs):
+        return math.nan
+    return max(ours, theirs) if op == "max" else min(ours, theirs)
+
+
+def _beside(tensor: Tensor, component: Component) -> Tensor:
+    return component if isinstance(component, Tensor) else torch.full_like(tensor, component)
+
+
+def _as_component(component: Component) -> Component:
     if not isinstance(component, Tensor):
-        return torch.tensor(component, dtype=torch.float64)
+        return float(component)
     # Apple's GPUs have no float64; their counts stay exact up to 2**24.
     dtype = torch.float32 if component.device.type == "mps" else torch.float64
     return component.detach().to(dtype)

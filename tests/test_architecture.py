@@ -14,7 +14,7 @@ PACKAGES = ("telemetry", "trainer", "dashboards")
 BASE = ("telemetry.measures", "telemetry.records", "telemetry.catalogue")
 READING = (*BASE, "telemetry.families")
 TELEMETRY_OF_CALLBACKS = (
-    *READING, "telemetry.probes", "telemetry.recorder", "telemetry.health", "telemetry.callbacks",
+    *READING, "telemetry.clock", "telemetry.probes", "telemetry.recorder", "telemetry.reduction", "telemetry.health", "telemetry.callbacks",
     "telemetry.backends.base",
 )  # fmt: skip
 
@@ -24,10 +24,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "telemetry.records": BASE,
     "telemetry.catalogue": BASE,
     "telemetry.families": READING,
-    "telemetry.probes": (*READING, "telemetry.probes"),
+    "telemetry.probes": (*READING, "telemetry.clock", "telemetry.probes"),
     "telemetry.health": ("telemetry.records", "telemetry.catalogue", "telemetry.health"),
     "telemetry.backends": ("telemetry.records", "telemetry.catalogue", "telemetry.backends"),
-    "telemetry.recorder": ("telemetry.records", "telemetry.catalogue", "telemetry.backends.base"),
+    "telemetry.clock": (),
+    "telemetry.transfer": (),
+    "telemetry.worker": (),
+    "telemetry.shutdown": (),
+    "telemetry.reduction": ("telemetry.records",),
+    "telemetry.recorder": (
+        "telemetry.records", "telemetry.catalogue", "telemetry.backends.base",
+        "telemetry.clock", "telemetry.transfer", "telemetry.worker", "telemetry.shutdown", "telemetry.reduction",
+    ),
     "telemetry.logs": (),
     "telemetry.callbacks": TELEMETRY_OF_CALLBACKS,
     # The one callback module that knows concrete backends: where a user names none, it makes the default ones.

@@ -176,4 +176,4 @@ class StrategicCallback(TrainerCallback):
     def _see_gradients(self, model: nn.Module | None, clipped: bool) -> None:
         if self.stepping and not self._gradients_seen and model is not None and self._session is not None:
             self._gradients_seen = True
-            self._session.guard(self, self.observe_gradients, model, clipped)
+            self._session.gradients(self, model, clipped)

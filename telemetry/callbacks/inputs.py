@@ -49,7 +49,7 @@ class InputLoggerCallback(StrategicCallback):
     def finish_step(self) -> None:
         """Show the last microbatch."""
         microbatch, self._last = self._last, None
-        if microbatch is None or not self.session.is_main:
+        if microbatch is None:
             return
         self._show_tensors(microbatch)
         self._show_sequences(microbatch)
@@ -68,7 +68,7 @@ class InputLoggerCallback(StrategicCallback):
             rows = tuple((*static, *_tensor_row(host, static[0])) for static in statics)
             emit.record(Table("inputs/tensors", TENSOR_COLUMNS, rows))
 
-        self.session.recorder.defer(tensors, build)
+        self.session.recorder.show(tensors, build)
 
     def _show_sequences(self, microbatch: Microbatch) -> None:
         view = microbatch.view
@@ -82,7 +82,7 @@ class InputLoggerCallback(StrategicCallback):
             rows = tuple((sample, *span) for row, sample in enumerate(samples) for span in _spans(host, row, tokenizer))
             emit.record(Table("inputs/sequence", SEQUENCE_COLUMNS, rows))
 
-        self.session.recorder.defer(_span_tensors(view, len(samples)), build)
+        self.session.recorder.show(_span_tensors(view, len(samples)), build)
 
     def _show_audio(self, microbatch: Microbatch, kind: str) -> None:
         tag = f"inputs/{kind}"
@@ -92,6 +92,8 @@ class InputLoggerCallback(StrategicCallback):
             for row, metadata in enumerate(microbatch.metadata[:SHOWN_CLIPS])
         ]
         present = [waveform for _, waveform in sources if waveform is not None]
+        if not self.session.is_main:
+            return
         if not present:
             self.session.recorder.absent(tag, f"the batch carries no {kind} waveform")
             return
@@ -105,7 +107,7 @@ class InputLoggerCallback(StrategicCallback):
             )
             emit.record(Audio(tag, clips))
 
-        self.session.recorder.defer({}, build)
+        self.session.recorder.show({}, build)
 
 
 def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:

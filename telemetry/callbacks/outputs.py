@@ -69,7 +69,7 @@ class OutputLoggerCallback(StrategicCallback):
         self._last = None
         self._predictions.clear()
         self._modalities.clear()
-        if microbatch is not None and predictions and self.session.is_main:
+        if microbatch is not None and predictions:
             self._show(microbatch, predictions)
 
     def _expected_modalities(self) -> set[str]:
@@ -123,7 +123,7 @@ class OutputLoggerCallback(StrategicCallback):
             )
             emit.record(Table("outputs/predictions", COLUMNS, rows))
 
-        self.session.recorder.defer(tensors, build)
+        self.session.recorder.show(tensors, build)
 
 
 def _labels(microbatch: Microbatch, head: Head) -> Tensor | None:

@@ -16,10 +16,12 @@ from transformers import TrainerState, TrainingArguments
 from telemetry.backends.base import Backend, Run
 from telemetry.backends.console import ConsoleBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.clock import StepClock
 from telemetry.families import Head, find_family
 from telemetry.probes.forward import ForwardProbe, Microbatch
 from telemetry.recorder import MAX_FAILURES, Recorder
 from telemetry.records import Scalar
+from telemetry.reduction import RankGather
 
 if TYPE_CHECKING:
     from telemetry.callbacks.base import StrategicCallback
@@ -55,6 +57,7 @@ class Session:
         self._recorder: Recorder | None = None
         self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
         self._stepping = False
+        self._clock = StepClock()
 
     @classmethod
     def join(
@@ -97,7 +100,7 @@ class Session:
     def recorder(self) -> Recorder:
         """Opened at its first use, when every callback has joined and brought its backends."""
         if self._recorder is None:
-            self._recorder = Recorder(self._backends() if self.is_main else [])
+            self._recorder = Recorder(self._backends() if self.is_main else [], RankGather.join())
             self._recorder.open(self._run())
         return self._recorder
 
@@ -106,11 +109,14 @@ class Session:
         if self._stepping:
             return
         self._stepping = True
-        self.recorder.discard()
-        if self._probe is not None:
-            self._probe.attach()
-        else:
-            self.recorder.say_once("family", "telemetry knows no family for this model: inputs and outputs are absent")
+        recorder = self.recorder
+        self._clock = StepClock()
+        with self._clock.running():
+            recorder.discard()
+            if self._probe is not None:
+                self._probe.attach(self._clock)
+            else:
+                recorder.say_once("family", "telemetry knows no family for this model: inputs and outputs are absent")
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """What the next microbatch's samples are, from trainers that take it out of the batch."""
@@ -121,13 +127,21 @@ class Session:
         """One callback's due step ends; the last one's writes the step."""
         if not self._stepping:
             return
-        if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
-            self._probe.replay(inputs, outputs)
-        self.guard(member, member.finish_step)
-        member.stepping = False
-        if not self._stepping_members():
-            self._end_step()
-            self.recorder.flush(step)
+        with self._clock.running():
+            if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
+                self._probe.replay(inputs, outputs)
+            self.guard(member, member.finish_step)
+            member.stepping = False
+            last = not self._stepping_members()
+            if last:
+                self._end_step()
+        if last:
+            self.recorder.flush(step, self._clock)
+
+    def gradients(self, member: StrategicCallback, model: nn.Module, clipped: bool) -> None:
+        """All gradients are there: let a callback see them."""
+        with self._clock.running():
+            self.guard(member, member.observe_gradients, model, clipped)
 
     def trainer_logs(self, member: StrategicCallback, step: int, logs: Mapping[str, Any]) -> None:
         """Record what the Trainer logs, once however many callbacks hear of it."""

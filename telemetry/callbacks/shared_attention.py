@@ -23,8 +23,8 @@ class SharedAttentionLoggerCallback(StrategicCallback):
         if clipped:
             self.session.recorder.say_once("clipped", "gradient norms are measured after clipping on this Trainer")
         recorder = self.session.recorder
-        groups = gradients_by_group(model, self.session.family)
-        if not groups:
+        groups = gradients_by_group(model, self.session.family, self.session.is_main)
+        if not groups and self.session.is_main:
             recorder.absent("gradients/total_norm", "no parameter has a gradient")
         for group, gradients in groups.items():
             squares = squared_norms(gradients).sum()

@@ -44,8 +44,7 @@ class ZeroShotVerificationLoggerCallback(StrategicCallback):
                 shown = sorted(rows, key=lambda row: row[2] == "yes")[:SHOWN_ROWS]
                 emit.record(Table("zero_shot/chatml", COLUMNS, tuple(shown)))
 
-        if self.session.is_main:
-            self.session.recorder.defer({}, build)
+        self.session.recorder.show({}, build)
 
     def _measure_seconds(self, microbatch: Microbatch) -> None:
         tag = "zero_shot/reference/seconds"

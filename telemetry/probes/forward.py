@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from telemetry.clock import StepClock
 from telemetry.families.base import BatchView, Family, Head
 
 logger = logging.getLogger(__name__)
@@ -65,15 +66,17 @@ class ForwardProbe:
         self._microbatch: Microbatch | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
         self._unreadable_said = False
+        self._clock = StepClock()
         self.forwards = 0
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Say what the next forward pass's samples are, where the batch itself no longer does."""
         self._metadata = metadata
 
-    def attach(self) -> None:
-        """Start watching; forward passes are counted from here."""
+    def attach(self, clock: StepClock) -> None:
+        """Start watching; forward passes are counted from here, and the time that watching takes goes to ``clock``."""
         self.detach()
+        self._clock = clock
         self.forwards = 0
         self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for head in self._family.heads():
@@ -115,12 +118,15 @@ class ForwardProbe:
 
     @torch.no_grad()
     def _before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._microbatch = self._begin(kwargs)
+        with self._clock.running():
+            self._microbatch = self._begin(kwargs)
 
     def _after_head(self, head: Head) -> Any:
         @torch.no_grad()
         def hook(_module: nn.Module, _args: tuple[Any, ...], logits: Tensor) -> None:
-            if self._microbatch is not None:
+            if self._microbatch is None:
+                return
+            with self._clock.running():
                 self._listener.observe_logits(self._microbatch, head, logits.detach())
 
         return hook

@@ -1,0 +1,108 @@
+"""Brings what every rank has measured together on rank 0: off the training thread and off training's process groups."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import torch.distributed as dist
+
+from telemetry.records import Metric, Table
+
+logger = logging.getLogger(__name__)
+
+JOIN_SECONDS = 20.0
+GATHER_SECONDS = 120.0
+
+_sessions = count()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has measured in a step.
+
+    Attributes:
+        step: the optimizer step.
+        metrics: tag → value, its components host numbers and tensors.
+        notes: tag → how it was measured.
+        nonfinite: tags whose value is not finite on this rank.
+        tables: from ranks other than 0: what their tables show where they have something non-finite.
+    """
+
+    step: int
+    metrics: dict[str, Metric]
+    notes: dict[str, str]
+    nonfinite: tuple[str, ...]
+    tables: tuple[Table, ...] = ()
+
+
+class RankGather:
+    """Two collectives a step on a gloo group of its own: sizes, then bytes. Ranks may have measured different tags.
+
+    Use :meth:`join` on the training thread of every rank, and :meth:`gather` from one thread on every rank, for the
+    same steps in the same order.
+    """
+
+    def __init__(self, group: Any, rank: int, world_size: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._world_size = world_size
+
+    @classmethod
+    def join(cls) -> RankGather | None:
+        """The gather of all ranks; None for a single process, or where not every rank runs this telemetry.
+
+        Forming a group needs every rank. So ranks first agree, over the store that formed the default group, that all
+        of them are here; a rank that finds some missing says so, and all go on with numbers of their own.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        world_size = dist.get_world_size()
+        if not _all_here(world_size):
+            logger.warning("telemetry runs on some ranks only: its numbers are those of each rank alone")
+            return None
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GATHER_SECONDS))
+        return cls(group, dist.get_rank(), world_size)
+
+    def gather(self, share: Share) -> list[Share] | None:
+        """Every rank's share, in the order of ranks, on rank 0; None on the others.
+
+        Raises:
+            RuntimeError: when a rank is gone, does not come in time, or is at another step.
+        """
+        shares: list[Any] | None = [None] * self._world_size if self._rank == 0 else None
+        dist.gather_object(share, shares, dst=0, group=self._group)
+        if shares is None:
+            return None
+        steps = {other.step for other in shares}
+        if len(steps) != 1:
+            raise RuntimeError(f"ranks are at different steps: {sorted(steps)}")
+        return shares
+
+
+def merge(shares: Sequence[Share]) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Metrics of all ranks as if measured together, and their notes."""
+    metrics: dict[str, Metric] = {}
+    notes: dict[str, str] = {}
+    for share in shares:
+        for tag, metric in share.metrics.items():
+            metrics[tag] = metrics[tag].merge(metric) if tag in metrics else metric
+        notes.update(share.notes)
+    return metrics, notes
+
+
+def _all_here(world_size: int) -> bool:
+    store = dist.distributed_c10d._get_default_store()
+    key = f"strategic_telemetry/{next(_sessions)}"
+    store.add(f"{key}/ranks", 1)
+    deadline = time.monotonic() + JOIN_SECONDS
+    while (here := store.add(f"{key}/ranks", 0)) < world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # The first to decide decides for all: a rank that comes late must not wait for ranks that have given up.
+    mine = "all" if here >= world_size else "some"
+    return bool(store.compare_set(f"{key}/decision", "", mine) == b"all")

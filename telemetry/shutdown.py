@@ -1,0 +1,98 @@
+"""Writes out what is left when a process ends: at interpreter exit, and on SIGTERM."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import weakref
+from typing import Protocol
+
+TERMINATE_SECONDS = 10.0
+
+
+class Closable(Protocol):
+    """Something with work left to write."""
+
+    def close(self, seconds: float = ...) -> None:
+        """Write it out, in at most so many seconds."""
+
+
+_open: weakref.WeakSet[Closable] = weakref.WeakSet()
+_lock = threading.Lock()
+_installed = False
+
+
+def register(closable: Closable) -> None:
+    """Have something closed when the process ends. Call it on the main thread for SIGTERM to be watched too."""
+    global _installed
+    _open.add(closable)
+    with _lock:
+        if not _installed:
+            _installed = True
+            atexit.register(_close_all)
+            _watch_sigterm()
+
+
+def unregister(closable: Closable) -> None:
+    """It has been closed."""
+    _open.discard(closable)
+
+
+def _close_all(seconds: float | None = None) -> None:
+    for closable in list(_open):
+        if seconds is None:
+            closable.close()
+        else:
+            closable.close(seconds)
+
+
+def _watch_sigterm() -> None:
+    """Close what is open when SIGTERM would end the process, then let it end as it would have.
+
+    A Python handler alone would wait for the main thread, which may sit in a collective for ranks that are gone. The
+    interpreter's wake-up pipe is written at once, and read by a thread. Where the program handles SIGTERM or uses the
+    pipe itself, both are left alone.
+    """
+    if os.name != "posix" or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if previous != -1:
+        signal.set_wakeup_fd(previous)
+        os.close(reader)
+        os.close(writer)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Thread(target=_wait_for_sigterm, args=(reader,), name="telemetry-sigterm", daemon=True).start()
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _wait_for_sigterm(reader: int) -> None:
+    while signal.SIGTERM not in os.read(reader, 64):
+        pass
+    with contextlib.suppress(Exception):
+        _close_all(TERMINATE_SECONDS)
+    _end_by_default(signal.SIGTERM)
+
+
+def _end_by_default(number: signal.Signals) -> None:
+    # Python sets dispositions on the main thread only; C does so on any.
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(int(number), None)
+    os.kill(os.getpid(), number)
+
+
+def _forget_in_child() -> None:
+    """A forked child (a data-loader worker) ends by SIGTERM as it always did, and tells its parent nothing."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _open.clear()

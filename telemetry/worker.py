@@ -1,0 +1,137 @@
+"""One background thread with a queue bounded by bytes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+
+class Job(Protocol):
+    """What the thread works on."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held while it waits."""
+
+    def drop_media(self) -> int:
+        """Let go of what is large and shown; returns how many records that were."""
+
+    def drop_all(self) -> int:
+        """Let go of everything; returns how many records that were."""
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+class Worker(Generic[JobT]):
+    """Works through jobs in order, on a thread that starts with the first.
+
+    When more than ``max_bytes`` wait, the oldest jobs lose their media first, and only then their numbers; every job
+    is still worked on, for other ranks may be waiting for its step.
+
+    Args:
+        work: called with each job on the thread; must not raise.
+        max_bytes: how much may wait.
+        on_drop: told how many records were dropped.
+    """
+
+    def __init__(self, work: Callable[[JobT], None], max_bytes: int, on_drop: Callable[[int], None]) -> None:
+        self._work = work
+        self._max_bytes = max_bytes
+        self._on_drop = on_drop
+        self._queue: deque[JobT] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._held = 0
+        self._busy = False
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Jobs not yet begun."""
+        return len(self._queue)
+
+    def put(self, job: JobT) -> None:
+        """Hand a job over; returns at once."""
+        with self._changed:
+            if self._closed:
+                self._on_drop(job.drop_all())
+                return
+            self._queue.append(job)
+            self._held += job.nbytes
+            self._make_room()
+            self._start()
+            self._changed.notify_all()
+
+    def replace(self, unfinished: JobT) -> None:
+        """Leave the thread to what it is stuck in; another takes over, with ``unfinished`` first."""
+        with self._changed:
+            self._queue.appendleft(unfinished)
+            self._held += unfinished.nbytes
+            self._busy = False
+            self._thread = None
+            self._start()
+
+    def is_current(self) -> bool:
+        """Whether the calling thread is the one that works (and has not been replaced)."""
+        return threading.current_thread() is self._thread
+
+    def drain(self, seconds: float, poll: Callable[[], None] | None = None) -> bool:
+        """Wait until all jobs are done, at most so long; calls ``poll`` meanwhile. Returns whether they are."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with self._changed:
+                if not self._queue and not self._busy:
+                    return True
+                self._changed.wait(0.05)
+            if poll is not None:
+                poll()
+            if time.monotonic() > deadline:
+                return False
+
+    def close(self) -> int:
+        """Take no more jobs and end the thread after the job in hand; returns how many records were still waiting."""
+        with self._changed:
+            self._closed = True
+            dropped = sum(job.drop_all() for job in self._queue)
+            self._queue.clear()
+            self._held = 0
+            self._changed.notify_all()
+            return dropped
+
+    def _make_room(self) -> None:
+        for drop in ("drop_media", "drop_all"):
+            for job in self._queue:
+                if self._held <= self._max_bytes:
+                    return
+                before = job.nbytes
+                dropped = getattr(job, drop)()
+                self._held -= before - job.nbytes
+                if dropped:
+                    self._on_drop(dropped)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # A daemon: nothing here keeps the process from ending.
+            self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed and self.is_current():
+                    self._changed.wait()
+                if not self.is_current() or not self._queue:
+                    return
+                job = self._queue.popleft()
+                self._held -= job.nbytes
+                self._busy = True
+            self._work(job)
+            with self._changed:
+                if not self.is_current():
+                    return
+                self._busy = False
+                self._changed.notify_all()
