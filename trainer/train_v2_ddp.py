@@ -125,7 +125,7 @@ def make_training_arguments(arguments: ScriptArguments) -> TrainingArguments:
         report_to=trainer_destinations(arguments),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # metadata travels in the batch
-        ddp_find_unused_parameters=True,  # a batch without text or audio leaves its feed-forward network out
+        ddp_find_unused_parameters=False,  # every batch has text and audio, and so a use for every parameter
         label_names=["labels", "audio_labels"],
     )
 
