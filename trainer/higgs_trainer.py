@@ -25,6 +25,11 @@ class StepObserver(Protocol):
     def on_microbatch(self, args: Any, state: Any, control: Any, metadata: Any = ..., **kwargs: Any) -> None:
         """A microbatch of a due step is about to run; ``metadata`` is what the model does not see of it."""
 
+    def on_outputs(
+        self, args: Any, state: Any, control: Any, inputs: Any = ..., outputs: Any = ..., **kwargs: Any
+    ) -> None:
+        """A microbatch of a due step has run; tensors are detached."""
+
     def on_gradients(self, args: Any, state: Any, control: Any, model: Any = ..., **kwargs: Any) -> None:
         """All gradients of a due step are there, not yet clipped."""
 
@@ -92,7 +97,7 @@ class HiggsAudioTrainer(Trainer):
         self._loss.begin()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._observed:
-            self._step_data = {"inputs": {**inputs, METADATA: self._metadata}, "outputs": _detached(outputs)}
+            self._show({**inputs, METADATA: self._metadata}, _detached(outputs))
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -112,6 +117,11 @@ class HiggsAudioTrainer(Trainer):
             for observer in self._due_observers():
                 observer.on_microbatch(self.args, self.state, self.control, metadata=self._metadata)
         return super()._prepare_inputs(inputs)
+
+    def _show(self, inputs: dict[str, Any], outputs: Any) -> None:
+        for observer in self._due_observers():
+            observer.on_outputs(self.args, self.state, self.control, inputs=inputs, outputs=outputs)
+        self._step_data = {"inputs": inputs, "outputs": outputs}
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._offer_gradients()

@@ -122,6 +122,22 @@ class StrategicCallback(TrainerCallback):
         if self.stepping and self._session is not None:
             self._session.announce(metadata)
 
+    def on_outputs(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        inputs: Mapping[str, Any] | None = None,
+        outputs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Not an event of the Trainer's: for trainers that show every microbatch's forward pass (tensors detached).
+
+        Used where the model is compiled, and hooks cannot watch it.
+        """
+        if self.stepping and self._session is not None and inputs is not None:
+            self._session.hand_over(self, inputs, outputs)
+
     def on_gradients(
         self,
         args: TrainingArguments,

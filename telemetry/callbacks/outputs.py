@@ -18,6 +18,8 @@ from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table,
 
 SHOWN_SAMPLES = 4
 ENDS = 10
+NO_LOGITS = "the model computed no logits for it (a fused loss, or no such head)"
+NOT_SHOWN = "a compiled model does not show its logits for it"
 COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
 
 
@@ -32,12 +34,19 @@ class OutputLoggerCallback(StrategicCallback):
         self._last: Microbatch | None = None
         self._predictions: dict[str, tuple[Tensor, TokenStats]] = {}
         self._modalities: set[str] = set()
+        self._labelled: set[str] = set()
+        self._total: SumOfMeans | None = None
 
     def observe_inputs(self, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
         self._last = microbatch
         self._predictions.clear()
-        if microbatch.view is not None and microbatch.view.audio is not None:
+        if microbatch.view is None:
+            return
+        if microbatch.view.text_labels is not None:
+            self._labelled.add("text")
+        if microbatch.view.audio is not None:
+            self._labelled.add("audio")
             self.session.recorder.metric("outputs/eos/supervised", _supervised_ends(microbatch.view.audio))
 
     def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
@@ -61,16 +70,26 @@ class OutputLoggerCallback(StrategicCallback):
 
     def finish_step(self) -> None:
         """Show the last microbatch's predictions; say which modality was not seen."""
-        for modality in self._expected_modalities() - self._modalities:
-            self.session.recorder.absent(
-                f"outputs/loss/{modality}", "the model computed no logits for it (a fused loss, or no such head)"
-            )
+        missing = self._expected_modalities() - self._modalities
+        for modality in missing:
+            reason = NO_LOGITS if self.session.hooked else NOT_SHOWN
+            self.session.recorder.absent(f"outputs/loss/{modality}", reason)
+        self._emit_total(partial=bool(missing & self._labelled))
         microbatch, predictions = self._last, dict(self._predictions)
         self._last = None
         self._predictions.clear()
         self._modalities.clear()
+        self._labelled.clear()
         if microbatch is not None and predictions:
             self._show(microbatch, predictions)
+
+    def _emit_total(self, partial: bool) -> None:
+        """The trained loss, unless a part of it was not seen: a sum of the rest would be mistaken for it."""
+        total, self._total = self._total, None
+        if partial:
+            self.session.recorder.absent("outputs/loss/total", "a part of it could not be measured")
+        elif total is not None:
+            self.session.recorder.metric("outputs/loss/total", total)
 
     def _expected_modalities(self) -> set[str]:
         family = self.session.family
@@ -90,14 +109,15 @@ class OutputLoggerCallback(StrategicCallback):
             total, count = masked_totals(_by_codebook(values, head), _by_codebook(mask, head))
             yield f"{name}/{head.modality}", Mean(total.sum(), count.sum())
             if name == "loss":
-                yield "loss/total", self._total(head, total, count)
+                term = self._term(head, total, count)
+                self._total = term if self._total is None else self._total.merge(term)
             if head.modality == "audio" and name != "entropy":
                 for k in range(head.codebooks):
                     yield f"{name}/codebook_{k}", Mean(total[k], count[k])
         if audio is not None:
             yield from _audio_metrics(targets, stats, audio, mask)
 
-    def _total(self, head: Head, total: Tensor, count: Tensor) -> SumOfMeans:
+    def _term(self, head: Head, total: Tensor, count: Tensor) -> SumOfMeans:
         """One head's terms of the trained loss, at their places among all heads' terms."""
         heads = self.session.family.heads() if self.session.family is not None else [head]
         before = sum(other.codebooks for other in _until(heads, head))

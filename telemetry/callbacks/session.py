@@ -56,6 +56,7 @@ class Session:
         self._failures: dict[StrategicCallback, int] = {}
         self._recorder: Recorder | None = None
         self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
+        self.hooked = not _is_compiled(model, args)
         self._stepping = False
         self._clock = StepClock()
 
@@ -113,15 +114,24 @@ class Session:
         self._clock = StepClock()
         with self._clock.running():
             recorder.discard()
-            if self._probe is not None:
-                self._probe.attach(self._clock)
-            else:
+            if self._probe is None:
                 recorder.say_once("family", "telemetry knows no family for this model: inputs and outputs are absent")
+            else:
+                self._probe.attach(self._clock, hooks=self.hooked)
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """What the next microbatch's samples are, from trainers that take it out of the batch."""
         if self._stepping and self._probe is not None:
             self._probe.announce(metadata)
+
+    def hand_over(self, member: StrategicCallback, inputs: Mapping[str, Any], outputs: Any) -> None:
+        """A microbatch's forward pass, from trainers that show it: used where the model is compiled.
+
+        Hooks on a compiled model would become part of its graph, or never run.
+        """
+        if self._stepping and not self.hooked and self._probe is not None and member is self._stepping_members()[0]:
+            with self._clock.running():
+                self._probe.replay(inputs, outputs)
 
     def finish(self, member: StrategicCallback, step: int, inputs: Mapping[str, Any] | None, outputs: Any) -> None:
         """One callback's due step ends; the last one's writes the step."""
@@ -192,6 +202,11 @@ class Session:
         chosen = next((member.logging_dir for member in self._members if member.logging_dir), None)
         directory = Path(chosen or default_logging_dir(self._args))
         return Run(directory, self._starting_step, _run_name(self._args), _run_config(self._args, self._model()))
+
+
+def _is_compiled(model: nn.Module, args: TrainingArguments) -> bool:
+    compiled = bool(args.torch_compile) or getattr(model, "_compiled_call_impl", None) is not None
+    return compiled or any(hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def default_logging_dir(args: TrainingArguments) -> Path:

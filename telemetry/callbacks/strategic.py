@@ -74,6 +74,11 @@ class StrategicTelemetry(TrainerCallback):
         if self.stepping:
             self._pass_on("on_microbatch", args, state, control, **kwargs)
 
+    def on_outputs(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A microbatch's forward pass, from trainers that show it."""
+        if self.stepping:
+            self._pass_on("on_outputs", args, state, control, **kwargs)
+
     def on_gradients(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients before clipping, from trainers that offer them."""
         if self.stepping:

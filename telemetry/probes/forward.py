@@ -73,11 +73,16 @@ class ForwardProbe:
         """Say what the next forward pass's samples are, where the batch itself no longer does."""
         self._metadata = metadata
 
-    def attach(self, clock: StepClock) -> None:
-        """Start watching; forward passes are counted from here, and the time that watching takes goes to ``clock``."""
+    def attach(self, clock: StepClock, hooks: bool = True) -> None:
+        """Start watching; forward passes are counted from here, and the time that watching takes goes to ``clock``.
+
+        Without ``hooks`` the forward passes have to be handed over: see :meth:`replay`.
+        """
         self.detach()
         self._clock = clock
         self.forwards = 0
+        if not hooks:
+            return
         self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for head in self._family.heads():
             self._handles.append(head.module.register_forward_hook(self._after_head(head)))
