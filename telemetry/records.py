@@ -44,7 +44,7 @@ class Metric:
     def __init__(self, *components: Tensor | float) -> None:
         if len(components) != len(self.ops):
             raise ValueError(f"{type(self).__name__} takes {len(self.ops)} components, got {len(components)}")
-        self.components: tuple[Component, ...] = tuple(_as_component(component) for component in components)
+        self.components: tuple[Component, ...] = tuple(map(_as_component, components))
 
     def merge(self: MetricT, other: MetricT) -> MetricT:
         """This value and ``other`` as if measured together. Launches device work only; never waits for it."""
@@ -182,6 +182,8 @@ def _beside(tensor: Tensor, component: Component) -> Tensor:
 
 
 def _as_component(component: Component) -> Component:
+    if type(component) is float:  # the common case of many host numbers, on the training thread
+        return component
     if not isinstance(component, Tensor):
         return float(component)
     # Apple's GPUs have no float64; their counts stay exact up to 2**24.

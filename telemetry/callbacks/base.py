@@ -101,7 +101,7 @@ class StrategicCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.is_due(state.global_step + 1) or self._session is None:
+        if not is_due(state.global_step + 1, self.logging_steps) or self._session is None:
             return
         self.stepping = True
         self._gradients_seen = False
@@ -147,7 +147,8 @@ class StrategicCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Not an event of the Trainer's: for trainers that offer the gradients before clipping."""
-        self._see_gradients(model, clipped=False)
+        if self.stepping:
+            self._see_gradients(model, clipped=False)
 
     def on_pre_optimizer_step(
         self,
@@ -157,7 +158,8 @@ class StrategicCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._see_gradients(model, clipped=(args.max_grad_norm or 0) > 0)
+        if self.stepping:
+            self._see_gradients(model, clipped=(args.max_grad_norm or 0) > 0)
 
     def on_step_end(
         self,
@@ -190,6 +192,6 @@ class StrategicCallback(TrainerCallback):
             self._session = None
 
     def _see_gradients(self, model: nn.Module | None, clipped: bool) -> None:
-        if self.stepping and not self._gradients_seen and model is not None and self._session is not None:
+        if not self._gradients_seen and model is not None and self._session is not None:
             self._gradients_seen = True
             self._session.gradients(self, model, clipped)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend
-from telemetry.callbacks.base import DEFAULT_LOGGING_STEPS, StrategicCallback
+from telemetry.callbacks.base import DEFAULT_LOGGING_STEPS, StrategicCallback, is_due
 from telemetry.callbacks.inputs import InputLoggerCallback
 from telemetry.callbacks.outputs import OutputLoggerCallback
 from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
@@ -46,15 +46,12 @@ class StrategicTelemetry(TrainerCallback):
         if unknown or not chosen:
             raise ValueError(f"unknown components {unknown}: choose from {', '.join(COMPONENTS)}")
         self.members = [COMPONENTS[name](logging_steps, backends, logging_dir) for name in chosen]
+        self.logging_steps = logging_steps
+        self.stepping = False
 
     def is_due(self, step: int) -> bool:
         """Whether a step is measured."""
-        return self.members[0].is_due(step)
-
-    @property
-    def stepping(self) -> bool:
-        """Whether a due step is under way."""
-        return self.members[0].stepping
+        return is_due(step, self.logging_steps)
 
     def _pass_on(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,10 +60,12 @@ class StrategicTelemetry(TrainerCallback):
             getattr(member, event)(args, state, control, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stepping = False  # a training that ended in an exception may have left it on
         self._pass_on("on_train_begin", args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.is_due(state.global_step + 1):
+        if is_due(state.global_step + 1, self.logging_steps):
+            self.stepping = True
             self._pass_on("on_step_begin", args, state, control, **kwargs)
 
     def on_microbatch(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,6 +89,7 @@ class StrategicTelemetry(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stepping:
+            self.stepping = False
             self._pass_on("on_step_end", args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

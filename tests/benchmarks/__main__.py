@@ -21,18 +21,19 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
 
-    from tests.benchmarks import step_time
+    from tests.benchmarks import hand_over, memory, off_due, step_time
 
     console = Console()
-    console.print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    show(
-        console,
-        "Training step, about 100 M parameters, batch 2, 512 positions",
-        ("step", "median s", "ratio to plain", "ratio, lowest to highest round"),
-        step_time.report(arguments.rounds, arguments.steps),
-    )
+    processor = platform.processor() or platform.machine()
+    console.print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    show(console, "A step that is not due", ("callback", "µs a step", "ratio to empty"), off_due.report())
+    columns = ("way", "ms of the training thread a step", "against SummaryWriter")
+    show(console, "1,000 scalars a step", columns, hand_over.report())
+    show(console, "Through queue and backend", ("backend", "scalars a second"), hand_over.throughput())
+    title = f"Training step, {step_time.describe()}"
+    columns = ("step", "median s", "ratio to plain", "ratio, lowest to highest round")
+    show(console, title, columns, step_time.report(arguments.rounds, arguments.steps))
+    show(console, "Peak memory of the same", ("mode", "MB", "ratio to plain"), memory.report())
 
 
 def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
