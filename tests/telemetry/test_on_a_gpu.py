@@ -1,0 +1,52 @@
+"""Where a GPU is at hand: telemetry never waits for it on the training thread, and measures what it does on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from telemetry import StrategicTelemetry
+from telemetry.backends.memory import MemoryBackend
+from telemetry.clock import StepClock
+from telemetry.recorder import Recorder
+from tests.benchmarks import step_time
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_nothing_on_the_training_thread_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    running, flush = StepClock.running, Recorder.flush
+
+    @contextlib.contextmanager
+    def watched_running(clock: StepClock) -> Iterator[None]:
+        with running(clock), no_waiting():
+            yield
+
+    def watched_flush(recorder: Recorder, step: int, clock: StepClock | None = None) -> None:
+        with no_waiting():
+            flush(recorder, step, clock)
+
+    monkeypatch.setattr(StepClock, "running", watched_running)
+    monkeypatch.setattr(Recorder, "flush", watched_flush)
+    backend = MemoryBackend()
+    callback = StrategicTelemetry(logging_steps=1, backends=[backend])
+    step_time.train(step_time.make_model(), step_time.SyntheticSpeech(8), [callback], 3, str(tmp_path))
+    assert "failed" not in caplog.text
+    assert sorted(backend.scalars("outputs/loss/total")) == [1, 2, 3]
+    assert sorted(backend.scalars("gradients/total_norm")) == [1, 2, 3]
