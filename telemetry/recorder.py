@@ -95,6 +95,10 @@ class _Step:
         return _Step(metrics, self.notes, self.records, deferred)
 
 
+class _ReplacedError(Exception):
+    """A thread comes back from a backend that has blocked: another has gone on in its place."""
+
+
 class _Lane:
     """One backend and how it is doing."""
 
@@ -105,9 +109,9 @@ class _Lane:
         self.opened = False
         self.busy_since: float | None = None
 
-    def blocked(self) -> bool:
-        """Whether it has been in one call for too long."""
-        return self.busy_since is not None and time.monotonic() - self.busy_since > BLOCKED_SECONDS
+    def blocked(self, seconds: float) -> bool:
+        """Whether it has been in one call for longer than that."""
+        return self.busy_since is not None and time.monotonic() - self.busy_since > seconds
 
 
 @dataclass
@@ -176,8 +180,10 @@ class Recorder:
         self._worker: Worker[_Job] = Worker(self._work, max_queue_bytes, self._count_dropped)
         self._delivery: tuple[_Job, _Lane] | None = None
         self._closed = False
+        self._ended = threading.Event()
         self.dropped_records = 0
         self._counting = threading.Lock()
+        self._skipping = threading.Lock()
         self._said_dropped = False
         shutdown.register(self)
 
@@ -249,19 +255,30 @@ class Recorder:
         if records:
             self._put(_Job(step, records=records, lanes=list(self._lanes)))
 
-    def drain(self, seconds: float = DRAIN_SECONDS) -> bool:
-        """Wait until all is written, at most so long. Returns whether it is."""
-        return self._worker.drain(seconds, self._skip_blocked)
+    def drain(self, seconds: float | None = None) -> bool:
+        """Wait until all is written, at most so long (30 s by default). Returns whether it is."""
+        return self._worker.drain(DRAIN_SECONDS if seconds is None else seconds, self._skip_blocked)
 
-    def close(self, seconds: float = DRAIN_SECONDS) -> None:
-        """Write out what is left, in at most so many seconds, and close every backend."""
-        if self._closed:
+    def close(self, seconds: float | None = None) -> None:
+        """Write out what is left, in at most so many seconds (30 by default), and close every backend."""
+        seconds = DRAIN_SECONDS if seconds is None else seconds
+        with self._counting:
+            closing, self._closed = self._closed, True
+        if closing:  # by another thread, when SIGTERM comes while training ends
+            self._ended.wait(seconds)
             return
-        self._closed = True
-        shutdown.unregister(self)
+        try:
+            self._write_out(seconds)
+        finally:
+            self._ended.set()
+            shutdown.unregister(self)
+
+    def _write_out(self, seconds: float) -> None:
         for lane in self._lanes:
             self._worker.put(_Job(0, lanes=[lane], closing=True))
-        if not self._worker.drain(seconds, self._skip_blocked):
+        # A backend that blocks must leave the others some of the time.
+        patience = min(BLOCKED_SECONDS, seconds / 2)
+        if not self._worker.drain(seconds, functools.partial(self._skip_blocked, patience)):
             logger.warning("telemetry could not write everything within %.0f s", seconds)
         lost = self._worker.close()
         if lost:
@@ -284,18 +301,20 @@ class Recorder:
             self._said_dropped = True
             logger.warning("telemetry had to drop records; telemetry/dropped_records counts them")
 
-    def _skip_blocked(self) -> None:
+    def _skip_blocked(self, seconds: float | None = None) -> None:
         """Leave out a backend that has been in one call for too long, and go on behind its back."""
-        delivery = self._delivery
-        if delivery is None or not delivery[1].blocked():
-            return
-        job, lane = delivery
-        self._delivery = None
-        lane.active = False
-        logger.error("backend %s has blocked for %.0f s: left out from now on", lane.backend.name, BLOCKED_SECONDS)
+        seconds = BLOCKED_SECONDS if seconds is None else seconds
+        with self._skipping:  # one thread skips it, and not while it comes back
+            delivery = self._delivery
+            if delivery is None or not delivery[1].blocked(seconds):
+                return
+            self._delivery = None
+            job, lane = delivery
+            lane.active = False
+            rest = job.lanes[job.lanes.index(lane) + 1 :]
+            self._worker.replace(_Job(job.step, records=job.records, lanes=rest))
+        logger.error("backend %s has blocked for %.0f s: left out from now on", lane.backend.name, seconds)
         self._count_dropped(len(job.records))
-        rest = job.lanes[job.lanes.index(lane) + 1 :] if lane in job.lanes else []
-        self._worker.replace(_Job(job.step, records=job.records, lanes=rest))
 
     # -- the background thread ----------------------------------------------------------------------------------------
 
@@ -304,6 +323,8 @@ class Recorder:
             if job.measured is not None:
                 job.records = self._bring_home(job, job.measured)
             self._deliver(job)
+        except _ReplacedError:
+            pass
         except Exception:  # the thread lives on
             logger.exception("telemetry failed on step %d; training goes on", job.step)
 
@@ -355,10 +376,10 @@ class Recorder:
         try:
             work.build(work.tensors, _StepEmitter(step, self))
         except Exception:
-            key = f"build:{getattr(work.build, '__qualname__', work.build)}"
-            if key not in self._said:
-                self._said.add(key)
-                logger.exception("telemetry could not show %s; training goes on", key)
+            name = getattr(work.build, "__qualname__", work.build)
+            if f"build:{name}" not in self._said:
+                self._said.add(f"build:{name}")
+                logger.exception("telemetry could not show what %s makes; training goes on", name)
 
     def _name_nonfinite(self, step: int, shares: Sequence[Share]) -> None:
         for rank, share in enumerate(shares):
@@ -393,27 +414,36 @@ class Recorder:
                 write = functools.partial(lane.backend.write, job.step, job.records)
                 if not self._attempt(job, lane, "write", write):
                     self._count_dropped(len(job.records))
-            if not self._worker.is_current():  # it blocked, and another thread has gone on
-                return
 
     def _attempt(self, job: _Job, lane: _Lane, verb: str, action: Callable[[], None]) -> bool:
+        """Have a backend do something; whether it could.
+
+        Raises:
+            _ReplacedError: when it has blocked, and this thread is no longer the one that works.
+        """
         lane.busy_since = time.monotonic()
         self._delivery = (job, lane)
+        error: BaseException | None = None
         try:
             action()
-        except Exception:
-            lane.failures += 1
-            if lane.failures == 1:
-                logger.exception("backend %s could not %s; training goes on", lane.backend.name, verb)
-            if lane.failures >= MAX_FAILURES and lane.active:
-                lane.active = False
-                logger.error("backend %s failed %d times: left out from now on", lane.backend.name, MAX_FAILURES)
-            return False
-        finally:
-            if self._worker.is_current():
-                self._delivery = None
+        except BaseException as caught:  # noqa: BLE001  (nothing that a backend does ends this thread)
+            error = caught
+        with self._skipping:
+            if not self._worker.is_current():
+                raise _ReplacedError
+            self._delivery = None
             lane.busy_since = None
-        return True
+        if error is not None:
+            self._failed(lane, verb, error)
+        return error is None
+
+    def _failed(self, lane: _Lane, verb: str, error: BaseException) -> None:
+        lane.failures += 1
+        if lane.failures == 1:
+            logger.error("backend %s could not %s; training goes on", lane.backend.name, verb, exc_info=error)
+        if lane.failures >= MAX_FAILURES and lane.active:
+            lane.active = False
+            logger.error("backend %s failed %d times: left out from now on", lane.backend.name, MAX_FAILURES)
 
 
 class _StepEmitter:

@@ -66,7 +66,11 @@ class RankGather:
         if not _all_here(world_size):
             logger.warning("telemetry runs on some ranks only: its numbers are those of each rank alone")
             return None
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GATHER_SECONDS))
+        try:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=GATHER_SECONDS))
+        except RuntimeError as error:
+            logger.warning("ranks cannot be brought together (%s): numbers are those of each rank alone", error)
+            return None
         return cls(group, dist.get_rank(), world_size)
 
     def gather(self, share: Share) -> list[Share] | None:

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import weakref
+from types import FrameType
 from typing import Protocol
 
 TERMINATE_SECONDS = 10.0
@@ -17,13 +18,15 @@ TERMINATE_SECONDS = 10.0
 class Closable(Protocol):
     """Something with work left to write."""
 
-    def close(self, seconds: float = ...) -> None:
+    def close(self, seconds: float | None = None) -> None:
         """Write it out, in at most so many seconds."""
 
 
 _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 _lock = threading.Lock()
 _installed = False
+_wakeup = -1
+_held = threading.local()
 
 
 def register(closable: Closable) -> None:
@@ -34,6 +37,9 @@ def register(closable: Closable) -> None:
         if not _installed:
             _installed = True
             atexit.register(_close_all)
+            if hasattr(os, "register_at_fork"):
+                # A forked child has no thread that could write anything: it must not wait for one when it exits.
+                os.register_at_fork(after_in_child=_open.clear)
             _watch_sigterm()
 
 
@@ -44,10 +50,7 @@ def unregister(closable: Closable) -> None:
 
 def _close_all(seconds: float | None = None) -> None:
     for closable in list(_open):
-        if seconds is None:
-            closable.close()
-        else:
-            closable.close(seconds)
+        closable.close(seconds)
 
 
 def _watch_sigterm() -> None:
@@ -55,8 +58,9 @@ def _watch_sigterm() -> None:
 
     A Python handler alone would wait for the main thread, which may sit in a collective for ranks that are gone. The
     interpreter's wake-up pipe is written at once, and read by a thread. Where the program handles SIGTERM or uses the
-    pipe itself, both are left alone.
+    pipe itself, now or later, both are left alone.
     """
+    global _wakeup
     if os.name != "posix" or threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -69,14 +73,25 @@ def _watch_sigterm() -> None:
         os.close(reader)
         os.close(writer)
         return
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    _wakeup = writer
+    signal.signal(signal.SIGTERM, _on_sigterm)
     threading.Thread(target=_wait_for_sigterm, args=(reader,), name="telemetry-sigterm", daemon=True).start()
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_forget_in_child)
+
+
+def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+    """The thread that reads the pipe ends the process, unless a later handler of the program's has called this one."""
+    if signal.getsignal(signal.SIGTERM) is not _on_sigterm:
+        threading.Thread(target=_close_and_end, name="telemetry-sigterm", daemon=True).start()
 
 
 def _wait_for_sigterm(reader: int) -> None:
-    while signal.SIGTERM not in os.read(reader, 64):
+    while signal.SIGTERM not in os.read(reader, 64) or signal.getsignal(signal.SIGTERM) is not _on_sigterm:
         pass
+    _close_and_end()
+
+
+def _close_and_end() -> None:
     with contextlib.suppress(Exception):
         _close_all(TERMINATE_SECONDS)
     _end_by_default(signal.SIGTERM)
@@ -91,8 +106,20 @@ def _end_by_default(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
+def _hold_sigterm() -> None:
+    """Until a forked child has forgotten: one that is ended at once must not lose the signal, or tell its parent."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
 def _forget_in_child() -> None:
     """A forked child (a data-loader worker) ends by SIGTERM as it always did, and tells its parent nothing."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _open.clear()
+    current = signal.set_wakeup_fd(-1)
+    if current != _wakeup:
+        signal.set_wakeup_fd(current)
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _release_sigterm()

@@ -71,6 +71,9 @@ class StrategicCallback(TrainerCallback):
 
     # -- what a question overrides ------------------------------------------------------------------------------------
 
+    def begin_step(self) -> None:
+        """A due step begins: forget what one that was interrupted left behind."""
+
     def observe_inputs(self, microbatch: Microbatch) -> None:
         """The model is about to run on a microbatch of a due step."""
 
@@ -105,6 +108,7 @@ class StrategicCallback(TrainerCallback):
             return
         self.stepping = True
         self._gradients_seen = False
+        self.begin_step()
         self._session.begin_step()
 
     def on_microbatch(

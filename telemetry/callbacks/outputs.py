@@ -37,6 +37,14 @@ class OutputLoggerCallback(StrategicCallback):
         self._labelled: set[str] = set()
         self._total: SumOfMeans | None = None
 
+    def begin_step(self) -> None:
+        """Begin with nothing."""
+        self._last = None
+        self._predictions.clear()
+        self._modalities.clear()
+        self._labelled.clear()
+        self._total = None
+
     def observe_inputs(self, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
         self._last = microbatch
@@ -76,20 +84,16 @@ class OutputLoggerCallback(StrategicCallback):
             self.session.recorder.absent(f"outputs/loss/{modality}", reason)
         self._emit_total(partial=bool(missing & self._labelled))
         microbatch, predictions = self._last, dict(self._predictions)
-        self._last = None
-        self._predictions.clear()
-        self._modalities.clear()
-        self._labelled.clear()
+        self.begin_step()
         if microbatch is not None and predictions:
             self._show(microbatch, predictions)
 
     def _emit_total(self, partial: bool) -> None:
         """The trained loss, unless a part of it was not seen: a sum of the rest would be mistaken for it."""
-        total, self._total = self._total, None
         if partial:
             self.session.recorder.absent("outputs/loss/total", "a part of it could not be measured")
-        elif total is not None:
-            self.session.recorder.metric("outputs/loss/total", total)
+        elif self._total is not None:
+            self.session.recorder.metric("outputs/loss/total", self._total)
 
     def _expected_modalities(self) -> set[str]:
         family = self.session.family

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from voice_batches import IGNORED, Position, Sample, every
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.records import Scalar
+from telemetry.records import Record, Scalar
+
+OWN_SECTION = "telemetry"
 
 # What each parameter of the models is, written from their architecture: pattern of the whole name → group.
 HIGGS_GROUPS = {
@@ -181,6 +183,11 @@ def clips_of(samples: Iterable[Sample]) -> list[list[Position]]:
         if position.codes is not None:
             clips[-1].append(position)
     return clips
+
+
+def measured_records(backend: MemoryBackend) -> dict[str, list[tuple[int, Record]]]:
+    """Everything that a backend was given but what telemetry says of itself, which every step carries."""
+    return {tag: records for tag, records in backend.records.items() if not tag.startswith(f"{OWN_SECTION}/")}
 
 
 def scalars_at(backend: MemoryBackend, step: int, *sections: str) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,38 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_references import measured_records
 from torch import Tensor
 
+from telemetry import recorder as recorder_module
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
+from telemetry.clock import StepClock
 from telemetry.recorder import MAX_FAILURES, Emitter, Recorder
 from telemetry.records import Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Text, UsedFraction
 
+WRITTEN_SECONDS = 20.0  # generous: other programs share the machine
 
-def opened(*backends: Any) -> Recorder:
-    recorder = Recorder(backends)
+
+def opened(*backends: Any, **options: Any) -> Recorder:
+    recorder = Recorder(backends, **options)
     recorder.open(Run(Path("nowhere")))
     return recorder
+
+
+def drained(recorder: Recorder) -> None:
+    """Everything that was handed over so far has been written."""
+    assert recorder.drain(WRITTEN_SECONDS)
+
+
+def records_of(backend: MemoryBackend, step: int) -> list[Record]:
+    """All records of a step."""
+    return [record for records in backend.records.values() for at, record in records if at == step]
+
+
+def shown(backend: MemoryBackend) -> dict[str, dict[int, float]]:
+    """Tag → step → value of what was measured."""
+    return {tag: backend.scalars(tag) for tag in measured_records(backend)}
 
 
 class Failing(MemoryBackend):
@@ -63,6 +85,7 @@ def test_values_of_one_tag_are_merged(parts: list[tuple[float, int]]) -> None:
         recorder.metric("min", Min(value))
         recorder.metric("norm", Norm(value * value))
     recorder.flush(3)
+    drained(recorder)
 
     values = [value for value, _ in parts]
     weights = sum(count for _, count in parts)
@@ -74,9 +97,7 @@ def test_values_of_one_tag_are_merged(parts: list[tuple[float, int]]) -> None:
     }
     if weights:
         expected["mean"] = sum(value * count for value, count in parts) / weights
-    assert {tag: backend.scalars(tag) for tag in backend.tags()} == {
-        tag: {3: pytest.approx(value, rel=1e-12, abs=1e-6)} for tag, value in expected.items()
-    }
+    assert shown(backend) == {tag: {3: pytest.approx(value, rel=1e-12, abs=1e-6)} for tag, value in expected.items()}
 
 
 def test_a_flushed_step_is_over() -> None:
@@ -87,16 +108,20 @@ def test_a_flushed_step_is_over() -> None:
     recorder.flush(2)
     recorder.metric("a", Sum(5))
     recorder.flush(3)
+    drained(recorder)
     assert backend.scalars("a") == {1: 1.0, 3: 5.0}
 
 
 def test_a_step_with_nothing_is_not_written() -> None:
-    backend = Failing(writes=[1])
+    backend = Failing()
     recorder = opened(backend)
     recorder.flush(1)
     recorder.metric("a", Mean(0, 0))
     recorder.flush(2)
-    assert backend.count == 0
+    drained(recorder)
+    assert backend.count <= 1  # that nothing was dropped in step 2
+    assert measured_records(backend) == {}
+    assert {step for records in backend.records.values() for step, _ in records} <= {2}
 
 
 def test_a_discarded_step_leaves_nothing() -> None:
@@ -107,6 +132,7 @@ def test_a_discarded_step_leaves_nothing() -> None:
     recorder.defer({}, lambda _host, emit: emit.record(Text("c", "text")))
     recorder.discard()
     recorder.flush(1)
+    drained(recorder)
     assert backend.tags() == []
 
 
@@ -123,6 +149,7 @@ def test_deferred_work_sees_host_copies_and_adds_to_its_step() -> None:
     recorder.defer({"values": torch.tensor([1, 2])}, build)
     recorder.defer({"values": torch.tensor([4])}, build)
     recorder.flush(9)
+    drained(recorder)
     assert backend.scalars("count") == {9: 8.0}
     assert backend.last("mean", Scalar) == Scalar("mean", 0.5, "by hand")
     assert [record.text for _, record in backend.records["text"]] == ["[1, 2]", "[4]"]  # type: ignore[union-attr]
@@ -143,11 +170,14 @@ def test_deferred_work_that_raises_is_said_once_and_the_rest_is_written(
         recorder.defer({}, lambda _host, emit: emit.record(Text("whole", "done")))
         recorder.metric("a", Sum(step))
         recorder.flush(step)
+    drained(recorder)
     assert [step for step, _ in backend.records["whole"]] == [1, 2]
     assert backend.scalars("a") == {1: 1.0, 2: 2.0}
-    errors = [record.getMessage() for record in telemetry_log.records if record.levelname == "ERROR"]
+    errors = [record for record in telemetry_log.records if record.levelname == "ERROR"]
     assert len(errors) == 1
-    assert "no such row" in errors[0]
+    assert errors[0].exc_info is not None
+    assert str(errors[0].exc_info[1]) == "no such row"
+    assert "broken" in errors[0].getMessage()
 
 
 def test_notes_are_kept_per_step() -> None:
@@ -158,6 +188,7 @@ def test_notes_are_kept_per_step() -> None:
     recorder.flush(1)
     recorder.metric("a", Sum(1))
     recorder.flush(2)
+    drained(recorder)
     assert [record.note for _, record in backend.records["a"]] == ["clipped", ""]  # type: ignore[union-attr]
 
 
@@ -169,7 +200,8 @@ def test_many_vectors_come_back_in_their_own_shapes() -> None:
     recorder.metric("sum", SumOfMeans(torch.tensor([6.0, 5.0, 9.0]), torch.tensor([2, 0, 3])))
     recorder.metric("scalar", Sum(torch.tensor(2.5, dtype=torch.bfloat16)))
     recorder.flush(1)
-    assert {tag: backend.scalars(tag)[1] for tag in backend.tags()} == {"used": 0.5, "sum": 6.0, "scalar": 2.5}
+    drained(recorder)
+    assert shown(backend) == {"used": {1: 0.5}, "sum": {1: 6.0}, "scalar": {1: 2.5}}
 
 
 def test_written_records_go_past_the_step_that_is_collected() -> None:
@@ -178,8 +210,10 @@ def test_written_records_go_past_the_step_that_is_collected() -> None:
     recorder.metric("a", Sum(1))
     recorder.write(4, [Scalar("train/loss", 2.0)])
     recorder.write(4, [])
+    drained(recorder)
     assert backend.tags() == ["train/loss"]
     recorder.flush(5)
+    drained(recorder)
     assert backend.scalars("a") == {5: 1.0}
 
 
@@ -190,7 +224,8 @@ def test_absence_is_said_once_a_tag_and_never_a_zero(telemetry_log: pytest.LogCa
         recorder.metric("outputs/loss/text", Mean(0, 0))
         recorder.metric("unknown", Max(-torch.inf))
         recorder.flush(step)
-    assert backend.tags() == []
+    drained(recorder)
+    assert measured_records(backend) == {}
     assert [record.getMessage() for record in telemetry_log.records] == [
         "no outputs/loss/text: no supervised text token in the step, or the model computed no text logits",
         "no unknown: nothing to measure in the step",
@@ -211,10 +246,11 @@ def test_lost_records_are_counted_and_a_backend_is_left_out_after_repeated_failu
     assert list(failing.scalars("a")) == [1, 4]
     assert failing.count == 5  # left out after its third failure
     assert MAX_FAILURES == 3
-    assert recorder.dropped_records == 2 * 3
+    assert recorder.dropped_records == sum(len(records_of(good, step)) for step in (2, 3, 5, 6, 7, 8))
     messages = [record.getMessage() for record in telemetry_log.records]
     assert messages == [
         "backend failing could not write; training goes on",
+        "telemetry had to drop records; telemetry/dropped_records counts them",
         "backend failing failed 3 times: left out from now on",
     ]
     assert telemetry_log.records[0].exc_info is not None
@@ -231,8 +267,10 @@ def test_a_backend_that_cannot_be_opened_is_left_out(telemetry_log: pytest.LogCa
     assert not failing.closed
     assert good.scalars("a") == {1: 1.0}
     assert [record.getMessage() for record in telemetry_log.records] == [
-        "backend failing could not open; training goes on"
+        "backend failing could not open; training goes on",
+        "telemetry had to drop records; telemetry/dropped_records counts them",
     ]
+    assert recorder.dropped_records == len(records_of(good, 1))
 
 
 def test_a_backend_that_cannot_be_closed_keeps_no_other_from_it(telemetry_log: pytest.LogCaptureFixture) -> None:
@@ -252,3 +290,170 @@ def test_without_backends_a_step_is_measured_and_forgotten() -> None:
     recorder.flush(1)
     recorder.close()
     assert recorder.dropped_records == 0
+
+
+class Blocking(MemoryBackend):
+    """Blocks in one of its methods from the n-th call on, until it is let go; raises then, if it is told to."""
+
+    name = "blocking"
+
+    def __init__(self, verb: str = "write", call: int = 1, raises: bool = False) -> None:
+        super().__init__()
+        self.verb, self.call, self.raises = verb, call, raises
+        self.calls: list[str] = []
+        self.stuck, self.gate, self.woken = threading.Event(), threading.Event(), threading.Event()
+
+    def open(self, run: Run) -> None:
+        self._called("open")
+        super().open(run)
+
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        self._called("write")
+        super().write(step, records)
+
+    def close(self) -> None:
+        self._called("close")
+        super().close()
+
+    def _called(self, verb: str) -> None:
+        self.calls.append(verb)
+        if verb == self.verb and self.calls.count(verb) == self.call:
+            self.stuck.set()
+            self.gate.wait(WRITTEN_SECONDS)
+            self.woken.set()
+            if self.raises:
+                raise OSError("connection timed out")
+
+
+@pytest.mark.parametrize("verb", ["open", "write"])
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_backend_that_blocks_is_skipped_and_the_others_have_everything_once(
+    verb: str, raises: bool, first: bool, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recorder_module, "BLOCKED_SECONDS", 0.2)
+    good, other, blocking = MemoryBackend(), MemoryBackend(), Blocking(verb, raises=raises)
+    recorder = opened(*([blocking, good, other] if first else [good, blocking, other]))
+    for step in range(1, 4):
+        recorder.metric("a", Sum(step))
+        recorder.flush(step)
+    assert blocking.stuck.wait(WRITTEN_SECONDS)
+    drained(recorder)
+    dropped = recorder.dropped_records
+    messages = [record.getMessage() for record in telemetry_log.records]
+
+    blocking.gate.set()  # it comes back when all has gone on without it
+    assert blocking.woken.wait(WRITTEN_SECONDS)
+    recorder.metric("a", Sum(4))
+    recorder.flush(4)
+    recorder.close()
+    for backend in (good, other):
+        assert [(step, record.value) for step, record in backend.records["a"]] == [  # type: ignore[union-attr]
+            (1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0),
+        ]  # fmt: skip
+        assert backend.closed
+    assert blocking.calls == (["open"] if verb == "open" else ["open", "write"])
+    assert dropped == sum(len(records_of(good, step)) for step in (1, 2, 3))
+    assert recorder.dropped_records == dropped + len(records_of(good, 4))
+    assert messages.count("backend blocking has blocked for 0 s: left out from now on") == 1
+    assert messages.count("telemetry had to drop records; telemetry/dropped_records counts them") == 1
+    assert [record.getMessage() for record in telemetry_log.records] == messages  # nothing more is said of it
+    assert good.scalars("telemetry/dropped_records")[4] == dropped
+
+
+def test_a_backend_that_takes_its_time_is_not_left_out(telemetry_log: pytest.LogCaptureFixture) -> None:
+    slow, good = Blocking(), MemoryBackend()
+    recorder = opened(slow, good)
+    recorder.metric("a", Sum(1))
+    recorder.flush(1)
+    assert slow.stuck.wait(WRITTEN_SECONDS)
+    assert not recorder.drain(0.2)
+    slow.gate.set()
+    recorder.close()
+    assert slow.scalars("a") == good.scalars("a") == {1: 1.0}
+    assert recorder.dropped_records == 0
+    assert telemetry_log.records == []
+
+
+def test_closing_takes_no_longer_than_its_bound_and_others_are_written(telemetry_log: pytest.LogCaptureFixture) -> None:
+    """Long before the backend counts as blocked at any other time."""
+    blocking, good = Blocking(), MemoryBackend()
+    recorder = opened(blocking, good)
+    for step in range(1, 4):
+        recorder.metric("a", Sum(step))
+        recorder.flush(step)
+    assert blocking.stuck.wait(WRITTEN_SECONDS)
+    began = time.monotonic()
+    recorder.close(1.0)
+    assert time.monotonic() - began < 5.0
+    assert good.scalars("a") == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert good.closed
+    blocking.gate.set()
+
+
+def test_closing_within_its_bound_where_every_backend_blocks() -> None:
+    backends = [Blocking(), Blocking(), Blocking()]
+    recorder = opened(*backends)
+    recorder.metric("a", Sum(1))
+    recorder.flush(1)
+    assert backends[0].stuck.wait(WRITTEN_SECONDS)
+    began = time.monotonic()
+    recorder.close(0.8)
+    assert 0.3 < time.monotonic() - began < 5.0
+    recorder.metric("a", Sum(2))
+    recorder.flush(2)
+    assert recorder.dropped_records > 0
+    for backend in backends:
+        backend.gate.set()
+
+
+def test_a_flush_costs_little_while_a_backend_blocks() -> None:
+    blocking = Blocking()
+    recorder = opened(blocking)
+    costs = []
+    for step in range(1, 301):
+        recorder.metric("a", Sum(torch.tensor(1.0)))
+        began = time.perf_counter()
+        recorder.flush(step, StepClock())
+        costs.append(time.perf_counter() - began)
+    assert sorted(costs)[150] < 0.001
+    blocking.gate.set()
+    drained(recorder)
+    assert blocking.scalars("a") == dict.fromkeys(range(1, 301), 1.0)
+    assert list(blocking.scalars("a")) == list(range(1, 301))
+
+
+def test_a_full_queue_costs_media_first_and_numbers_last(telemetry_log: pytest.LogCaptureFixture) -> None:
+    """Texts of 10,000 bytes a step while a backend blocks, 25,000 bytes of room."""
+    blocking = Blocking()
+    recorder = opened(blocking, max_queue_bytes=25_000)
+    for step in range(1, 9):
+        recorder.metric("a", Sum(torch.tensor(float(step))))
+        recorder.record(Text("text", "x" * 10_000))
+        recorder.flush(step)
+        assert blocking.stuck.wait(WRITTEN_SECONDS)
+    blocking.gate.set()
+    drained(recorder)
+    assert blocking.scalars("a") == {step: float(step) for step in range(1, 9)}
+    assert [step for step, _ in blocking.records["text"]] == [1, 7, 8]
+    assert recorder.dropped_records == 5
+    messages = [record.getMessage() for record in telemetry_log.records]
+    assert messages == ["telemetry had to drop records; telemetry/dropped_records counts them"]
+    assert blocking.scalars("telemetry/dropped_records")[8] > 0
+    assert blocking.scalars("telemetry/queue_depth")[8] == 6
+
+
+def test_every_step_says_what_telemetry_took_of_it() -> None:
+    backend = MemoryBackend()
+    recorder = opened(backend)
+    clock = StepClock()
+    with clock.running():
+        time.sleep(0.05)
+    time.sleep(0.05)
+    recorder.metric("a", Sum(1))
+    recorder.flush(1, clock)
+    drained(recorder)
+    seconds = backend.scalars("telemetry/step_seconds")[1]
+    assert 0.05 <= seconds < clock.step_seconds()
+    assert 0 < backend.scalars("telemetry/overhead_fraction")[1] < 1
+    assert backend.scalars("telemetry/dropped_records") == {1: 0.0}

@@ -145,7 +145,7 @@ def test_what_was_measured_as_zero_is_zero() -> None:
     ],
 )
 def test_a_nan_stays_one_whatever_it_is_merged_with(metric: Metric) -> None:
-    calm = metric.with_components([torch.ones_like(component) for component in metric.components])
+    calm = metric.with_components([torch.ones_like(torch.as_tensor(part)) for part in metric.components])
     for value in (metric, metric.merge(calm), calm.merge(metric)):
         result = value.result()
         assert result is not None
@@ -167,9 +167,14 @@ def test_the_histogram_metrics_of_known_histograms() -> None:
 
 
 def test_components_are_detached_float64_and_keep_their_kind() -> None:
-    metric = Mean(torch.ones((), dtype=torch.bfloat16, requires_grad=True) * 2, 4)
-    assert [component.dtype for component in metric.components] == [torch.float64] * 2
-    assert not any(component.requires_grad for component in metric.components)
+    measured = torch.ones((), dtype=torch.bfloat16, requires_grad=True) * 2
+    metric = Mean(measured, 4).merge(Mean(measured, measured.detach()))
+    for component, value in zip(metric.components, (4, 6), strict=True):
+        assert isinstance(component, torch.Tensor)
+        assert component.dtype == torch.float64
+        assert not component.requires_grad
+        assert component == value
+    assert [type(component) for component in Mean(1, 2).merge(Mean(3, 4)).components] == [float, float]
     again = metric.with_components([torch.tensor(6.0), torch.tensor(3)])
     assert type(again) is Mean
     assert again.result() == 2.0

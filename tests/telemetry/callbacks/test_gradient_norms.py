@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import HIGGS_GROUPS, assert_same, gradient_values, scalars_at
+from slow_references import HIGGS_GROUPS, assert_same, gradient_values, measured_records, scalars_at
 from step_runs import StepRun, measure
 from voice_batches import Voices
 
@@ -92,7 +92,7 @@ def test_a_step_without_gradients_is_said_once(
         run.state.global_step += 1
         run._tell("on_step_end")
     run.end()
-    assert backend.tags() == []
+    assert measured_records(backend) == {}
     said = [record.getMessage() for record in telemetry_log.records]
     assert said.count("no gradients/total_norm: no parameter has a gradient") == 1
 
@@ -102,8 +102,9 @@ def test_gradients_are_measured_once_and_before_clipping_where_a_trainer_offers_
 ) -> None:
     """The run offers them twice, before and after clipping, as HiggsAudioTrainer does."""
     backend = measure(SharedAttentionLoggerCallback, higgs, tmp_path, batches(voices))
-    records = [record for tag in backend.tags() for _, record in backend.records[tag]]
-    assert len(records) == len(backend.tags())
+    shown = measured_records(backend)
+    records = [record for found in shown.values() for _, record in found]
+    assert len(records) == len(shown)
     assert [record.note for record in records] == [""] * len(records)  # type: ignore[union-attr]
 
 

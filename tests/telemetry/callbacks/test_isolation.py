@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import assert_same, scalars_at
+from slow_references import assert_same, measured_records, scalars_at
 from text_training import hooks_of, training
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
@@ -173,6 +173,7 @@ def test_after_a_training_that_was_interrupted_the_next_one_is_whole(
     callbacks: list[Any] = [InputLoggerCallback(2, [interrupted]), StrategicTelemetry(["outputs"], 2, [interrupted])]
     with pytest.raises(KeyboardInterrupt):
         training(llama, tmp_path, [*callbacks, Stops(event, 2)], steps=4).trainer.train()
+    assert callbacks[0].session.recorder.drain()
     shown_before = len(interrupted.records["inputs/invalid_ids"])
     if again == "new callbacks":
         callbacks = [InputLoggerCallback(2, [backend]), StrategicTelemetry(["outputs"], 2, [backend])]
@@ -273,7 +274,7 @@ def test_a_model_of_no_family_trains_on_and_it_is_said_once(
     run = training(Headless(), tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=2)
     run.trainer.train()
     assert run.trainer.state.global_step == 2
-    assert {tag.split("/")[0] for tag in backend.tags()} == {"train"}
+    assert {tag.split("/")[0] for tag in measured_records(backend)} == {"train"}
     said = [record.getMessage() for record in telemetry_log.records if "no family" in record.getMessage()]
     assert said == ["telemetry knows no family for this model: inputs and outputs are absent"]
 

@@ -10,6 +10,7 @@ from text_training import hooks_of
 from torch import Tensor
 from voice_batches import Voices
 
+from telemetry.clock import StepClock
 from telemetry.families import Head, HiggsAudioV2Family
 from telemetry.probes.forward import ForwardProbe, Microbatch
 
@@ -46,7 +47,7 @@ def test_every_forward_pass_between_attach_and_detach(
 ) -> None:
     first, second = voices.batch([voices.conversation()]), voices.batch([voices.conversation(seed=4)])
     higgs(**first)
-    probe.attach()
+    probe.attach(StepClock())
     outputs = [higgs(**first), higgs(**second)]
     assert probe.forwards == 2
     probe.detach()
@@ -68,8 +69,8 @@ def test_every_forward_pass_between_attach_and_detach(
 
 
 def test_attaching_twice_tells_once(higgs: Any, voices: Voices, probe: ForwardProbe, ear: Ear) -> None:
-    probe.attach()
-    probe.attach()
+    probe.attach(StepClock())
+    probe.attach(StepClock())
     higgs(**voices.batch([voices.conversation()]))
     assert len(ear.inputs) == 1
     assert len(ear.logits) == 2
@@ -82,13 +83,13 @@ def test_announced_metadata_belongs_to_the_next_forward_pass_alone(
     higgs: Any, voices: Voices, probe: ForwardProbe, ear: Ear
 ) -> None:
     inputs = voices.batch([voices.conversation()])
-    probe.attach()
+    probe.attach(StepClock())
     for name in ("one", None, "three"):
         if name is not None:
             probe.announce([{"sample_id": name}])
         higgs(**inputs)
     probe.announce([{"sample_id": "never run"}])
-    probe.attach()
+    probe.attach(StepClock())
     higgs(**inputs)
     probe.detach()
     assert [microbatch.sample_id(0) for microbatch in ear.inputs] == ["one", "row 0", "three", "row 0"]
@@ -120,7 +121,7 @@ def test_watching_changes_no_gradient(higgs: Any, voices: Voices, probe: Forward
     for watch in (False, True):
         higgs.zero_grad()
         if watch:
-            probe.attach()
+            probe.attach(StepClock())
         higgs(**inputs).loss.backward()
         probe.detach()
         found.append({name: parameter.grad.clone() for name, parameter in higgs.named_parameters()})

@@ -1,0 +1,206 @@
+"""What ranks measured comes together as if one process had measured it all; without a rank the others go on."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telemetry.records import Max, Mean, Min, Norm, Std, Sum
+from telemetry.reduction import RankGather, Share, merge
+
+ENDS_WITHIN = 90.0
+PROGRAM = Path(__file__).with_name("rank_pair.py")
+
+# Tag → its values, one list a rank; a rank with None has not measured it at all.
+SPLITS = st.dictionaries(
+    st.sampled_from(["a", "b", "c", "d"]),
+    st.lists(st.none() | st.lists(st.floats(-100, 100), max_size=5), min_size=3, max_size=3),
+)
+
+
+def shares_of(split: dict[str, list[list[float] | None]]) -> list[Share]:
+    shares = []
+    for rank in range(3):
+        metrics: dict[str, Any] = {}
+        for tag, ranks in split.items():
+            values = ranks[rank]
+            if values is not None:
+                metrics |= {
+                    f"{tag}/mean": Mean(sum(values), len(values)),
+                    f"{tag}/sum": Sum(sum(values)),
+                    f"{tag}/max": Max(max(values, default=-math.inf)),
+                    f"{tag}/min": Min(min(values, default=math.inf)),
+                    f"{tag}/norm": Norm(sum(value * value for value in values)),
+                    f"{tag}/std": Std(sum(values), sum(value * value for value in values), len(values)),
+                }
+        shares.append(Share(1, metrics, {}, ()))
+    return shares
+
+
+def whole(values: list[float]) -> dict[str, float | None]:
+    """By the definitions, on all values at once."""
+    mean = math.fsum(values) / len(values) if values else None
+    return {
+        "mean": mean,
+        "sum": math.fsum(values),
+        "max": max(values, default=None),
+        "min": min(values, default=None),
+        "norm": math.sqrt(math.fsum(value**2 for value in values)),
+        "std": None if mean is None else math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)),
+    }
+
+
+@given(SPLITS)
+def test_any_split_over_ranks_equals_the_whole(split: dict[str, list[list[float] | None]]) -> None:
+    metrics, _ = merge(shares_of(split))
+    expected: dict[str, float | None] = {}
+    for tag, ranks in split.items():
+        measured = [values for values in ranks if values is not None]
+        if measured:
+            values = [value for part in measured for value in part]
+            expected |= {f"{tag}/{kind}": value for kind, value in whole(values).items()}
+    assert metrics.keys() == expected.keys()
+    for tag, value in expected.items():
+        assert metrics[tag].result() == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-5)), tag
+
+
+def test_notes_of_all_ranks_are_kept() -> None:
+    shares = [Share(1, {}, notes, ()) for notes in ({"a": "one"}, {}, {"b": "two"})]
+    assert merge(shares)[1] == {"a": "one", "b": "two"}
+
+
+def test_merging_leaves_every_share_as_it_was() -> None:
+    shares = [Share(1, {"a": Sum(2.0)}, {"a": "x"}, ()), Share(1, {"a": Sum(3.0), "b": Max(1.0)}, {"b": "y"}, ())]
+    assert merge(shares)[0]["a"].result() == 5.0
+    assert [{tag: metric.result() for tag, metric in share.metrics.items()} for share in shares] == [
+        {"a": 2.0},
+        {"a": 3.0, "b": 1.0},
+    ]
+    assert [share.notes for share in shares] == [{"a": "x"}, {"b": "y"}]
+
+
+def test_a_single_process_needs_no_gather() -> None:
+    assert RankGather.join() is None
+
+
+class Ended:
+    """What the two processes of a scenario printed, said and returned."""
+
+    def __init__(self, scenario: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            store = f"127.0.0.1:{probe.getsockname()[1]}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(PROGRAM), scenario, str(rank), store],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for rank in range(2)
+        ]
+        try:
+            spoken = [process.communicate(timeout=ENDS_WITHIN) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        self.codes = [process.returncode for process in processes]
+        self.lines = [output.splitlines() for output, _ in spoken]
+        self.errors = [errors for _, errors in spoken]
+
+    def scalars(self) -> dict[str, dict[int, float]]:
+        """Tag → step → value that rank 0 showed, each once."""
+        found: dict[str, dict[int, float]] = defaultdict(dict)
+        for line in self.lines[0]:
+            if line.count("|") == 3:
+                tag, step, value, _ = line.split("|")
+                assert int(step) not in found[tag]
+                found[tag][int(step)] = float(value)
+        return dict(found)
+
+
+def of_both(*steps: int) -> dict[str, dict[int, float]]:
+    """What rank_pair.measure adds up to."""
+    return {
+        "mean": {step: (2.0 * step + 10.0 * step) / (1 + 3) for step in steps},
+        "max": dict.fromkeys(steps, 1.0),
+        "only_0": {step: float(step) for step in steps},
+        "only_1": {step: float(step) for step in steps},
+    }
+
+
+def of_rank_0(*steps: int) -> dict[str, dict[int, float]]:
+    return {
+        "mean": {step: 2.0 * step for step in steps},
+        "max": dict.fromkeys(steps, 0.0),
+        "only_0": {step: float(step) for step in steps},
+    }
+
+
+def joined(*parts: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    return {tag: {s: v for part in parts for s, v in part.get(tag, {}).items()} for part in parts for tag in part}
+
+
+def test_rank_0_shows_what_both_measured_with_the_tags_of_both() -> None:
+    ended = Ended("together")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.scalars() == of_both(1, 2, 3)
+    assert ended.lines[1] == []
+    assert "telemetry" not in "".join(ended.errors)
+
+
+def test_a_rank_with_something_not_finite_is_named_and_its_rows_are_shown() -> None:
+    ended = Ended("nonfinite")
+    assert ended.codes == [0, 0], ended.errors
+    values = ended.scalars()["value"]
+    assert values[1] == 1.0
+    assert math.isnan(values[2])
+    assert "table|1|(('row of 0',),)" in ended.lines[0]
+    assert "table|2|(('row of 0',), ('rank 1: row of 1',))" in ended.lines[0]
+    assert ended.errors[0].count("step 2: not finite on rank 1: value") == 1
+    assert "not finite on rank 0" not in ended.errors[0]
+
+
+def test_telemetry_on_one_rank_only_hangs_nobody_and_is_said() -> None:
+    ended = Ended("alone")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.scalars() == of_rank_0(1)
+    assert all("reduced 4.0" in lines for lines in ended.lines)
+    said = "telemetry runs on some ranks only: its numbers are those of each rank alone"
+    assert [errors.count(said) for errors in ended.errors] == [1, 0]
+
+
+def test_a_rank_that_comes_late_does_not_wait_for_those_that_gave_up() -> None:
+    ended = Ended("late")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.lines == [["gather None"]] * 2
+
+
+def test_without_a_rank_that_died_the_other_goes_on_alone_and_says_so_once() -> None:
+    ended = Ended("dies")
+    assert ended.codes == [0, 9], ended.errors
+    assert ended.scalars() == joined(of_both(1), of_rank_0(2, 3))
+    (seconds,) = [float(line.split()[1]) for line in ended.lines[0] if line.startswith("seconds")]
+    assert seconds < 30
+    assert ended.errors[0].count("ranks can no longer be brought together") == 1
+    assert "from step 2 on, this rank's numbers only" in ended.errors[0]
+
+
+def test_ranks_at_different_steps_are_not_added_up() -> None:
+    ended = Ended("other_steps")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.scalars() == joined(of_both(1), of_rank_0(2))
+    assert "ranks are at different steps: [2, 12]" in ended.errors[0]
