@@ -11,6 +11,7 @@ counted and said once. Training never notices.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from telemetry import catalogue, shutdown
@@ -37,6 +39,7 @@ MAX_QUEUE_BYTES = 256 * 2**20
 BLOCKED_SECONDS = 60.0
 DRAIN_SECONDS = 30.0
 NAMED_TAGS = 5
+_PLACE = torch.empty(0)
 
 
 class Emitter(Protocol):
@@ -84,8 +87,14 @@ class _Step:
         parts = [part for metric in self.metrics.values() for part in metric.components if isinstance(part, Tensor)]
         return parts + [tensor for work in self.deferred for tensor in work.tensors.values()]
 
+    def emptied(self) -> _Step:
+        """The same step without its tensors, for which places are kept: they may be large, on a device."""
+        metrics = {tag: _emptied(metric) for tag, metric in self.metrics.items()}
+        deferred = [replace(work, tensors=dict.fromkeys(work.tensors, _PLACE)) for work in self.deferred]
+        return _Step(metrics, self.notes, self.records, deferred)
+
     def hosted(self, copies: Iterable[Tensor]) -> _Step:
-        """The same step over host values."""
+        """The same step over host values, which take the tensors' places."""
         rest = iter(copies)
         metrics = {
             tag: metric.with_components([_host(next(rest)) if isinstance(p, Tensor) else p for p in metric.components])
@@ -243,6 +252,7 @@ class Recorder:
         collected, self._step = self._step, _Step()
         began = time.perf_counter()
         transfer = Transfer(collected.tensors())
+        collected = collected.emptied()
         self._add_own_state(collected)
         if clock is not None:
             clock.spent += time.perf_counter() - began
@@ -465,6 +475,14 @@ class _StepEmitter:
 
 def _nothing(_tensors: Mapping[str, Tensor], _emit: Emitter) -> None:
     """What is left of deferred work that was dropped."""
+
+
+def _emptied(metric: Metric) -> Metric:
+    if not any(isinstance(part, Tensor) for part in metric.components):
+        return metric
+    emptied = copy.copy(metric)
+    emptied.components = tuple(_PLACE if isinstance(part, Tensor) else part for part in metric.components)
+    return emptied
 
 
 def _host(tensor: Tensor) -> Tensor | float:

@@ -14,8 +14,8 @@ PACKAGES = ("telemetry", "trainer", "dashboards")
 BASE = ("telemetry.measures", "telemetry.records", "telemetry.catalogue")
 READING = (*BASE, "telemetry.families")
 TELEMETRY_OF_CALLBACKS = (
-    *READING, "telemetry.clock", "telemetry.probes", "telemetry.recorder", "telemetry.reduction", "telemetry.health", "telemetry.callbacks",
-    "telemetry.backends.base",
+    *READING, "telemetry.clock", "telemetry.probes", "telemetry.recorder", "telemetry.reduction", "telemetry.health",
+    "telemetry.callbacks", "telemetry.backends.base",
 )  # fmt: skip
 
 # Layer (a module and what lies under it, the longest that fits) → what its modules may import of the project.

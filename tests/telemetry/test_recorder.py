@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -457,3 +459,22 @@ def test_every_step_says_what_telemetry_took_of_it() -> None:
     assert 0.05 <= seconds < clock.step_seconds()
     assert 0 < backend.scalars("telemetry/overhead_fraction")[1] < 1
     assert backend.scalars("telemetry/dropped_records") == {1: 0.0}
+
+
+def test_a_step_that_waits_keeps_no_tensor_of_the_device() -> None:
+    blocking = Blocking("write")
+    recorder = opened(blocking)
+    recorder.write(1, [Scalar("a/b", 1.0)])
+    measured, shown_tensor = torch.ones(3), torch.ones(4)
+    held = [weakref.ref(measured), weakref.ref(shown_tensor)]
+    seen: list[Tensor] = []
+    recorder.metric("a/used", UsedFraction(measured))
+    recorder.show({"x": shown_tensor}, lambda host, emit: seen.append(host["x"]))
+    recorder.flush(2)
+    del measured, shown_tensor
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    blocking.gate.set()
+    drained(recorder)
+    assert torch.equal(seen[0], torch.ones(4))
+    assert blocking.scalars("a/used") == {2: 1.0}

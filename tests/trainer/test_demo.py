@@ -6,6 +6,9 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -365,3 +368,19 @@ def test_command_needs_a_directory(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["prepare"])
     assert "DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "first", ["trainer.demo.codec", "transformers", "transformers.processing_utils", "transformers.trainer"]
+)
+def test_a_processor_takes_the_codec_whatever_was_imported_first(first: str) -> None:
+    script = f"""
+        import importlib
+        import trainer
+        importlib.import_module({first!r})
+        from trainer.demo.codec import DemonstrationCodec
+        from transformers import processing_utils
+        mixin = processing_utils.ProcessorMixin
+        assert mixin.get_possibly_dynamic_module("DemonstrationCodec") is DemonstrationCodec
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForAudioTokenization, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForAudioTokenization, PreTrainedConfig, processing_utils
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
-from transformers.processing_utils import MODALITY_TO_BASE_CLASS_MAPPING
 from transformers.utils.generic import ModelOutput
 
 _FLOOR = 1e-4  # of the mel magnitude: that of the rounding noise of 16-bit files
@@ -261,11 +259,13 @@ def _register() -> None:
     AutoModelForAudioTokenization.register(DemonstrationCodecConfig, DemonstrationCodec, exist_ok=True)
     # Processors accept only the audio tokenizers named here, although any PreTrainedAudioTokenizerBase would do, and
     # look for their classes in transformers itself: the search among registered classes fails without torchvision.
-    vars(transformers)[DemonstrationCodec.__name__] = DemonstrationCodec
-    accepted = MODALITY_TO_BASE_CLASS_MAPPING["audio_tokenizer"]
+    # Their transformers module is a second copy, which need not be the one that an import gives.
+    vars(processing_utils.transformers_module)[DemonstrationCodec.__name__] = DemonstrationCodec
+    classes = processing_utils.MODALITY_TO_BASE_CLASS_MAPPING
+    accepted = classes["audio_tokenizer"]
     accepted = (accepted,) if isinstance(accepted, str) else accepted
     if DemonstrationCodec.__name__ not in accepted:
-        MODALITY_TO_BASE_CLASS_MAPPING["audio_tokenizer"] = (*accepted, DemonstrationCodec.__name__)
+        classes["audio_tokenizer"] = (*accepted, DemonstrationCodec.__name__)
 
 
 _register()

@@ -1,0 +1,318 @@
+"""Trainings in which something goes wrong, as programs: ``python scenarios.py NAME DIRECTORY``."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tiny_training as tiny
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+import telemetry.recorder
+from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
+from telemetry.callbacks.outputs import OutputLoggerCallback
+
+LOGS = "logs"
+BROKEN_FROM = 100
+BLOCKED_FROM = 5
+FULL_FROM, FREE_FROM = 6, 11
+POISONED = 7
+KILLED = 8
+RAISES = 9
+PAUSE = 0.15
+ODD_BATCHES = {"no samples": (0, 6), "no positions": (2, 0), "one token": (1, 1), "two tokens": (1, 2)}
+LEFT_OUT = "left out from now on"
+
+
+class FaultyBackend:
+    """Raises, blocks or dawdles in some writes, counted from 1."""
+
+    def __init__(self, is_faulty: Callable[[int], bool], fault: Callable[[], Any], name: str = "faulty") -> None:
+        self._is_faulty, self._fault, self.name = is_faulty, fault, name
+        self.writes = 0
+
+    def open(self, run: Any) -> None:
+        pass
+
+    def write(self, step: int, records: Any) -> None:
+        self.writes += 1
+        if self._is_faulty(self.writes):
+            self._fault()
+
+    def close(self) -> None:
+        pass
+
+
+def fail() -> None:
+    raise ConnectionError("the fault of this test")
+
+
+def dawdling() -> FaultyBackend:
+    """Each write takes longer than a step."""
+    return FaultyBackend(lambda write: True, lambda: time.sleep(PAUSE))
+
+
+def block() -> None:
+    threading.Event().wait()
+
+
+def watched(directory: Path, *others: Any, **arguments: Any) -> StrategicTelemetry:
+    """Telemetry at every step, to TensorBoard behind other backends."""
+    return StrategicTelemetry(
+        logging_steps=1, backends=[*others, TensorBoardBackend()], logging_dir=directory / LOGS, **arguments
+    )
+
+
+def run_beside(directory: Path, *backends: FaultyBackend, steps: int = 20) -> None:
+    tiny.train(directory, [tiny.Progress(directory), watched(directory, *backends)], steps)
+    (directory / "writes.json").write_text(json.dumps({backend.name: backend.writes for backend in backends}))
+
+
+# ------------------------------------------------------------------------------------------------------------ backends
+
+
+def backends_raise(directory: Path) -> None:
+    """Always, once, and after 100 writes; there are two writes a step."""
+    always = FaultyBackend(lambda write: True, fail, "always")
+    once = FaultyBackend(lambda write: write == 5, fail, "once")
+    late = FaultyBackend(lambda write: write > BROKEN_FROM, fail, "late")
+    run_beside(directory, always, once, late, steps=70)
+
+
+def backend_blocks(directory: Path) -> None:
+    telemetry.recorder.BLOCKED_SECONDS = 0.3
+    telemetry.recorder.DRAIN_SECONDS = 5.0
+    run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
+
+
+def backend_blocks_until_the_end(directory: Path) -> None:
+    """It would be left out after a minute, and the training is over long before."""
+    telemetry.recorder.DRAIN_SECONDS = 4.0
+    run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
+
+
+class Disk(TrainerCallback):
+    """Has no room left from the end of one step to the end of another."""
+
+    def __init__(self, watching: StrategicTelemetry, logs: Path) -> None:
+        self._watching, self._logs = watching, logs
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 not in (FULL_FROM, FREE_FROM):
+            return
+        assert self._watching.members[0].session.recorder.drain()
+        (file,) = self._logs.iterdir()
+        room = file.stat().st_size + 50 if state.global_step + 1 == FULL_FROM else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+def disk_is_full_for_a_while(directory: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    watching = watched(directory)
+    tiny.train(directory, [watching, Disk(watching, directory / LOGS)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- ends
+
+
+class Acts(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step: int, action: Callable[..., Any]) -> None:
+        self._step, self._action = step, action
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self._step:
+            self._action(**kwargs)
+
+
+def slow_steps(directory: Path) -> None:
+    """Long enough for a signal to come in the middle."""
+    tiny.train(directory, [tiny.Progress(directory, PAUSE), watched(directory)], steps=400)
+
+
+def slow_writes(directory: Path) -> None:
+    """The training is over long before its last step is written."""
+    run_beside(directory, dawdling())
+
+
+def forked_child_exits(directory: Path) -> None:
+    """In a program that handles SIGTERM itself, a copy of the process ends while a backend is at work."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    seconds: list[float] = []
+
+    def fork(**_: Any) -> None:
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        seconds.append(time.monotonic() - began)
+
+    backend = FaultyBackend(lambda write: write == BLOCKED_FROM, lambda: time.sleep(PAUSE))
+    tiny.train(directory, [watched(directory, backend), Acts(RAISES, fork)])
+    (directory / "seconds.json").write_text(json.dumps(seconds))
+
+
+def training_raises(directory: Path) -> None:
+    def stop(**_: Any) -> None:
+        raise ZeroDivisionError("the fault of this test")
+
+    tiny.train(directory, [tiny.Progress(directory), watched(directory, dawdling()), Acts(RAISES, stop)])
+
+
+def forked_loaders(directory: Path) -> None:
+    """Three epochs, so that loaders are forked while telemetry's thread is at work."""
+    backends = [ConsoleBackend(), TensorBoardBackend()]
+    watching = StrategicTelemetry(logging_steps=1, backends=backends, logging_dir=directory / LOGS)
+    loaders: set[int] = set()
+
+    class Children(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            loaders.update(children())
+
+    arguments: dict[str, Any] = {"dataloader_num_workers": 2, "dataset": tiny.rows(16)}
+    tiny.train(directory, [tiny.Progress(directory), watching, Children()], steps=24, **arguments)
+    gc.collect()  # iterators of loaders end their processes
+    (directory / "loaders.json").write_text(json.dumps({"seen": sorted(loaders), "left": sorted(children())}))
+
+
+def children() -> list[int]:
+    """Processes that this one has started and that have not ended."""
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def logits_are_nan(directory: Path) -> None:
+    def poison(model: Any, **_: Any) -> None:
+        with torch.no_grad():
+            model.lm_head.weight[3, 2] = float("nan")
+
+    tiny.train(directory, [watched(directory), Acts(POISONED, poison)])
+
+
+def with_and_without(directory: Path, shape: tuple[int, int]) -> None:
+    """The same training on batches of a shape twice, first without telemetry."""
+    for name in ("without", "with"):
+        part = directory / name
+        part.mkdir()
+        callbacks: list[TrainerCallback] = [watched(part)] if name == "with" else []
+        try:
+            tiny.train(part, callbacks, steps=4, collator=functools.partial(batch_of, shape))
+        except (RuntimeError, IndexError) as error:
+            print(f"{name}: {error!r}", file=sys.stderr)  # what ended it is in the outcome
+
+
+def batch_of(shape: tuple[int, int], samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.ones(shape, dtype=torch.long) for name in samples[0]}
+
+
+def odd_batches(directory: Path) -> None:
+    for name, shape in ODD_BATCHES.items():
+        part = directory / name
+        part.mkdir()
+        with_and_without(part, shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def is_second_rank() -> bool:
+    return os.environ.get("RANK") == "1"
+
+
+def on_ranks(directory: Path, callbacks: Sequence[TrainerCallback], steps: int = 20) -> None:
+    noted = [] if is_second_rank() else [tiny.Progress(directory)]
+    tiny.train(directory, [*noted, *callbacks], steps, ddp_backend="gloo")
+    torch.distributed.destroy_process_group()
+
+
+def kill(**_: Any) -> None:
+    if is_second_rank():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_is_killed(directory: Path) -> None:
+    on_ranks(directory, [watched(directory), Acts(KILLED, kill)])
+
+
+def rank_is_killed_without_telemetry(directory: Path) -> None:
+    on_ranks(directory, [Acts(KILLED, kill)])
+
+
+class BreaksOnOneRank(OutputLoggerCallback):
+    """Raises on rank 1, before and after it has measured."""
+
+    def observe_logits(self, *args: Any) -> None:
+        if is_second_rank() and self.session._state.global_step % 2:
+            raise ValueError("the fault of this test")
+        super().observe_logits(*args)
+        if is_second_rank():
+            raise ValueError("the fault of this test")
+
+
+def rank_raises_in_a_measure(directory: Path) -> None:
+    watching = watched(directory)
+    watching.members = [
+        BreaksOnOneRank(1, member.backends, member.logging_dir) if isinstance(member, OutputLoggerCallback) else member
+        for member in watching.members
+    ]
+    on_ranks(directory, [watching])
+
+
+# ------------------------------------------------------------------------------------------------------------ endurance
+
+
+class Resources(TrainerCallback):
+    """Notes what the process holds, each time with nothing waiting to be written."""
+
+    def __init__(self, watching: StrategicTelemetry, every: int) -> None:
+        self._watching, self._every = watching, every
+        self.held: list[dict[str, int]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 or state.global_step % self._every:
+            return
+        assert self._watching.members[0].session.recorder.drain()
+        gc.collect()
+        process = psutil.Process()
+        self.held.append(
+            {
+                "step": state.global_step,
+                "bytes": process.memory_info().rss,
+                "files": process.num_fds(),
+                "threads": process.num_threads(),
+            }
+        )
+
+
+def endures(directory: Path, steps: str = "10000") -> None:
+    """Many due steps. The Trainer logs none of them: its own history would grow."""
+    watching = watched(directory)
+    resources = Resources(watching, every=100)
+    dataset = tiny.rows(64) * (int(steps) // 32 + 1)
+    arguments: dict[str, Any] = {"dataset": dataset, "logging_strategy": "no"}
+    tiny.train(directory, [watching, resources], steps=int(steps) + 1, **arguments)
+    (directory / "held.json").write_text(json.dumps(resources.held))
+
+
+if __name__ == "__main__":
+    # Under its import name, so that what it stores is found again by the tests.
+    import scenarios
+
+    getattr(scenarios, sys.argv[1])(Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,42 @@
+"""Two ranks by torchrun, one of which fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fault_runs import MEASURED, Ended, assert_every_step, on_two_ranks, scalars, steps_of
+from scenarios import KILLED
+from tiny_training import progress
+
+MARGIN = 15.0
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def killed_without_telemetry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    directory = tmp_path_factory.mktemp("killed")
+    return directory, on_two_ranks("rank_is_killed_without_telemetry", directory)
+
+
+def test_a_rank_that_is_killed_holds_no_other_up(tmp_path: Path, killed_without_telemetry: tuple[Path, Ended]) -> None:
+    without_directory, without = killed_without_telemetry
+    ended = on_two_ranks("rank_is_killed", tmp_path)
+    last = KILLED - 1
+    assert max(progress(tmp_path)) == max(progress(without_directory)) == last
+    assert ended.status == without.status == 1
+    # From the last step that rank 1 lived to see, until rank 0 and torchrun are gone.
+    took, took_without = ended.at - progress(tmp_path)[last], without.at - progress(without_directory)[last]
+    assert took < took_without + MARGIN
+    for tag in MEASURED:
+        assert steps_of(tmp_path)[tag] in (list(range(1, last + 1)), list(range(1, last))), tag
+
+
+def test_a_rank_that_raises_in_a_measure_goes_on(tmp_path: Path) -> None:
+    ended = on_two_ranks("rank_raises_in_a_measure", tmp_path)
+    assert ended.status == 0, ended.said
+    assert_every_step(tmp_path, range(1, STEPS + 1))
+    assert ended.said.count("BreaksOnOneRank failed; training goes on") == 1
+    assert ended.said.count("switched off") == 1
+    # Both ranks' tokens are counted at every step, though one rank measures no outputs.
+    assert [value for _, value in scalars(tmp_path)["inputs/tokens/total"]] == [2 * 2 * 6.0] * STEPS
