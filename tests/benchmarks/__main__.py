@@ -16,8 +16,7 @@ import trainer as _trainer  # noqa: F401  (first: repairs what transformers impo
 def main() -> None:
     """Run every benchmark and print one table each."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each mode is measured, in turn")
-    parser.add_argument("--steps", type=int, default=4, help="counted training steps a round")
+    parser.add_argument("--pairs", type=int, default=8, help="due steps measured for each component, at least 2")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
 
@@ -31,8 +30,8 @@ def main() -> None:
     show(console, "1,000 scalars a step", columns, hand_over.report())
     show(console, "Through queue and backend", ("backend", "scalars a second"), hand_over.throughput())
     title = f"Training step, {step_time.describe()}"
-    columns = ("step", "median s", "ratio to plain", "ratio, lowest to highest round")
-    show(console, title, columns, step_time.report(arguments.rounds, arguments.steps))
+    columns = ("due", "due step, s", "step around it, s", "ratio", "quartiles")
+    show(console, title, columns, step_time.report(arguments.pairs))
     show(console, "Peak memory of the same", ("mode", "MB", "ratio to plain"), memory.report())
 
 

@@ -34,7 +34,7 @@ def report() -> list[tuple[str, ...]]:
                 began = time.perf_counter()
                 write(step)
                 seconds[name].append(time.perf_counter() - began)
-                time.sleep(0.02)  # the step that the background threads have for themselves
+                time.sleep(0.05)  # the step that the background threads have for themselves
     base = statistics.median(seconds["SummaryWriter.add_scalar"])
     return [
         (name, f"{statistics.median(values) * 1e3:.2f}", f"{base / statistics.median(values):.1f} × cheaper")

@@ -1,13 +1,11 @@
-"""How much longer a training step takes with telemetry: plain, non-due and due steps, in turn, in one process."""
+"""How much longer a training step takes when it is due, against the steps around it in the same training."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from trainer.collator import VoiceCloningCollator
 from trainer.dataset import IGNORE_INDEX, Example
 from trainer.higgs_trainer import HiggsAudioTrainer
 
-NEVER = 10**9
 STREAM_BOS, STREAM_EOS = 1024, 1025
 AUDIO, DELAY, PAD = 19_000, 19_001, 19_002
 TEXT, REFERENCE, TARGET = 64, 200, 248  # positions of one sample
@@ -123,22 +120,10 @@ class Stopwatch(TrainerCallback):
         self._began = now
 
 
-@dataclass(frozen=True)
-class Mode:
-    """One way to train: a name and the telemetry of a fresh run."""
-
-    name: str
-    callbacks: Callable[[], list[TrainerCallback]]
-
-
-def modes() -> Iterator[Mode]:
-    """Plain first: what the others are compared with."""
-    yield Mode("plain", list)
-    yield Mode("empty callback", lambda: [TrainerCallback()])
-    yield Mode("non-due", lambda: [telemetry(None, NEVER)])
-    for name in COMPONENTS:
-        yield Mode(f"due: {name}", lambda name=name: [telemetry([name], 1)])
-    yield Mode("due: all", lambda: [telemetry(None, 1)])
+def modes() -> Iterator[tuple[str, list[str] | None]]:
+    """Name and components."""
+    yield from ((name, [name]) for name in COMPONENTS)
+    yield "all", None
 
 
 def telemetry(components: list[str] | None, every: int) -> StrategicTelemetry:
@@ -146,18 +131,15 @@ def telemetry(components: list[str] | None, every: int) -> StrategicTelemetry:
     return StrategicTelemetry(components, logging_steps=every, backends=[MemoryBackend()])
 
 
-def measure(rounds: int, steps: int, directory: str) -> dict[str, list[float]]:
-    """Step times by mode. Every round trains ``steps`` counted steps in each mode, in turn; the first two are not
-    counted (they warm up, and step 1 is always due)."""
-    model = make_model()
-    data = SyntheticSpeech(8)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for mode in modes():
-            watch = Stopwatch()
-            train(model, data, [*mode.callbacks(), watch], steps + 3, directory)
-            seconds[mode.name] += watch.seconds[2:]
-    return seconds
+def measure(components: list[str] | None, pairs: int, directory: str) -> list[tuple[float, float]]:
+    """Seconds of a due step, and the mean of the two steps around it, which are not due: every other step is due.
+
+    The machine's speed drifts from minute to minute; neighbours share it.
+    """
+    watch = Stopwatch()
+    train(make_model(), SyntheticSpeech(8), [telemetry(components, 2), watch], 2 * pairs + 4, directory)
+    seconds = watch.seconds  # of step 1, 2, ...; even steps are due, and the first two warm up
+    return [(seconds[at], (seconds[at - 1] + seconds[at + 1]) / 2) for at in range(3, 2 * pairs + 2, 2)]
 
 
 def train(
@@ -193,16 +175,14 @@ def train(
     trainer.train()
 
 
-def report(rounds: int = 3, steps: int = 4) -> list[tuple[str, ...]]:
-    """Rows of mode, median seconds of a step, and the median of the rounds' ratios to plain."""
-    with tempfile.TemporaryDirectory() as directory:
-        seconds = measure(rounds, steps, directory)
+def report(pairs: int) -> list[tuple[str, ...]]:
+    """Rows of components, median seconds of a due and of another step, median ratio and its quartiles."""
     rows = []
-    for name, values in seconds.items():
-        ratios = [
-            statistics.median(values[at : at + steps]) / statistics.median(seconds["plain"][at : at + steps])
-            for at in range(0, rounds * steps, steps)
-        ]
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        rows.append((name, f"{statistics.median(values):.3f}", f"{statistics.median(ratios):.3f}", spread))
+    with tempfile.TemporaryDirectory() as directory:
+        for name, components in modes():
+            measured = measure(components, pairs, directory)
+            ratios = [due / other for due, other in measured]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            due, other = (statistics.median(seconds) for seconds in zip(*measured, strict=True))
+            rows.append((name, f"{due:.3f}", f"{other:.3f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"))
     return rows
