@@ -140,3 +140,9 @@ def test_the_console_shows_the_step_and_how_to_open_it(run: tuple[Path, str]) ->
     assert "Is the data what I think it is?" in console
     assert re.search(rf"tensorboard --logdir {re.escape(str(logs))} --samples_per_plugin scalars=100000", console)
     assert "HEALTHY" not in console
+
+
+def test_the_end_says_what_was_written(run: tuple[Path, str]) -> None:
+    logs, console = run
+    for line in (f"model: {logs.parent / 'output'}", f"checkpoints: checkpoint-{STEPS}", f"telemetry: {logs}"):
+        assert line in console

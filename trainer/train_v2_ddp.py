@@ -219,10 +219,13 @@ def summarize(trainer: HiggsAudioTrainer, arguments: ScriptArguments) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         logger.info("loss: %.4f at the first logged step, %.4f at the last", losses[0], losses[-1])
-    logger.info("model: %s", Path(arguments.output_dir).resolve())
+    output = Path(arguments.output_dir).resolve()
+    logger.info("model: %s", output)
+    logger.info("checkpoints: %s", ", ".join(sorted(path.name for path in output.glob("checkpoint-*"))) or "none")
     if arguments.enable_strategic_logging and arguments.report_to in ("tensorboard", "all"):
         from telemetry import launch_command
 
+        logger.info("telemetry: %s", arguments.logs.resolve())
         logger.info("open the dashboard with: %s", launch_command(arguments.logs))
 
 
