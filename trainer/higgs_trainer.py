@@ -101,7 +101,7 @@ class HiggsAudioTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Supervised tokens of each part of the loss over the accumulated batch and, while training, all ranks."""
+        """Supervised tokens of each part of the loss over the accumulated batch and all ranks."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         counts = supervised_counts(batch_samples, self._num_codebooks).to(device)

@@ -108,7 +108,7 @@ class StrategicCallback(TrainerCallback):
             return
         self.stepping = True
         self._gradients_seen = False
-        self.begin_step()
+        self._session.guard(self, self.begin_step)
         self._session.begin_step()
 
     def on_microbatch(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +18,7 @@ from telemetry.backends.base import Backend, Run
 from telemetry.backends.console import ConsoleBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.clock import StepClock
-from telemetry.families import Head, find_family
+from telemetry.families import Family, Head, find_family
 from telemetry.probes.forward import ForwardProbe, Microbatch
 from telemetry.recorder import MAX_FAILURES, Recorder
 from telemetry.records import Scalar
@@ -45,7 +46,10 @@ class Session:
     _by_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, Session]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module, args: TrainingArguments, state: TrainerState, processing_class: Any) -> None:
-        self.family = find_family(model)
+        self._said: set[str] = set()
+        self.family: Family | None = None
+        with self._isolated("reading the model"):
+            self.family = find_family(model)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.is_main = state.is_world_process_zero
         self._model = weakref.ref(model)
@@ -110,7 +114,10 @@ class Session:
         if self._stepping:
             return
         self._stepping = True
-        recorder = self.recorder
+        with self._isolated("beginning a step"):
+            self._begin(self.recorder)
+
+    def _begin(self, recorder: Recorder) -> None:
         self._clock = StepClock()
         with self._clock.running():
             recorder.discard()
@@ -130,7 +137,7 @@ class Session:
         Hooks on a compiled model would become part of its graph, or never run.
         """
         if self._stepping and not self.hooked and self._probe is not None and member is self._stepping_members()[0]:
-            with self._clock.running():
+            with self._clock.running(), self._isolated("reading what a trainer handed over"):
                 self._probe.replay(inputs, outputs)
 
     def finish(self, member: StrategicCallback, step: int, inputs: Mapping[str, Any] | None, outputs: Any) -> None:
@@ -139,14 +146,16 @@ class Session:
             return
         with self._clock.running():
             if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
-                self._probe.replay(inputs, outputs)
+                with self._isolated("reading what a trainer handed over"):
+                    self._probe.replay(inputs, outputs)
             self.guard(member, member.finish_step)
             member.stepping = False
             last = not self._stepping_members()
             if last:
                 self._end_step()
         if last:
-            self.recorder.flush(step, self._clock)
+            with self._isolated("sending a step on its way"):
+                self.recorder.flush(step, self._clock)
 
     def gradients(self, member: StrategicCallback, model: nn.Module, clipped: bool) -> None:
         """All gradients are there: let a callback see them."""
@@ -159,7 +168,18 @@ class Session:
             return
         numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name != "step"}
         # Past the step that is being collected: a trainer may log in the middle of one.
-        self.recorder.write(step, [Scalar(_trainer_tag(name), float(value)) for name, value in numbers.items()])
+        with self._isolated("recording what the Trainer logs"):
+            self.recorder.write(step, [Scalar(_trainer_tag(name), float(value)) for name, value in numbers.items()])
+
+    @contextlib.contextmanager
+    def _isolated(self, doing: str) -> Iterator[None]:
+        """Whatever goes wrong inside is said once with its traceback; training goes on."""
+        try:
+            yield
+        except Exception:
+            if doing not in self._said:
+                self._said.add(doing)
+                logger.exception("telemetry failed while %s; training goes on", doing)
 
     def guard(self, member: StrategicCallback, action: Callable[..., None], *args: Any) -> None:
         """Run a callback's measure; one that raises is reported and, after repeated failures, switched off."""

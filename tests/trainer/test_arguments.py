@@ -199,3 +199,10 @@ def test_when_the_trainer_evaluates(
     assert made.eval_strategy == strategy
     assert made.eval_steps == (7 if strategy == "steps" else None)
     assert made.remove_unused_columns is False
+
+
+def test_the_components_are_telemetrys_own() -> None:
+    from telemetry import COMPONENTS as OFFERED  # the script names them without importing telemetry
+    from trainer.arguments import COMPONENTS
+
+    assert list(COMPONENTS) == list(OFFERED)

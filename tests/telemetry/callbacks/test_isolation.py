@@ -306,3 +306,34 @@ def test_evaluation_outside_training_is_not_watched(llama: LlamaForCausalLM, tmp
 def test_a_callback_has_no_session_outside_training() -> None:
     with pytest.raises(RuntimeError, match="InputLoggerCallback is not watching a training run"):
         _ = InputLoggerCallback().session
+
+
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("telemetry.callbacks.session.find_family", "reading the model"),
+        ("telemetry.callbacks.session._run_config", "beginning a step"),
+        ("telemetry.probes.forward.ForwardProbe.attach", "beginning a step"),
+        ("telemetry.recorder.Recorder.flush", "sending a step on its way"),
+        ("telemetry.recorder.Recorder.write", "recording what the Trainer logs"),
+    ],
+)
+def test_telemetry_itself_failing_ends_no_training(
+    place: str,
+    doing: str,
+    llama: LlamaForCausalLM,
+    tmp_path: Path,
+    telemetry_log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise BrokenError("telemetry itself")
+
+    monkeypatch.setattr(place, fails)
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[MemoryBackend()])], steps=4)
+    run.trainer.train()
+    assert run.trainer.state.global_step == 4
+    assert hooks_of(llama) == 0
+    said = [record for record in telemetry_log.records if f"failed while {doing}" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].exc_info is not None
