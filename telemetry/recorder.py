@@ -27,7 +27,7 @@ from torch import Tensor
 from telemetry import catalogue, shutdown
 from telemetry.backends.base import Backend, Run
 from telemetry.clock import StepClock
-from telemetry.records import Max, Metric, Record, Scalar, Sum, Table
+from telemetry.records import Audio, Image, Max, Metric, Record, Scalar, Sum, Table
 from telemetry.reduction import RankGather, Share, merge
 from telemetry.transfer import Transfer
 from telemetry.worker import Worker
@@ -240,7 +240,7 @@ class Recorder:
         """Forget what the step has measured so far."""
         self._step = _Step()
 
-    def flush(self, step: int, clock: StepClock | None = None) -> None:
+    def flush(self, step: int, clock: StepClock | None = None, own_state: bool = True) -> None:
         """Send what was added since the last flush on its way as ``step``. Waits for nothing.
 
         With several ranks, every rank must flush the same steps in the same order.
@@ -248,13 +248,14 @@ class Recorder:
         Args:
             step: the optimizer step.
             clock: what telemetry has taken of it so far.
+            own_state: whether to add how telemetry itself is doing: once a step.
         """
         collected, self._step = self._step, _Step()
         began = time.perf_counter()
         transfer = Transfer(collected.tensors())
         collected = collected.emptied()
-        self._add_own_state(collected)
-        if clock is not None:
+        if own_state:
+            self._add_own_state(collected)
             clock.spent += time.perf_counter() - began
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
             collected.metrics["telemetry/overhead_fraction"] = Max(clock.spent / max(clock.step_seconds(), clock.spent))
@@ -380,7 +381,7 @@ class Recorder:
         for work in step.deferred:
             if work.shows:
                 self._build(work, scratch)
-        return tuple(record for record in scratch.records if isinstance(record, Table))
+        return tuple(_without_media(record) for record in scratch.records if isinstance(record, Table))
 
     def _build(self, work: _Deferred, step: _Step) -> None:
         try:
@@ -497,10 +498,17 @@ def _finite(metric: Metric) -> bool:
 
 def _media_bytes(record: Record) -> int:
     if isinstance(record, Table):
+        # A sound or picture in a cell is recorded by itself too, and counted there.
         return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
     clips = getattr(record, "clips", ())
     arrays = [clip.samples for clip in clips] + [getattr(record, name, None) for name in ("pixels", "edges", "counts")]
     return sum(int(array.nbytes) for array in arrays if array is not None) + len(getattr(record, "text", ""))
+
+
+def _without_media(table: Table) -> Table:
+    """The table with the tags of its sounds and pictures in their place: numbers and text travel between ranks."""
+    rows = (tuple(cell.tag if isinstance(cell, Audio | Image) else cell for cell in row) for row in table.rows)
+    return replace(table, rows=tuple(rows))
 
 
 def _of_rank(table: Table, rank: int) -> Table:

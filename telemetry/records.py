@@ -22,7 +22,7 @@ from torch import Tensor
 
 Op: TypeAlias = Literal["sum", "max", "min"]
 Component: TypeAlias = Tensor | float
-Cell: TypeAlias = str | int | float | bool | None
+Cell: TypeAlias = "str | int | float | bool | Audio | Image | None"
 MetricT = TypeVar("MetricT", bound="Metric")
 
 _COMBINE: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
@@ -203,6 +203,9 @@ class Scalar:
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under named columns. Cells are shown as they are: backends escape them, never the caller.
+
+    An :class:`Audio` or :class:`Image` cell is also recorded by itself, under its own tag: a backend whose tables
+    cannot play or show it points there.
 
     Raises:
         ValueError: when a row has another length than ``columns``.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import HiggsAudioV2ForConditionalGeneration, Trainer
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import TrainingArguments
 
 from trainer.loss import AccumulatedLoss, supervised_counts
@@ -74,6 +75,12 @@ class HiggsAudioTrainer(Trainer):
         self.callback_handler = StepDataHandler(self.callback_handler)
         self._metadata: Any = None
         self._observed = False
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The Trainer's own; callbacks may look at evaluation batches from the beginning of training."""
+        if self.eval_dataset is not None and self.args.eval_strategy != "no":
+            self.callback_handler.eval_dataloader = self.get_eval_dataloader()
+        return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -265,4 +265,6 @@ def _more_rows(table: Table) -> list[RichText]:
 def _cell(cell: Cell) -> str:
     if cell is None:
         return ""
+    if isinstance(cell, Audio | Image):
+        return f"see {cell.tag}"
     return _number(cell) if isinstance(cell, float) else str(cell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,27 @@ class StrategicCallback(TrainerCallback):
     def observe_gradients(self, model: nn.Module, clipped: bool) -> None:
         """All gradients of a due step are there; ``clipped`` says whether clipping has already touched them."""
 
+    def before_update(self, model: nn.Module, optimizer: Any) -> None:
+        """The optimizer is about to step on a due step; gradients are clipped."""
+
+    def after_update(self, model: nn.Module, optimizer: Any) -> None:
+        """The optimizer has stepped on a due step; gradients are still there."""
+
+    def release(self) -> None:
+        """Watching ends, however the due step ends: take own hooks off. No more is observed of the step."""
+
     def finish_step(self) -> None:
         """The due step has ended: add what is shown once a step, and let go of everything."""
+
+    def observe_evaluation(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """An evaluation has ended, or training is about to begin.
+
+        Between steps, on every rank. What is recorded here is written at the current step.
+
+        Args:
+            batches: this rank's evaluation batches, on the model's device, metadata (:class:`Microbatch`) under
+                ``metadata``. Reading them costs what loading them costs.
+        """
 
     # -- the Trainer's events -----------------------------------------------------------------------------------------
 
@@ -100,6 +119,7 @@ class StrategicCallback(TrainerCallback):
         self.stepping = False  # a training that ended in an exception may have left it on
         if model is not None:
             self._session = Session.join(self, model, args, state, processing_class)
+            self._evaluate(state, kwargs.get("eval_dataloader"))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,10 +180,24 @@ class StrategicCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         if self.stepping:
             self._see_gradients(model, clipped=(args.max_grad_norm or 0) > 0)
+            self._see_update(self.before_update, model, optimizer)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.stepping:
+            self._see_update(self.after_update, model, optimizer)
 
     def on_step_end(
         self,
@@ -188,6 +222,16 @@ class StrategicCallback(TrainerCallback):
         if self._session is not None and logs:
             self._session.trainer_logs(self, state.global_step, logs)
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._evaluate(state, eval_dataloader)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -199,3 +243,12 @@ class StrategicCallback(TrainerCallback):
         if not self._gradients_seen and model is not None and self._session is not None:
             self._gradients_seen = True
             self._session.gradients(self, model, clipped)
+
+    def _see_update(self, look: Callable[[nn.Module, Any], None], model: nn.Module | None, optimizer: Any) -> None:
+        if model is not None and self._session is not None:
+            self._session.update(self, look, model, optimizer)
+
+    def _evaluate(self, state: TrainerState, batches: Any) -> None:
+        looks = type(self).observe_evaluation is not StrategicCallback.observe_evaluation
+        if looks and batches is not None and self._session is not None:
+            self._session.evaluation(self, state.global_step, batches)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,6 +50,7 @@ class Session:
         self.family: Family | None = None
         with self._isolated("reading the model"):
             self.family = find_family(model)
+        self.processing_class = processing_class
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.is_main = state.is_world_process_zero
         self._model = weakref.ref(model)
@@ -62,6 +63,7 @@ class Session:
         self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
         self.hooked = not _is_compiled(model, args)
         self._stepping = False
+        self._watching = False
         self._clock = StepClock()
 
     @classmethod
@@ -113,7 +115,7 @@ class Session:
         """A due step begins: forget what an unfinished one left behind and watch the model."""
         if self._stepping:
             return
-        self._stepping = True
+        self._stepping = self._watching = True
         with self._isolated("beginning a step"):
             self._begin(self.recorder)
 
@@ -148,6 +150,7 @@ class Session:
             if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
                 with self._isolated("reading what a trainer handed over"):
                     self._probe.replay(inputs, outputs)
+            self._unwatch()
             self.guard(member, member.finish_step)
             member.stepping = False
             last = not self._stepping_members()
@@ -161,6 +164,32 @@ class Session:
         """All gradients are there: let a callback see them."""
         with self._clock.running():
             self.guard(member, member.observe_gradients, model, clipped)
+
+    def update(
+        self, member: StrategicCallback, look: Callable[[nn.Module, Any], None], model: nn.Module, optimizer: Any
+    ) -> None:
+        """The optimizer is about to step, or has: let a callback see it."""
+        with self._clock.running():
+            self.guard(member, look, model, optimizer)
+
+    def evaluation(self, member: StrategicCallback, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
+        """An evaluation has ended, or training begins: let a callback see its batches, and write what it records."""
+        with self._isolated("watching an evaluation"):
+            self.recorder.discard()
+            self.guard(member, member.observe_evaluation, batches)
+            self.recorder.flush(step, own_state=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The Trainer's model, without its DDP wrapper.
+
+        Raises:
+            RuntimeError: when it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model is gone")
+        return model
 
     def trainer_logs(self, member: StrategicCallback, step: int, logs: Mapping[str, Any]) -> None:
         """Record what the Trainer logs, once however many callbacks hear of it."""
@@ -208,10 +237,20 @@ class Session:
     def _stepping_members(self) -> list[StrategicCallback]:
         return [member for member in self._members if member.stepping]
 
-    def _end_step(self) -> None:
-        self._stepping = False
+    def _unwatch(self) -> None:
+        """Take all hooks off: nothing more of the step is observed, and models may be run without being watched."""
+        if not self._watching:
+            return
+        self._watching = False
         if self._probe is not None:
             self._probe.detach()
+        for member in self._members:
+            with self._isolated(f"taking the hooks of {type(member).__name__} off"):
+                member.release()
+
+    def _end_step(self) -> None:
+        self._stepping = False
+        self._unwatch()
 
     def _backends(self) -> Sequence[Backend]:
         given = [backend for member in self._members for backend in member.backends or ()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ class StrategicTelemetry(TrainerCallback):
     Args:
         components: which of :data:`COMPONENTS`; all by default.
         logging_steps, backends, logging_dir: as for each callback alone.
+        options: further arguments of single components: ``{"shared_attention": {"layers": [0, 5]}}``.
 
     Raises:
-        ValueError: for a component that does not exist, or none at all.
+        ValueError: for a component that does not exist, options for one that is not chosen, or no component at all.
     """
 
     def __init__(
@@ -40,12 +41,19 @@ class StrategicTelemetry(TrainerCallback):
         logging_steps: int = DEFAULT_LOGGING_STEPS,
         backends: Sequence[Backend] | None = None,
         logging_dir: str | Path | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         chosen = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
         unknown = [name for name in chosen if name not in COMPONENTS]
         if unknown or not chosen:
             raise ValueError(f"unknown components {unknown}: choose from {', '.join(COMPONENTS)}")
-        self.members = [COMPONENTS[name](logging_steps, backends, logging_dir) for name in chosen]
+        given = {name: dict(arguments) for name, arguments in (options or {}).items() if arguments}
+        unknown = [name for name in given if name not in chosen]
+        if unknown:
+            raise ValueError(f"options for {unknown}, which are not among the components {chosen}")
+        self.members = [
+            COMPONENTS[name](logging_steps, backends, logging_dir, **given.get(name, {})) for name in chosen
+        ]
         self.logging_steps = logging_steps
         self.stepping = False
 
@@ -87,6 +95,10 @@ class StrategicTelemetry(TrainerCallback):
         if self.stepping:
             self._pass_on("on_pre_optimizer_step", args, state, control, **kwargs)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stepping:
+            self._pass_on("on_optimizer_step", args, state, control, **kwargs)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stepping:
             self.stepping = False
@@ -94,6 +106,9 @@ class StrategicTelemetry(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pass_on("on_log", args, state, control, **kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass_on("on_evaluate", args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pass_on("on_train_end", args, state, control, **kwargs)

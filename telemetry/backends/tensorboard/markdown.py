@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from telemetry.records import Alert, Cell, Table
+from telemetry.records import Alert, Audio, Cell, Image, Table
 
 MAX_CELL = 300
 """Characters of a cell that are shown: a longer unbroken one squeezes its neighbours out of sight."""
@@ -92,9 +92,11 @@ def _shorten(text: str) -> str:
 
 
 def _cell_text(cell: Cell) -> str:
-    """What a cell says: nothing for None, ``true`` and ``false``, and six significant digits of a float."""
+    """What a cell says: where sound and pictures are, nothing for None, ``true`` and ``false``, six digits of a float."""
     if cell is None:
         return ""
+    if isinstance(cell, Audio | Image):
+        return f"see {cell.tag}"
     if isinstance(cell, bool | np.bool_):
         return "true" if cell else "false"
     if isinstance(cell, numbers.Real) and not isinstance(cell, numbers.Integral):
