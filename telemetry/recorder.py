@@ -256,6 +256,7 @@ class Recorder:
         collected = collected.emptied()
         if own_state:
             self._add_own_state(collected)
+        if clock is not None:
             clock.spent += time.perf_counter() - began
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
             collected.metrics["telemetry/overhead_fraction"] = Max(clock.spent / max(clock.step_seconds(), clock.spent))

@@ -92,7 +92,7 @@ def _shorten(text: str) -> str:
 
 
 def _cell_text(cell: Cell) -> str:
-    """What a cell says: where sound and pictures are, nothing for None, ``true`` and ``false``, six digits of a float."""
+    """What a cell says: where sound is, nothing for None, ``true`` and ``false``, six digits of a float."""
     if cell is None:
         return ""
     if isinstance(cell, Audio | Image):
