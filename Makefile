@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks
 
 clean:
@@ -45,7 +45,3 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.installed
-
-$(VENV)/.installed-bench: $(VENV)/.installed-dev
-	$(PIP_INSTALL) --editable '.[dev,wandb]'
-	touch $@

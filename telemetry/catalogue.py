@@ -352,6 +352,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("zero_shot/clip_<i>/{reference,target,generated}", "Speech to compare by ear.", kind="audio"),
     # health
     Entry("health/checks", "Every rule's verdict, evidence and what to do.", kind="table"),
+    Entry("health/alerts", "What a rule has just found, with its evidence and what to do.", kind="text"),
     Entry("health/<name>", "0 ok, 1 warning, 2 failing.", reduction="max", better="lower"),
     # the Trainer's own
     Entry("{train,eval}/loss", "Loss as the Trainer logs it: the mean since it last logged.", "nats", better="lower"),

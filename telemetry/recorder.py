@@ -58,6 +58,13 @@ class Emitter(Protocol):
 Build = Callable[[Mapping[str, Tensor], Emitter], None]
 
 
+class Judge(Protocol):
+    """Looks at what is about to be written, and has something to say about it."""
+
+    def check(self, step: int, records: Sequence[Record], due: bool) -> Sequence[Record]:
+        """What to write beside the records; ``due`` for those of a due step."""
+
+
 @dataclass
 class _Deferred:
     """Work on host values. ``shows``: it makes records and no metric, so only rank 0 needs it."""
@@ -133,6 +140,7 @@ class _Job:
     records: Sequence[Record] = ()
     lanes: list[_Lane] = field(default_factory=list)
     gather: bool = False
+    due: bool = False
     closing: bool = False
 
     @property
@@ -173,6 +181,7 @@ class Recorder:
         backends: destinations; none on ranks that show nothing.
         gather: brings the ranks' values together; None for a single process.
         max_queue_bytes: how much may wait for the background thread.
+        judge: adds its verdicts to what is written.
     """
 
     def __init__(
@@ -180,9 +189,11 @@ class Recorder:
         backends: Sequence[Backend],
         gather: RankGather | None = None,
         max_queue_bytes: int = MAX_QUEUE_BYTES,
+        judge: Judge | None = None,
     ) -> None:
         self._lanes = [_Lane(backend) for backend in backends]
         self._gather = gather
+        self._judge = judge
         self._step = _Step()
         self._said: set[str] = set()
         self._run: Run | None = None
@@ -260,7 +271,9 @@ class Recorder:
             clock.spent += time.perf_counter() - began
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
             collected.metrics["telemetry/overhead_fraction"] = Max(clock.spent / max(clock.step_seconds(), clock.spent))
-        self._put(_Job(step, collected, transfer, lanes=list(self._lanes), gather=self._gather is not None))
+        self._put(
+            _Job(step, collected, transfer, lanes=list(self._lanes), gather=self._gather is not None, due=own_state)
+        )
 
     def write(self, step: int, records: Sequence[Record]) -> None:
         """Write finished records past the step that is being collected."""
@@ -334,6 +347,7 @@ class Recorder:
         try:
             if job.measured is not None:
                 job.records = self._bring_home(job, job.measured)
+            self._add_verdicts(job)
             self._deliver(job)
         except _ReplacedError:
             pass
@@ -359,6 +373,15 @@ class Recorder:
         return _with_tables(
             records, [_of_rank(table, rank) for rank, share in enumerate(shares) for table in share.tables]
         )
+
+    def _add_verdicts(self, job: _Job) -> None:
+        if self._judge is None or not job.records:
+            return
+        try:
+            job.records = [*job.records, *self._judge.check(job.step, job.records, job.due)]
+        except Exception:
+            self._judge = None
+            logger.exception("telemetry could not judge step %d: no more verdicts; training goes on", job.step)
 
     def _gathered(self, job: _Job, step: _Step, nonfinite: tuple[str, ...]) -> list[Share] | None:
         share = Share(job.step, step.metrics, step.notes, nonfinite)

@@ -19,6 +19,7 @@ from telemetry.backends.console import ConsoleBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.clock import StepClock
 from telemetry.families import Family, Head, find_family
+from telemetry.health import HealthMonitor
 from telemetry.probes.forward import ForwardProbe, Microbatch
 from telemetry.recorder import MAX_FAILURES, Recorder
 from telemetry.records import Scalar
@@ -58,7 +59,7 @@ class Session:
         self._starting_step = state.global_step
         self._state = state
         self._members: list[StrategicCallback] = []
-        self._failures: dict[StrategicCallback, int] = {}
+        self._failures: dict[object, int] = {}
         self._recorder: Recorder | None = None
         self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
         self.hooked = not _is_compiled(model, args)
@@ -83,7 +84,6 @@ class Session:
         if session is None:
             session = cls._by_model[model] = cls(model, args, state, processing_class)
         session._members.append(member)
-        session._failures[member] = 0
         return session
 
     def leave(self, member: StrategicCallback) -> None:
@@ -107,7 +107,9 @@ class Session:
     def recorder(self) -> Recorder:
         """Opened at its first use, when every callback has joined and brought its backends."""
         if self._recorder is None:
-            self._recorder = Recorder(self._backends() if self.is_main else [], RankGather.join())
+            self._recorder = Recorder(
+                self._backends() if self.is_main else [], RankGather.join(), judge=HealthMonitor()
+            )
             self._recorder.open(self._run())
         return self._recorder
 
@@ -210,18 +212,20 @@ class Session:
                 self._said.add(doing)
                 logger.exception("telemetry failed while %s; training goes on", doing)
 
-    def guard(self, member: StrategicCallback, action: Callable[..., None], *args: Any) -> None:
-        """Run a callback's measure; one that raises is reported and, after repeated failures, switched off."""
-        if self._failures[member] >= MAX_FAILURES:
+    def guard(self, member: object, action: Callable[..., None], *args: Any) -> None:
+        """Run a measure of a callback, or of a part of one; one that raises is reported and, after repeated failures,
+        switched off."""
+        failures = self._failures.get(member, 0)
+        if failures >= MAX_FAILURES:
             return
         try:
             action(*args)
         except Exception:
-            self._failures[member] += 1
+            self._failures[member] = failures + 1
             name = type(member).__name__
-            if self._failures[member] == 1:
+            if failures == 0:
                 logger.exception("%s failed; training goes on", name)
-            if self._failures[member] == MAX_FAILURES:
+            if failures + 1 == MAX_FAILURES:
                 logger.error("%s failed %d times: switched off", name, MAX_FAILURES)
 
     def observe_inputs(self, microbatch: Microbatch) -> None:

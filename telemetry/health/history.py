@@ -1,0 +1,51 @@
+"""The scalars of a run as rules read them: the latest of each tag, and a bounded past."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable
+
+from telemetry.records import Record, Scalar
+
+KEPT = 100
+
+
+class History:
+    """Scalars by tag. Holds at most :data:`KEPT` values a tag.
+
+    Attributes:
+        step: the latest step recorded.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._values: dict[str, deque[tuple[int, float]]] = {}
+
+    def add(self, step: int, records: Iterable[Record]) -> None:
+        """Take in the scalars of a step."""
+        self.step = step
+        for record in records:
+            if isinstance(record, Scalar):
+                self._values.setdefault(record.tag, deque(maxlen=KEPT)).append((step, record.value))
+
+    def latest(self, tag: str) -> float | None:
+        """The last value of a tag, or None for one never recorded."""
+        values = self._values.get(tag)
+        return values[-1][1] if values else None
+
+    def values(self, tag: str) -> list[float]:
+        """The past of a tag, oldest first."""
+        return [value for _, value in self._values.get(tag, ())]
+
+    def steps(self, tag: str) -> list[int]:
+        """The steps of :meth:`values`."""
+        return [step for step, _ in self._values.get(tag, ())]
+
+    def matching(self, pattern: re.Pattern[str]) -> dict[str, float]:
+        """The last value of every tag that matches as a whole."""
+        return {tag: values[-1][1] for tag, values in self._values.items() if pattern.fullmatch(tag)}
+
+    def now(self) -> dict[str, float]:
+        """The values recorded at the latest step."""
+        return {tag: values[-1][1] for tag, values in self._values.items() if values[-1][0] == self.step}

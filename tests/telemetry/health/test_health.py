@@ -1,0 +1,176 @@
+"""Rules over recorded values: what each finds, what it does not claim, and how it is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+
+from telemetry import catalogue
+from telemetry.backends.memory import MemoryBackend
+from telemetry.health import HealthMonitor
+from telemetry.health.rules import RULES, Level
+from telemetry.recorder import Recorder
+from telemetry.records import Alert, Record, Scalar, Sum, Table
+
+
+def scalars(values: Mapping[str, float]) -> list[Record]:
+    return [Scalar(tag, value) for tag, value in values.items()]
+
+
+def levels(found: list[Record]) -> dict[str, float]:
+    return {record.tag.removeprefix("health/"): record.value for record in found if isinstance(record, Scalar)}
+
+
+def alerts(found: list[Record]) -> list[Alert]:
+    return [record for record in found if isinstance(record, Alert)]
+
+
+def judged(*steps: Mapping[str, float]) -> dict[str, float]:
+    """The levels after several due steps."""
+    monitor = HealthMonitor()
+    found: list[Record] = []
+    for step, values in enumerate(steps, 1):
+        found = monitor.check(step, scalars(values), due=True)
+    return levels(found)
+
+
+GAIN = "zero_shot/conditioning/gain"
+EOS = "zero_shot/eos_hit_rate"
+
+PLANTED = [
+    ("nonfinite", [{"outputs/loss/text": 1.0}], [{"outputs/loss/text": math.nan}], Level.FAILING),
+    ("nonfinite", [{"gradients/lora/nonfinite": 0.0}], [{"gradients/lora/nonfinite": 2.0}], Level.FAILING),
+    ("invalid_ids", [{"inputs/invalid_ids": 0.0}], [{"inputs/invalid_ids": 1.0}], Level.FAILING),
+    (
+        "prompt_masked",
+        [{"inputs/supervised/text_fraction": 0.3}],
+        [{"inputs/supervised/text_fraction": 1.0}],
+        Level.WARNING,
+    ),
+    ("eos_supervised", [{"outputs/eos/supervised": 1.0}], [{"outputs/eos/supervised": 0.0}], Level.FAILING),
+    ("eos_supervised", [{"outputs/eos/supervised": 1.0}], [{"outputs/eos/supervised": 0.9}], Level.WARNING),
+    (
+        "reference_present",
+        [{"zero_shot/reference/present_fraction": 1.0}],
+        [{"zero_shot/reference/present_fraction": 0.25}],
+        Level.FAILING,
+    ),
+    ("chatml", [{"zero_shot/chatml/compliance": 1.0}], [{"zero_shot/chatml/compliance": 0.75}], Level.WARNING),
+    (
+        "reference_attended",
+        [{"attention/layer_0/target_to_reference": 0.0, "attention/layer_3/target_to_reference": 0.2}],
+        [{"attention/layer_0/target_to_reference": 0.0, "attention/layer_3/target_to_reference": 1e-5}],
+        Level.WARNING,
+    ),
+    ("reference_used", [{GAIN: 0.0}] * 4 + [{GAIN: 0.2}], [{GAIN: 0.001}] * 5, Level.WARNING),
+    (
+        "gradients_arrive",
+        [{"gradients/lora/norm": 0.1, "gradients/norms/norm": 1e-9}],
+        [{"gradients/lora/norm": 0.1, "gradients/norms/norm": 0.0}],
+        Level.FAILING,
+    ),
+    (
+        "gradients_arrive",
+        [{"gradients/lora/norm": 0.1}] * 2,
+        [{"gradients/lora/norm": 0.1, "gradients/norms/norm": 1.0}, {"gradients/lora/norm": 0.1}],
+        Level.WARNING,
+    ),
+    (
+        "update_size",
+        [{"gradients/lora/update_ratio": 0.001}],
+        [{"gradients/lora/update_ratio": 0.5}],
+        Level.WARNING,
+    ),
+    ("loss_steady", [{"train/loss": 2.0}] * 12, [{"train/loss": 2.0}] * 12 + [{"train/loss": 9.0}], Level.WARNING),
+    ("generation_ends", [{EOS: 0.0}, {EOS: 0.5}], [{EOS: 0.0}, {EOS: 0.0}], Level.WARNING),
+    ("records_lost", [{"telemetry/dropped_records": 0.0}], [{"telemetry/dropped_records": 3.0}], Level.WARNING),
+]
+
+
+@pytest.mark.parametrize(("rule", "well", "planted", "level"), PLANTED)
+def test_a_planted_fault_is_found_and_a_healthy_run_is_not_blamed(
+    rule: str, well: list[dict[str, float]], planted: list[dict[str, float]], level: Level
+) -> None:
+    assert judged(*well)[rule] == Level.OK
+    assert judged(*planted)[rule] == level
+
+
+def test_every_rule_is_tried() -> None:
+    assert {rule.name for rule in RULES} == {name for name, *_ in PLANTED}
+
+
+def test_a_rule_without_values_says_nothing() -> None:
+    assert set(judged({"train/learning_rate": 1e-3})) == {"nonfinite"}
+    assert HealthMonitor().check(1, [], due=True) == []
+
+
+@pytest.mark.parametrize("steps", [[{GAIN: 0.0}] * 4, [{"train/loss": 1.0}] * 5 + [{"train/loss": 99.0}], [{EOS: 0.0}]])
+def test_too_few_values_are_not_judged(steps: list[dict[str, float]]) -> None:
+    assert set(judged(*steps)) == {"nonfinite"}
+
+
+def test_the_table_puts_the_worst_first_with_its_evidence_and_what_to_do() -> None:
+    values = {"inputs/invalid_ids": 7.0, "zero_shot/chatml/compliance": 0.75, "outputs/eos/supervised": 1.0}
+    table = next(r for r in HealthMonitor().check(3, scalars(values), due=True) if isinstance(r, Table))
+    assert [row[1] for row in table.rows] == ["failing", "warning", "ok", "ok"]
+    finding, _, evidence, advice = table.rows[0]
+    assert (finding, evidence) == ("ids lie outside their vocabulary", "inputs/invalid_ids = 7")
+    assert advice
+    assert all(not row[3] for row in table.rows if row[1] == "ok")
+
+
+def test_an_alert_comes_when_a_verdict_worsens_and_not_again_until_it_was_well() -> None:
+    monitor = HealthMonitor()
+
+    def alerted(step: int, value: float, due: bool = True) -> int:
+        return len(alerts(monitor.check(step, scalars({"outputs/eos/supervised": value}), due)))
+
+    assert [alerted(1, 1.0), alerted(2, 0.9), alerted(3, 0.8), alerted(4, 0.0), alerted(5, 0.0)] == [0, 1, 0, 1, 0]
+    assert alerted(6, 1.0, due=False) == 0  # too little to call it mended
+    assert alerted(7, 0.0) == 0
+    assert [alerted(8, 1.0), alerted(9, 0.0)] == [0, 1]
+
+
+def test_between_due_steps_there_are_alerts_alone() -> None:
+    found = HealthMonitor().check(7, scalars({"train/loss": math.inf}), due=False)
+    assert [type(record) for record in found] == [Alert]
+    assert alerts(found)[0].level == "error"
+    assert "train/loss = inf" in alerts(found)[0].text
+
+
+def test_what_rules_record_is_in_the_catalogue() -> None:
+    for rule in RULES:
+        assert catalogue.find(f"health/{rule.name}") is not None
+    assert catalogue.find("health/alerts").kind == "text"  # type: ignore[union-attr]
+    assert catalogue.find("health/checks").kind == "table"  # type: ignore[union-attr]
+
+
+def test_the_recorder_writes_verdicts_beside_the_step() -> None:
+    memory = MemoryBackend()
+    recorder = Recorder([memory], judge=HealthMonitor())
+    recorder.metric("inputs/invalid_ids", Sum(2.0))
+    recorder.flush(5)
+    recorder.close()
+    assert memory.scalars("health/invalid_ids") == {5: 2.0}
+    assert memory.last("health/alerts", Alert).text.startswith("Step 5: inputs/invalid_ids = 2.")
+
+
+def test_a_judge_that_fails_costs_its_verdicts_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        calls = 0
+
+        def check(self, step: int, records: object, due: bool) -> list[Record]:
+            self.calls += 1
+            raise RuntimeError("planted")
+
+    memory, broken = MemoryBackend(), Broken()
+    recorder = Recorder([memory], judge=broken)
+    for step in (1, 2):
+        recorder.metric("inputs/invalid_ids", Sum(0.0))
+        recorder.flush(step)
+    recorder.close()
+    assert memory.scalars("inputs/invalid_ids") == {1: 0.0, 2: 0.0}
+    assert broken.calls == 1
+    assert "no more verdicts" in caplog.text
