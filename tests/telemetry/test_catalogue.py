@@ -133,11 +133,13 @@ AUDIO = [
     "zero_shot/clip_10/generated",
 ]
 IMAGES = ["attention/mass", "attention/heads"]
+TEXTS = ["health/alerts"]
 TAGS = [
     *((tag, "scalar") for tag in SCALARS),
     *((tag, "table") for tag in TABLES),
     *((tag, "audio") for tag in AUDIO),
     *((tag, "image") for tag in IMAGES),
+    *((tag, "text") for tag in TEXTS),
 ]
 # Entries for whatever an earlier one does not name.
 FALLBACKS = {"{train,eval,test}/<name>", "health/<name>"}
