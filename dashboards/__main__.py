@@ -1,19 +1,48 @@
-"""``python -m dashboards metrics``: the metric reference, on standard output."""
+"""What people open, made from the catalogue."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
-from dashboards.metric_reference import metric_reference
 
-
-def main() -> None:
-    """Run one command."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. A fault ends it with one line and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m dashboards", description=__doc__)
-    parser.add_subparsers(dest="command", required=True).add_parser("metrics", help="print the metric reference")
-    parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True)
+    metrics = commands.add_parser("metrics", help="print the metric reference")
+    metrics.set_defaults(run=_metrics)
+    wandb = commands.add_parser("wandb", help="create or update the Weights & Biases workspace of a project")
+    wandb.add_argument("--entity", required=True, help="user or team")
+    wandb.add_argument("--project", required=True, help="project that runs are logged to")
+    wandb.set_defaults(run=_wandb)
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+
+
+def _metrics(_arguments: argparse.Namespace) -> None:
+    from dashboards.metric_reference import metric_reference
+
     sys.stdout.write(metric_reference())
+
+
+def _wandb(arguments: argparse.Namespace) -> None:
+    try:
+        from dashboards.workspace import publish
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: pip install 'strategic-telemetry[wandb]'")
+    try:
+        published = publish(arguments.entity, arguments.project)
+    except Exception as error:  # noqa: BLE001  (the client raises what its server and network do)
+        _fail(f"{arguments.entity}/{arguments.project}: {error}")
+    sys.stdout.write(f"{published.change}: {published.url}\n")
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Entry:
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
         """Matches the tags of this entry, whole."""
-        return re.compile(_pattern(self.tag))
+        return re.compile(tag_regex(self.tag))
 
     @property
     def description(self) -> str:
@@ -58,13 +58,14 @@ class Entry:
         return " ".join(parts)
 
 
-def _pattern(tag: str) -> str:
+def tag_regex(tag: str) -> str:
+    """The regular expression, not anchored, of the tags that a pattern (``outputs/loss/codebook_<k>``) stands for."""
     return "".join(_part(part) for part in re.split(r"(\{[^{}]+\}|<[^<>]+>)", tag))
 
 
 def _part(part: str) -> str:
     if part.startswith("{"):
-        return "(?:" + "|".join(_pattern(choice) for choice in part[1:-1].split(",")) + ")"
+        return "(?:" + "|".join(tag_regex(choice) for choice in part[1:-1].split(",")) + ")"
     if part.startswith("<"):
         return "[0-9]+" if len(part) == 3 else "[^/]+"  # <k>, <l>, <i> are indices; <name>, <group> are names
     return re.escape(part)

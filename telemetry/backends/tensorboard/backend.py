@@ -12,8 +12,9 @@ from pathlib import Path
 from telemetry.backends.base import Run
 from telemetry.backends.tensorboard.event_file import EventFile
 from telemetry.backends.tensorboard.hparams import session_end, session_start
+from telemetry.backends.tensorboard.layout import Layout
 from telemetry.backends.tensorboard.summaries import Summaries
-from telemetry.records import Record
+from telemetry.records import Record, Scalar
 
 # TensorBoard keeps 10 clips and images of a tag by default and thins out the others; 0 would keep none.
 _SAMPLES = "scalars=100000,text=1000,audio=200,images=200"
@@ -36,6 +37,7 @@ class TensorBoardBackend:
         self.path: Path | None = None
         self._file: EventFile | None = None
         self._summaries = Summaries()
+        self._layout = Layout()
         self._step = 0
 
     @property
@@ -73,8 +75,11 @@ class TensorBoardBackend:
             raise ValueError(f"step {step} after step {self._step}: steps must not decrease")
         self._step = step
         values = self._summaries.encode(records)
+        layout = self._layout.update(record.tag for record in records if isinstance(record, Scalar))
+        values += [layout] if layout is not None else []
         if values and not self._file.append(step, values):
             self._summaries.describe_again()
+            self._layout.forget()
 
     def close(self) -> None:
         """End the session and let go of the file."""

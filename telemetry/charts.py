@@ -1,0 +1,146 @@
+"""Which metrics belong on one chart: declared once for every dashboard.
+
+A chart shows tags whose values are read against each other: the parts of a loss, every codebook, every layer. Tags are
+patterns as in :mod:`telemetry.catalogue`; their meaning, unit and better direction are said there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from telemetry.catalogue import SECTIONS, tag_regex
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Scalars that share axes.
+
+    Attributes:
+        title: what the chart is called.
+        tags: tags, or patterns of tags, in the order in which they are shown.
+    """
+
+    title: str
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The charts that answer the question of one section.
+
+    Attributes:
+        section: the part of a tag before its first slash.
+        title: the question.
+        charts: most telling first.
+    """
+
+    section: str
+    title: str
+    charts: tuple[Chart, ...]
+
+
+def anchored(tag: str) -> str:
+    """The regular expression of exactly the tags that a tag or pattern of tags stands for: ``^…$``.
+
+    TensorBoard's Custom Scalars take a regular expression that matches the beginning of a tag for a match.
+    """
+    return f"^{tag_regex(tag)}$"
+
+
+@functools.lru_cache(maxsize=4096)
+def matcher(tag: str) -> re.Pattern[str]:
+    """:func:`anchored`, compiled. Use ``fullmatch``: ``$`` also matches before a newline at the end."""
+    return re.compile(anchored(tag))
+
+
+def _question(section: str, *charts: Chart) -> Question:
+    return Question(section, SECTIONS[section], charts)
+
+
+QUESTIONS: tuple[Question, ...] = (
+    _question(
+        "inputs",
+        Chart(
+            "What positions are",
+            ("inputs/tokens/{text_fraction,reference_audio_fraction,target_audio_fraction,padding_fraction}",),
+        ),
+        Chart("Share that is supervised", ("inputs/supervised/{text_fraction,audio_fraction}",)),
+        Chart("Positions of a step", ("inputs/tokens/total",)),
+        Chart("Ids outside their vocabulary", ("inputs/invalid_ids",)),
+        Chart("Input values that are NaN or infinite", ("inputs/tensor/<name>/nonfinite",)),
+    ),
+    _question(
+        "outputs",
+        Chart("Loss by part", ("outputs/loss/{total,text,audio}",)),
+        Chart("Loss by codebook", ("outputs/loss/codebook_<k>",)),
+        Chart("Accuracy by modality", ("outputs/accuracy/{text,audio}",)),
+        Chart("Accuracy by codebook", ("outputs/accuracy/codebook_<k>",)),
+        Chart("Top-5 accuracy by modality", ("outputs/top5/{text,audio}",)),
+        Chart("Top-5 accuracy by codebook", ("outputs/top5/codebook_<k>",)),
+        Chart("End of stream", ("outputs/eos/{probability,supervised}",)),
+        Chart("Entropy of the predictions", ("outputs/entropy/{text,audio}",)),
+        Chart("Codebook entries in use", ("outputs/codebook_<k>/used_fraction",)),
+        Chart("Perplexity of codebook use", ("outputs/codebook_<k>/perplexity",)),
+    ),
+    _question(
+        "attention",
+        Chart("Target audio to reference, by layer", ("attention/layer_<l>/target_to_reference",)),
+        Chart("Target audio to text, by layer", ("attention/layer_<l>/target_to_text",)),
+        Chart("Text to reference, by layer", ("attention/layer_<l>/text_to_reference",)),
+        Chart("Entropy of attention, by layer", ("attention/layer_<l>/entropy",)),
+        Chart("Largest attention logit, by layer", ("attention/layer_<l>/max_logit",)),
+        Chart("Attention on the first token, by layer", ("attention/layer_<l>/sink",)),
+    ),
+    _question(
+        "activations",
+        Chart("Text feed-forward output, by layer", ("activations/layer_<l>/text_ffn/rms",)),
+        Chart("Audio feed-forward output, by layer", ("activations/layer_<l>/audio_ffn/rms",)),
+        Chart("Largest text feed-forward output, by layer", ("activations/layer_<l>/text_ffn/absmax",)),
+        Chart("Largest audio feed-forward output, by layer", ("activations/layer_<l>/audio_ffn/absmax",)),
+        Chart("Zeros in feed-forward outputs, by layer", ("activations/layer_<l>/{text_ffn,audio_ffn}/zero_fraction",)),
+    ),
+    _question(
+        "gradients",
+        Chart("Norm of all gradients", ("gradients/total_norm",)),
+        Chart("Gradient norm by part of the model", ("gradients/<group>/norm",)),
+        Chart("Size of the step relative to the weights", ("gradients/<group>/update_ratio",)),
+        Chart("Agreement of text and audio gradients", ("gradients/text_audio_cosine",)),
+        Chart("Shared attention, gradient norm by layer", ("gradients/layer_<l>/shared_attention/norm",)),
+        Chart("Text feed-forward, gradient norm by layer", ("gradients/layer_<l>/text_ffn/norm",)),
+        Chart("Audio feed-forward, gradient norm by layer", ("gradients/layer_<l>/audio_ffn/norm",)),
+        Chart("Share of gradients that are zero", ("gradients/<group>/zero_fraction",)),
+        Chart("Gradients that are NaN or infinite", ("gradients/<group>/nonfinite",)),
+    ),
+    _question(
+        "zero_shot",
+        Chart("What the reference is worth to the model", ("zero_shot/conditioning/gain",)),
+        Chart("Speaker similarity, generated against reference", ("zero_shot/speaker_similarity",)),
+        Chart("Word and character error rate", ("zero_shot/{wer,cer}",)),
+        Chart("How generations end", ("zero_shot/eos_hit_rate", "zero_shot/duration_ratio")),
+        Chart("Silence and repeated reference", ("zero_shot/silence_fraction", "zero_shot/reference_leak")),
+        Chart(
+            "Samples that are fit for voice cloning",
+            ("zero_shot/chatml/compliance", "zero_shot/reference/present_fraction"),
+        ),
+        Chart("Length of the reference", ("zero_shot/reference/seconds",)),
+    ),
+    _question(
+        "health",
+        Chart("Verdict of every rule: 0 ok, 1 warning, 2 failing", ("health/<name>",)),
+    ),
+    _question(
+        "train",
+        Chart("Loss as the Trainer logs it", ("train/loss", "eval/loss")),
+        Chart("Learning rate", ("train/learning_rate",)),
+        Chart("Gradient norm as the Trainer logs it", ("train/grad_norm",)),
+    ),
+    _question("eval", Chart("Loss at evaluation", ("eval/loss",))),
+    _question(
+        "telemetry",
+        Chart("Share of the step that telemetry takes", ("telemetry/overhead_fraction",)),
+        Chart("Time that telemetry takes of the training thread", ("telemetry/step_seconds",)),
+        Chart("Steps waiting, records lost", ("telemetry/queue_depth", "telemetry/dropped_records")),
+    ),
+)
