@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -18,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     wandb.add_argument("--entity", required=True, help="user or team")
     wandb.add_argument("--project", required=True, help="project that runs are logged to")
     wandb.set_defaults(run=_wandb)
+    report = commands.add_parser("report", help="write runs as one HTML file that needs no server and no network")
+    report.add_argument("directories", metavar="RUN_DIR", nargs="+", type=Path, help="what --logging_dir named")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: %(default)s")
+    report.set_defaults(run=_report)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
@@ -38,6 +43,23 @@ def _wandb(arguments: argparse.Namespace) -> None:
     except Exception as error:  # noqa: BLE001  (the client raises what its server and network do)
         _fail(f"{arguments.entity}/{arguments.project}: {error}")
     sys.stdout.write(f"{published.change}: {published.url}\n")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    try:
+        from dashboards.report import write_report
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: pip install 'strategic-telemetry[report]'")
+    from dashboards.runs import NothingToShowError
+
+    try:
+        written = write_report(arguments.directories, arguments.output)
+    except NothingToShowError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"cannot make {arguments.output}: {error.strerror}")
+    parts = ", ".join(f"{name} {nbytes / 1e6:.1f}" for name, nbytes in written.parts.items())
+    sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:.1f} MB ({parts}); open it in a browser\n")
 
 
 def _fail(message: str) -> NoReturn:

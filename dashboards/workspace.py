@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as ws
+from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser, WeavePanelSummaryTable
 from wandb_workspaces.workspaces import internal
 
 from telemetry.catalogue import CATALOGUE, SECTIONS
-from telemetry.charts import QUESTIONS, Chart, Question, anchored
+from telemetry.charts import QUESTIONS, Chart, Question, anchored, expanded
 
 TITLE = "Strategic telemetry"
 STEP = "train/global_step"
@@ -98,27 +96,22 @@ def _section(question: Question, first: bool) -> ws.Section:
     return ws.Section(name=question.title, panels=shown, is_open=first, panel_settings=settings)
 
 
-def _line_plot(chart: Chart) -> panels.LinePlot:
+def _line_plot(chart: Chart) -> LinePlot:
     regex = "|".join(anchored(tag) for tag in chart.tags)
-    return panels.LinePlot(title=chart.title, x=STEP, metric_regex=regex)
+    return LinePlot(title=chart.title, x=STEP, metric_regex=regex)
 
 
 def _media(section: str) -> Iterator[Any]:
     """Tables and pictures of a section. Sounds are cells of its tables."""
     images = list(_tags(section, "image"))
     if images:
-        yield panels.MediaBrowser(title=SECTIONS[section], media_keys=images, num_columns=1)
+        yield MediaBrowser(title=SECTIONS[section], media_keys=images, num_columns=1)
     for tag in _tags(section, "table"):
-        yield panels.WeavePanelSummaryTable(table_name=tag)
+        yield WeavePanelSummaryTable(table_name=tag)
 
 
 def _tags(section: str, kind: str) -> Iterator[str]:
     """Tags of one kind that are written out in the catalogue, without a part that only a run knows."""
     for entry in CATALOGUE:
         if entry.section == section and entry.kind == kind and "<" not in entry.tag:
-            parts = re.split(r"(\{[^{}]+\})", entry.tag)
-            yield from map("".join, itertools.product(*map(_alternatives, parts)))
-
-
-def _alternatives(part: str) -> list[str]:
-    return part[1:-1].split(",") if part.startswith("{") else [part]
+            yield from expanded(entry.tag)

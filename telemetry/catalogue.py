@@ -87,6 +87,14 @@ SECTIONS: dict[str, str] = {
 _TOKENS = "over all positions of the step"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
+_NO_SWAP = (
+    "not measured on this step, or no sample of the batch has another speaker's reference to swap in, or ranks could "
+    "not run the model together"
+)
+_QUERIES = "mean over sampled queries"
+_NO_ATTENTION = "the layer's attention could not be read"
+_POSITIONS = "over the positions that it serves"
+_NO_POSITIONS = "it has no positions in the step"
 
 CATALOGUE: tuple[Entry, ...] = (
     # inputs
@@ -161,13 +169,13 @@ CATALOGUE: tuple[Entry, ...] = (
         "inputs/reference",
         "Reference audio as the data set holds it.",
         kind="audio",
-        absent="the batch carries no reference waveform",
+        absent="the batch carries no reference waveform, or sound is off",
     ),
     Entry(
         "inputs/target",
         "Target audio as the data set holds it.",
         kind="audio",
-        absent="the batch carries no target waveform",
+        absent="the batch carries no target waveform, or sound is off",
     ),
     # outputs
     Entry(
@@ -262,25 +270,96 @@ CATALOGUE: tuple[Entry, ...] = (
     # attention
     Entry(
         "attention/layer_<l>/{text,reference,target}_to_{text,reference,target}",
-        "Attention mass from one kind of position to another; a row sums to 1.",
-        reduction="mean over sampled queries",
+        "Attention mass from one kind of position to another, mean over heads; those from one kind sum to 1.",
+        reduction=_QUERIES,
+        absent="no position of that kind in the step",
     ),
-    Entry("attention/layer_<l>/entropy", "Entropy of attention rows.", "nats", reduction="mean over sampled queries"),
-    Entry("attention/layer_<l>/max_logit", "Largest pre-softmax attention logit.", reduction="max", better="lower"),
-    Entry("attention/layer_<l>/sink", "Share of attention on the first token.", reduction="mean over sampled queries"),
-    Entry("attention/{mass,heads}", "Attention mass by layer, and by layer and head.", kind="image"),
+    Entry(
+        "attention/layer_<l>/entropy",
+        "Entropy of attention: low where heads look at few positions.",
+        "nats",
+        reduction=_QUERIES,
+        absent=_NO_ATTENTION,
+    ),
+    Entry(
+        "attention/layer_<l>/entropy_fraction",
+        "Entropy of attention as a share of the largest possible one: 1 where all visible positions weigh the same.",
+        reduction=_QUERIES,
+        absent="no query sees more than itself",
+    ),
+    Entry(
+        "attention/layer_<l>/max_logit",
+        "Largest pre-softmax attention logit. Growing without bound: attention is about to collapse.",
+        reduction="max over sampled queries",
+        better="lower",
+        absent=_NO_ATTENTION,
+    ),
+    Entry(
+        "attention/layer_<l>/sink",
+        "Share of attention on the first token of the sequence.",
+        reduction=_QUERIES,
+        absent=_NO_ATTENTION,
+    ),
+    Entry(
+        "attention/layer_<l>/nonfinite",
+        "Attention rows of sampled queries, one for each head, with a NaN or infinity.",
+        "rows",
+        reduction="sum",
+        better="lower",
+        absent=_NO_ATTENTION,
+    ),
+    Entry(
+        "attention/mass",
+        "Attention mass between text, reference and target, layer by layer.",
+        kind="image",
+        absent="the step has positions of one kind only",
+    ),
+    Entry(
+        "attention/heads",
+        "Attention from target positions to the reference, by layer and head. Dark everywhere: the voice is ignored.",
+        kind="image",
+        absent="no reference or no target audio in the step",
+    ),
     # activations
     Entry(
-        "activations/layer_<l>/{text_ffn,audio_ffn}/{rms,absmax,zero_fraction}",
-        "Size of one feed-forward network's output.",
-        reduction="over its positions",
+        "activations/layer_<l>/{text_ffn,audio_ffn}/rms",
+        "Root mean square of one feed-forward network's output. Near 0: the network is dead.",
+        reduction=_POSITIONS,
+        absent=_NO_POSITIONS,
+    ),
+    Entry(
+        "activations/layer_<l>/{text_ffn,audio_ffn}/absmax",
+        "Largest magnitude in one feed-forward network's output.",
+        reduction="max",
+        absent=_NO_POSITIONS,
+    ),
+    Entry(
+        "activations/layer_<l>/{text_ffn,audio_ffn}/zero_fraction",
+        "Share of one feed-forward network's output that is exactly zero.",
+        reduction=_POSITIONS,
+        better="lower",
+        absent=_NO_POSITIONS,
+    ),
+    Entry(
+        "activations/layer_<l>/{text_ffn,audio_ffn}/nonfinite",
+        "NaN and infinite values in one feed-forward network's output.",
+        "values",
+        reduction="sum",
+        better="lower",
+        absent=_NO_POSITIONS,
+    ),
+    Entry(
+        "activations/layer_<l>/{text_ffn,audio_ffn}/residual_share",
+        "Norm of what one feed-forward network adds to the residual stream, over the norm of what it is added to.",
+        reduction="ratio of norms over its positions",
+        absent="it has no positions in the step, or the layer does not show its residual stream",
     ),
     # gradients
     Entry(
         "gradients/total_norm",
         "Norm of all gradients before clipping; equals the Trainer's grad_norm.",
         reduction="root of the sum of squares",
-        absent="no parameter has a gradient",
+        absent="no parameter has a gradient, or none within reach",
     ),
     Entry(
         "gradients/<group>/norm",
@@ -290,35 +369,99 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "gradients/<group>/update_ratio",
-        "Size of the optimizer's step relative to the weights.",
+        "Norm of the optimizer's step over the norm of the weights before it. Of a parameter (or one rank's shard of "
+        "it) of more than 65,536 values an even sample of at most so many. 0: the optimizer has not moved them.",
         reduction="ratio of norms",
-        absent="frozen",
+        absent="frozen, all weights are 0, or the trainer does not show when its optimizer steps",
     ),
-    Entry("gradients/<group>/zero_fraction", "Share of gradient values that are exactly zero.", reduction="mean"),
     Entry(
-        "gradients/<group>/nonfinite", "NaN and infinite gradient values.", "values", reduction="sum", better="lower"
+        "gradients/<group>/zero_fraction",
+        "Share of the gradient values of one part of the model that are exactly zero.",
+        reduction="mean over values",
+        absent="frozen, or none of its parameters has a gradient",
+    ),
+    Entry(
+        "gradients/<group>/nonfinite",
+        "NaN and infinite gradient values of one part of the model. gradients/largest names the parameters.",
+        "values",
+        reduction="sum",
+        better="lower",
+        absent="frozen, or none of its parameters has a gradient",
     ),
     Entry(
         "gradients/layer_<l>/{shared_attention,text_ffn,audio_ffn}/norm",
-        "Norm of one layer's gradients, before clipping.",
+        "Norm of the gradients of one layer's attention or feed-forward network, before clipping.",
         reduction="root of the sum of squares",
+        absent="frozen, or none of its parameters has a gradient; adapters are in gradients/lora",
     ),
     Entry(
         "gradients/text_audio_cosine",
-        "Cosine between the gradients of the text and of the audio loss on the shared attention.",
+        "Cosine between the gradients of the text and of the audio loss on the attention (or its adapters) of the "
+        "first, middle and last layer; of the last microbatch, with the weights after the step. Below 0: they pull "
+        "against each other.",
+        reduction="mean over ranks",
         better="higher",
+        absent="nothing of the text or of the audio is supervised in the batch",
+    ),
+    Entry(
+        "gradients/largest",
+        "The parameters with the largest gradient norm, with the fastest growing one since the due step before, and "
+        "every one with a NaN or infinite value.",
+        kind="table",
+        absent="no parameter has a gradient",
+    ),
+    Entry(
+        "gradients/missing",
+        "Parameters that are to be trained but have no gradient in the step, or that the optimizer does not hold.",
+        kind="table",
+        absent="nothing is missing",
     ),
     # zero-shot
     Entry(
         "zero_shot/chatml/compliance",
-        "Share of samples whose token sequence is well-formed ChatML with a reference and its transcript.",
+        "Share of samples that are well-formed voice-cloning prompts: none of the violations below.",
         reduction="mean over samples",
         better="higher",
-        absent="the family has no ChatML structure, or the batch has no token ids",
+        absent="the family's chat format is not known, or the batch has no audio",
+    ),
+    Entry(
+        "zero_shot/chatml/violations/{role_order,header,end_of_turn}",
+        "Samples whose roles are out of order, whose headers do not balance, whose turns do not end.",
+        "samples",
+        reduction="sum",
+        better="lower",
+        absent="the family's chat format is not known",
+    ),
+    Entry(
+        "zero_shot/chatml/violations/{reference,transcript,target}",
+        "Samples without reference audio or with several clips in one turn, with a reference that no words stand "
+        "before, without supervised audio.",
+        "samples",
+        reduction="sum",
+        better="lower",
+        absent="the family's chat format is not known",
+    ),
+    Entry(
+        "zero_shot/chatml/violations/{placeholders,delay_pattern}",
+        "Samples whose placeholders are not as many as their codes, or whose codes are not a stream: from BOS to EOS, "
+        "codebook k shifted by k frames.",
+        "samples",
+        reduction="sum",
+        better="lower",
+        absent="the family's chat format is not known, or it is not known which codes belong to which clip",
+    ),
+    Entry(
+        "zero_shot/chatml/violations/{target_text,language}",
+        "Samples whose target text is not its transcript, or whose language tag is missing (where others have one) or "
+        "not what the prompt says.",
+        "samples",
+        reduction="sum",
+        better="lower",
+        absent="the samples come without transcripts or language tags",
     ),
     Entry(
         "zero_shot/chatml",
-        "Violations by sample: role order, headers, placeholders, reference, transcript.",
+        "Violations by sample, each with its place.",
         kind="table",
     ),
     Entry(
@@ -336,21 +479,186 @@ CATALOGUE: tuple[Entry, ...] = (
         absent="no sample has a reference, or the batch does not say how long it is",
     ),
     Entry(
-        "zero_shot/conditioning/gain",
-        "Audio loss with another sample's reference minus loss with its own. Near 0: the reference is ignored.",
-        "nats per audio token",
-        better="higher",
+        "zero_shot/reference/level_db",
+        "Mean level of the reference clips: root mean square; a full-scale sine is at -3, digital silence at -120.",
+        "dB full scale",
+        reduction="mean over clips",
+        absent="the batch carries no reference waveform",
     ),
     Entry(
-        "zero_shot/speaker_similarity", "Cosine of speaker embeddings, generated against reference.", better="higher"
+        "zero_shot/reference/clipping_fraction",
+        "Share of a reference clip's samples that are at full scale.",
+        reduction="mean over clips",
+        better="lower",
+        absent="the batch carries no reference waveform",
     ),
-    Entry("zero_shot/{wer,cer}", "Word and character error rate of generated speech.", better="lower"),
-    Entry("zero_shot/duration_ratio", "Generated over target duration."),
-    Entry("zero_shot/silence_fraction", "Share of generated audio that is silent.", better="lower"),
-    Entry("zero_shot/eos_hit_rate", "Share of generations that end by themselves.", better="higher"),
-    Entry("zero_shot/reference_leak", "Share of generations that begin with the reference's words.", better="lower"),
-    Entry("zero_shot/clips", "Reference, target and generated speech, sample by sample.", kind="table"),
-    Entry("zero_shot/clip_<i>/{reference,target,generated}", "Speech to compare by ear.", kind="audio"),
+    Entry(
+        "zero_shot/reference/silence_fraction",
+        "Share of a reference clip's frames of 20 ms that are below -50 dB of full scale.",
+        reduction="mean over clips",
+        better="lower",
+        absent="the batch carries no reference waveform",
+    ),
+    Entry(
+        "zero_shot/reference/sampling_rate",
+        "Lowest sampling rate among the reference files. Below the codec's: the voice has no high frequencies.",
+        "hertz",
+        reduction="min",
+        absent="the batch carries no reference waveform",
+    ),
+    Entry(
+        "zero_shot/reference/features_present",
+        "Share of the samples with reference audio that give it to the model's audio encoder (Whisper).",
+        reduction="mean over samples with a reference",
+        better="higher",
+        absent="the model has no audio encoder for reference audio, or no sample has a reference",
+    ),
+    Entry(
+        "zero_shot/reference/{features_mean,features_std}",
+        "Of the features that the audio encoder is given, padding left out.",
+        reduction="over all finite values of the step",
+        absent="the model's audio encoder is given nothing",
+    ),
+    Entry(
+        "zero_shot/reference/features_nonfinite",
+        "NaN and infinite values in the features that the audio encoder is given.",
+        "values",
+        reduction="sum",
+        better="lower",
+        absent="the model's audio encoder is given nothing",
+    ),
+    Entry(
+        "zero_shot/conditioning/{gain,eval/gain}",
+        "Audio loss with another speaker's reference from the batch minus loss with its own, over all codebooks' "
+        "supervised codes. Near 0: the reference is ignored.",
+        "nats per audio token",
+        reduction="mean over supervised codes of the samples that could be swapped",
+        better="higher",
+        absent=_NO_SWAP,
+    ),
+    Entry(
+        "zero_shot/conditioning/{gain_without,eval/gain_without}",
+        "Audio loss with the reference hidden from attention minus loss with it. Near 0: the reference is ignored.",
+        "nats per audio token",
+        reduction="mean over supervised codes of the samples that could be swapped",
+        better="higher",
+        absent=_NO_SWAP,
+    ),
+    Entry(
+        "zero_shot/conditioning/{codebook_<k>/gain,eval/codebook_<k>/gain}",
+        "One codebook's loss with another speaker's reference minus loss with its own.",
+        "nats per audio token",
+        reduction="mean over supervised codes of the samples that could be swapped",
+        better="higher",
+        absent=_NO_SWAP,
+    ),
+    Entry(
+        "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none}",
+        "Audio loss in eval mode with the own reference, with another speaker's, and with none.",
+        "nats per audio token",
+        reduction="mean over supervised codes of the samples that could be swapped",
+        better=None,
+        absent=_NO_SWAP,
+    ),
+    Entry(
+        "zero_shot/{speaker_similarity,language_<code>/speaker_similarity}",
+        "Cosine of the speaker vectors of generated speech and of its reference.",
+        reduction="mean over clips",
+        better="higher",
+        absent="no speaker encoder was given, or no clip has a reference and is long enough to tell a voice",
+    ),
+    Entry(
+        "zero_shot/{wer,language_<code>/wer}",
+        "Word error rate of generated speech: wrong words for each word that should be said.",
+        reduction="errors over words of all clips",
+        better="lower",
+        absent="no transcriber was given, or the batch does not say the target's text",
+    ),
+    Entry(
+        "zero_shot/{cer,language_<code>/cer}",
+        "Character error rate of generated speech: wrong characters for each character that should be said.",
+        reduction="errors over characters of all clips",
+        better="lower",
+        absent="no transcriber was given, or the batch does not say the target's text",
+    ),
+    Entry(
+        "zero_shot/{duration_ratio,language_<code>/duration_ratio}",
+        "Length of generated speech over its target's. 1 is right.",
+        reduction="mean over clips",
+        absent="every clip was cut off when its time was up",
+    ),
+    Entry(
+        "zero_shot/{speaking_rate,language_<code>/speaking_rate}",
+        "Characters per second that is not silent, generated over target. 1 is right; rising: speech gets faster.",
+        reduction="mean over clips",
+        absent="the batch does not say the target's text, or nothing but silence was generated",
+    ),
+    Entry(
+        "zero_shot/{silence_fraction,language_<code>/silence_fraction}",
+        "Share of generated speech in 20 ms frames below -50 dB of full scale.",
+        reduction="mean over clips",
+        better="lower",
+        absent="nothing was generated",
+    ),
+    Entry(
+        "zero_shot/{clipping_fraction,language_<code>/clipping_fraction}",
+        "Share of the samples of generated speech at full scale.",
+        reduction="mean over clips",
+        better="lower",
+        absent="nothing was generated",
+    ),
+    Entry(
+        "zero_shot/{eos_hit_rate,language_<code>/eos_hit_rate}",
+        "Share of generated clips that end by themselves before the bound on their tokens.",
+        reduction="mean over clips",
+        better="higher",
+        absent="every clip was cut off when its time was up",
+    ),
+    Entry(
+        "zero_shot/{reference_leak,language_<code>/reference_leak}",
+        "Share of the reference's words that generated speech begins with in place of its own.",
+        reduction="mean over clips",
+        better="lower",
+        absent="no transcriber was given, or the batch does not say the reference's text",
+    ),
+    Entry(
+        "zero_shot/{codebook_use,language_<code>/codebook_use}",
+        "Different codes that generated speech uses, over those of as many frames of its target. Near 0: collapsed.",
+        reduction="mean over clips",
+        absent="nothing was generated",
+    ),
+    Entry(
+        "zero_shot/{mel_distance,language_<code>/mel_distance}",
+        "Distance of mel spectrograms, generated against target, after dynamic time warping.",
+        "dB",
+        reduction="mean over clips",
+        better="lower",
+        absent="nothing was generated",
+    ),
+    Entry(
+        "zero_shot/{mel_distance_shuffled,language_<code>/mel_distance_shuffled}",
+        "The same against another sample's target: what mel_distance is where nothing is said that was asked for.",
+        "dB",
+        reduction="mean over clips",
+        absent="nothing was generated, or there is one clip only",
+    ),
+    Entry(
+        "zero_shot/clips",
+        "What the model says freely of rank 0's first evaluation samples: sounds, spectrogram, transcript, numbers.",
+        kind="table",
+        absent="there is no evaluation set, codec or target audio, or the model cannot generate",
+    ),
+    Entry("zero_shot/clips_by_speaker", "The numbers of the clips, by speaker.", kind="table"),
+    Entry(
+        "zero_shot/clip_<i>/{reference,target,generated,teacher_forced}",
+        "Speech to compare by ear: the data set's, what the model says freely, and with the target's past given.",
+        kind="audio",
+    ),
+    Entry(
+        "zero_shot/clip_<i>/spectrogram",
+        "Mel spectrograms of reference, target and generated speech, in dB below their own peak.",
+        kind="image",
+    ),
     # health
     Entry("health/checks", "Every rule's verdict, evidence and what to do.", kind="table"),
     Entry("health/alerts", "What a rule has just found, with its evidence and what to do.", kind="text"),

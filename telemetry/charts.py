@@ -55,6 +55,15 @@ def matcher(tag: str) -> re.Pattern[str]:
     return re.compile(anchored(tag))
 
 
+def expanded(tag: str) -> list[str]:
+    """A pattern with each of its ``{a,b}`` alternatives in their place, in their order."""
+    match = re.search(r"\{([^{}]+)\}", tag)
+    if match is None:
+        return [tag]
+    before, after = tag[: match.start()], tag[match.end() :]
+    return [whole for choice in match[1].split(",") for whole in expanded(before + choice + after)]
+
+
 def _question(section: str, *charts: Chart) -> Question:
     return Question(section, SECTIONS[section], charts)
 
@@ -99,6 +108,8 @@ QUESTIONS: tuple[Question, ...] = (
         Chart("Audio feed-forward output, by layer", ("activations/layer_<l>/audio_ffn/rms",)),
         Chart("Largest text feed-forward output, by layer", ("activations/layer_<l>/text_ffn/absmax",)),
         Chart("Largest audio feed-forward output, by layer", ("activations/layer_<l>/audio_ffn/absmax",)),
+        Chart("Text feed-forward, share of the residual stream", ("activations/layer_<l>/text_ffn/residual_share",)),
+        Chart("Audio feed-forward, share of the residual stream", ("activations/layer_<l>/audio_ffn/residual_share",)),
         Chart("Zeros in feed-forward outputs, by layer", ("activations/layer_<l>/{text_ffn,audio_ffn}/zero_fraction",)),
     ),
     _question(
@@ -115,14 +126,33 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     _question(
         "zero_shot",
-        Chart("What the reference is worth to the model", ("zero_shot/conditioning/gain",)),
+        Chart(
+            "What the own reference is worth",
+            ("zero_shot/conditioning/{gain,gain_without,eval/gain,eval/gain_without}",),
+        ),
+        Chart("What the own reference is worth, by codebook", ("zero_shot/conditioning/codebook_<k>/gain",)),
+        Chart(
+            "Audio loss with the own reference, another and none",
+            ("zero_shot/conditioning/{loss_own,loss_swapped,loss_none}",),
+        ),
         Chart("Speaker similarity, generated against reference", ("zero_shot/speaker_similarity",)),
         Chart("Word and character error rate", ("zero_shot/{wer,cer}",)),
-        Chart("How generations end", ("zero_shot/eos_hit_rate", "zero_shot/duration_ratio")),
-        Chart("Silence and repeated reference", ("zero_shot/silence_fraction", "zero_shot/reference_leak")),
+        Chart("Length and speed against the target", ("zero_shot/{duration_ratio,speaking_rate}",)),
+        Chart(
+            "Speech that ends, is silent, clips or repeats the reference",
+            ("zero_shot/{eos_hit_rate,silence_fraction,clipping_fraction,reference_leak}",),
+        ),
+        Chart("Distance from the target's spectrogram", ("zero_shot/{mel_distance,mel_distance_shuffled}",)),
         Chart(
             "Samples that are fit for voice cloning",
             ("zero_shot/chatml/compliance", "zero_shot/reference/present_fraction"),
+        ),
+        Chart(
+            "Samples by what is wrong with them",
+            (
+                "zero_shot/chatml/violations/{role_order,header,end_of_turn,reference,transcript,target}",
+                "zero_shot/chatml/violations/{placeholders,delay_pattern,target_text,language}",
+            ),
         ),
         Chart("Length of the reference", ("zero_shot/reference/seconds",)),
     ),

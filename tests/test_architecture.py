@@ -15,7 +15,7 @@ BASE = ("telemetry.measures", "telemetry.records", "telemetry.catalogue", "telem
 READING = (*BASE, "telemetry.families")
 TELEMETRY_OF_CALLBACKS = (
     *READING, "telemetry.clock", "telemetry.probes", "telemetry.recorder", "telemetry.reduction", "telemetry.health",
-    "telemetry.callbacks", "telemetry.backends.base", "telemetry.sound",
+    "telemetry.callbacks", "telemetry.backends.base", "telemetry.sound", "telemetry.speech",
 )  # fmt: skip
 
 # Layer (a module and what lies under it, the longest that fits) → what its modules may import of the project.
@@ -28,9 +28,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "telemetry.probes": (*READING, "telemetry.clock", "telemetry.probes"),
     # Ranks that run the model together first agree, as those that gather do, that all of them are here.
     "telemetry.probes.lockstep": ("telemetry.reduction",),
+    # Loading a model draws random numbers that training must not miss.
+    "telemetry.speech": ("telemetry.speech", "telemetry.probes.quiet"),
     "telemetry.health": ("telemetry.records", "telemetry.catalogue", "telemetry.health"),
     "telemetry.backends": ("telemetry.records", "telemetry.catalogue", "telemetry.charts", "telemetry.backends"),
+    # Its client waits for a server: it has a queue and a thread of its own, and ends before the client's exit hooks.
+    "telemetry.backends.wandb": (
+        "telemetry.records", "telemetry.catalogue", "telemetry.backends",
+        "telemetry.worker", "telemetry.shutdown", "telemetry.redaction",
+    ),
     "telemetry.clock": (),
+    "telemetry.redaction": (),
     "telemetry.sound": ("telemetry.records",),
     "telemetry.transfer": (),
     "telemetry.worker": (),
@@ -45,7 +53,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "telemetry.callbacks": TELEMETRY_OF_CALLBACKS,
     # The one callback module that knows concrete backends: where a user names none, it makes the default ones.
     "telemetry.callbacks.session": (
-        *TELEMETRY_OF_CALLBACKS, "telemetry.backends.tensorboard", "telemetry.backends.console",
+        *TELEMETRY_OF_CALLBACKS, "telemetry.redaction", "telemetry.backends.tensorboard", "telemetry.backends.console",
+        "telemetry.backends.wandb", "telemetry.backends.trackio",
     ),
     "telemetry": ("telemetry",),  # the package's own __init__, which gives the public names
     "dashboards": ("dashboards", "telemetry.records", "telemetry.catalogue", "telemetry.charts"),

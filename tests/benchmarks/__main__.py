@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -14,25 +15,94 @@ import trainer as _trainer  # noqa: F401  (first: repairs what transformers impo
 
 
 def main() -> None:
-    """Run every benchmark and print one table each."""
+    """Run every benchmark, or those that are named, and print their tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"only these: {', '.join(BENCHMARKS)}")
     parser.add_argument("--pairs", type=int, default=8, help="due steps measured for each component, at least 2")
     arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     logging.disable(logging.INFO)
-
-    from tests.benchmarks import hand_over, memory, off_due, step_time
-
     console = Console()
     processor = platform.processor() or platform.machine()
     console.print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name in arguments.names or BENCHMARKS:
+        BENCHMARKS[name](console, arguments)
+
+
+def _off_due(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import off_due
+
     show(console, "A step that is not due", ("callback", "µs a step", "ratio to empty"), off_due.report())
+
+
+def _hand_over(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import hand_over
+
     columns = ("way", "ms of the training thread a step", "against SummaryWriter")
     show(console, "1,000 scalars a step", columns, hand_over.report())
     show(console, "Through queue and backend", ("backend", "scalars a second"), hand_over.throughput())
+
+
+def _step_time(console: Console, arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import step_time
+
     title = f"Training step, {step_time.describe()}"
     columns = ("due", "due step, s", "step around it, s", "ratio", "quartiles")
     show(console, title, columns, step_time.report(arguments.pairs))
-    show(console, "Peak memory of the same", ("mode", "MB", "ratio to plain"), memory.report())
+
+
+def _memory(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import memory, step_time
+
+    title = f"Peak memory of a training step, {step_time.describe()}"
+    show(console, title, ("mode", "MB", "ratio to plain"), memory.report())
+
+
+def _attention_probe(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import attention_probe
+
+    title = (
+        f"Looking at attention: forward pass of {attention_probe.LAYERS} layers, {attention_probe.POSITIONS} positions"
+    )
+    columns = ("mode", "s", "extra s", "of the whole's", "peak MB", "extra MB", "of the whole's")
+    show(console, title, columns, attention_probe.report())
+    show(console, "Largest difference from the whole", ("measure", "difference"), attention_probe.agreement())
+
+
+def _report(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import report
+
+    title = f"HTML report of {report.STEPS} steps of {report.SCALARS} scalars"
+    show(console, title, ("what", "measured"), report.rows())
+
+
+def _gradient_sweep(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import gradient_sweep
+
+    columns = ("way", "ms", "ratio to one read", "times faster than wandb.watch")
+    show(console, gradient_sweep.describe(), columns, gradient_sweep.report())
+
+
+def _wandb_hand_over(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import wandb_hand_over
+
+    title = f"A due step of {wandb_hand_over.SCALARS} scalars and a table with sound and pictures, to W&B"
+    columns = ("server", "µs of the training thread", "largest", "ratio", "s to the server, median / largest")
+    show(console, title, columns, wandb_hand_over.report())
+
+
+BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
+    "off_due": _off_due,
+    "hand_over": _hand_over,
+    "step_time": _step_time,
+    "memory": _memory,
+    "attention_probe": _attention_probe,
+    "gradient_sweep": _gradient_sweep,
+    "report": _report,
+    "wandb_hand_over": _wandb_hand_over,
+}
 
 
 def show(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -1,0 +1,273 @@
+"""Texts, sounds and pictures of runs, the newest first, as far as a page has room."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import soundfile
+
+from dashboards.event_files import DamagedError
+from dashboards.report.markdown import ReadAlert, ReadTable, ReadText, read, unescape
+from dashboards.report.numbers import natural
+from dashboards.runs import AUDIO, HISTOGRAMS, IMAGES, TEXT, Run, Stored
+
+AUDIO_BYTES = 3 * 2**20
+IMAGE_BYTES = 3 * 2**19
+TEXT_BYTES = 2**20
+STEPS_OF_A_TEXT = 5
+ALERTS = 200
+
+
+class Sized(Protocol):
+    """Something that takes room in the page."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its content."""
+
+
+@dataclass(frozen=True)
+class ClipView:
+    """One clip, as FLAC: lossless, and half as large as in the event file.
+
+    Attributes:
+        label: what there is to say about it.
+        seconds: its length.
+        sampling_rate: in hertz.
+        source: ``data:`` URI.
+        nbytes: of the compressed clip.
+    """
+
+    label: str
+    seconds: float
+    sampling_rate: int
+    source: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The clips of a tag at a step; an empty place among them is None."""
+
+    clips: tuple[ClipView | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all clips."""
+        return sum(clip.nbytes for clip in self.clips if clip)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as ``data:`` URI. Sizes are in pixels."""
+
+    width: int
+    height: int
+    source: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text of any kind."""
+
+    content: ReadTable | ReadAlert | ReadText
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram."""
+
+    left: tuple[float, ...]
+    right: tuple[float, ...]
+    count: tuple[float, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as numbers."""
+        return 24 * len(self.count)
+
+
+Content = TypeVar("Content", bound=Sized)
+
+
+@dataclass(frozen=True)
+class Item(Generic[Content]):
+    """Content with where it comes from. ``tag`` is as recorded, without a page's name behind it."""
+
+    run: int
+    tag: str
+    step: int
+    content: Content
+
+
+@dataclass(frozen=True)
+class Shelf(Generic[Content]):
+    """What of one kind is in the page.
+
+    Attributes:
+        items: newest step first, tags in order within a step.
+        total: how many there are in the event files.
+        unreadable: how many could not be read.
+    """
+
+    items: tuple[Item[Content], ...]
+    total: int
+    unreadable: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items."""
+        return sum(item.content.nbytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Media:
+    """Everything of some runs that is not a number over steps."""
+
+    documents: Shelf[Document]
+    alerts: Shelf[Document]
+    sounds: Shelf[Sound]
+    pictures: Shelf[Picture]
+    histograms: Shelf[Bars]
+
+
+def collect(runs: Sequence[Run]) -> Media:
+    """What of these runs has room."""
+    alerts = {tag for run in runs for tag, stored in run.media.items() if _are_alerts(stored)}
+    texts = [(number, stored) for number, stored in _of_kind(runs, TEXT) if stored[0].tag not in alerts]
+    recent = [(number, stored[-STEPS_OF_A_TEXT:]) for number, stored in texts]
+    said = [(number, stored[-ALERTS:]) for number, stored in _of_kind(runs, TEXT) if stored[0].tag in alerts]
+    newest = [(number, stored[-1:]) for number, stored in _of_kind(runs, HISTOGRAMS)]
+    return Media(
+        documents=_shelf(runs, recent, _document, TEXT_BYTES, texts),
+        alerts=_shelf(runs, said, _document, TEXT_BYTES),
+        sounds=_shelf(runs, _of_kind(runs, AUDIO), _sound, AUDIO_BYTES),
+        pictures=_shelf(runs, _of_kind(runs, IMAGES), _picture, IMAGE_BYTES),
+        histograms=_shelf(runs, newest, _bars, TEXT_BYTES),
+    )
+
+
+Numbered = tuple[int, Sequence[Stored]]
+
+
+def _of_kind(runs: Sequence[Run], kind: str) -> list[Numbered]:
+    return [
+        (number, stored) for number, run in enumerate(runs) for stored in run.media.values() if stored[0].kind == kind
+    ]
+
+
+def _are_alerts(stored: Sequence[Stored]) -> bool:
+    """Whether the newest text that can be read is an alert."""
+    if stored[0].kind != TEXT:
+        return False
+    for one in reversed(stored):
+        try:
+            return isinstance(_document(one.load()).content, ReadAlert)
+        except (DamagedError, OSError, ValueError):
+            continue
+    return False
+
+
+def _shelf(
+    runs: Sequence[Run],
+    candidates: Sequence[Numbered],
+    decode: Callable[[np.ndarray], Content],
+    room: int,
+    everything: Sequence[Numbered] | None = None,
+) -> Shelf[Content]:
+    """As many as there is room for, those of the newest step of every run first."""
+    items: list[Item[Content]] = []
+    unreadable = 0
+    for together in _newest_first(candidates):
+        fitted = False
+        for number, stored in together:
+            try:
+                content = decode(stored.load())
+            except (DamagedError, OSError, ValueError, soundfile.SoundFileError):
+                unreadable += 1
+                continue
+            if content.nbytes <= room:
+                room -= content.nbytes
+                items.append(Item(number, recorded_tag(stored, runs[number]), stored.step, content))
+                fitted = True
+        if items and not fitted:
+            break  # whatever is older is less worth the time that decoding takes
+    total = sum(len(stored) for _number, stored in everything or candidates)
+    return Shelf(tuple(sorted(items, key=lambda item: (item.run, -item.step, natural(item.tag)))), total, unreadable)
+
+
+def _newest_first(candidates: Sequence[Numbered]) -> Iterator[list[tuple[int, Stored]]]:
+    """What belongs to the newest step of each run, then to the second newest of each, and so on."""
+    by_step: dict[int, dict[int, list[Stored]]] = {}
+    for number, stored in candidates:
+        for one in stored:
+            by_step.setdefault(number, {}).setdefault(one.step, []).append(one)
+    queues = [(number, [steps[step] for step in sorted(steps, reverse=True)]) for number, steps in by_step.items()]
+    for rank in range(max((len(queue) for _number, queue in queues), default=0)):
+        yield [
+            (number, one)
+            for number, queue in queues
+            if rank < len(queue)
+            for one in sorted(queue[rank], key=lambda stored: natural(stored.tag))
+        ]
+
+
+def recorded_tag(stored: Stored, run: Run) -> str:
+    """The tag without the page's name, which stands behind it where another page has the tag too."""
+    tag = stored.tag.removesuffix(f"/{stored.kind}")
+    return tag if tag in run.tags else stored.tag
+
+
+def _document(array: np.ndarray) -> Document:
+    markdown = "\n\n".join(_bytes(part).decode("utf-8", "replace") for part in array.ravel())
+    return Document(read(markdown), len(markdown.encode()))
+
+
+def _sound(array: np.ndarray) -> Sound:
+    pairs = array.reshape(-1, array.shape[-1] if array.ndim == 2 else 1)
+    return Sound(tuple(_clip(_bytes(pair[0]), _bytes(pair[1]) if len(pair) > 1 else b"") for pair in pairs))
+
+
+def _clip(data: bytes, label: bytes) -> ClipView | None:
+    samples, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+    if not len(samples):
+        return None
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format="FLAC", subtype="PCM_16")
+    return ClipView(
+        label=unescape(label.decode("utf-8", "replace")),
+        seconds=len(samples) / rate,
+        sampling_rate=rate,
+        source=data_uri("audio/flac", stream.getvalue()),
+        nbytes=len(stream.getvalue()),
+    )
+
+
+def _picture(array: np.ndarray) -> Picture:
+    width, height, *pictures = (_bytes(part) for part in array.ravel())
+    if not pictures or not pictures[0].startswith(b"\x89PNG"):
+        raise ValueError("no PNG")
+    return Picture(int(width), int(height), data_uri("image/png", pictures[0]), len(pictures[0]))
+
+
+def _bars(array: np.ndarray) -> Bars:
+    left, right, count = np.asarray(array, np.float64).reshape(-1, 3).T
+    return Bars(tuple(left.tolist()), tuple(right.tolist()), tuple(count.tolist()))
+
+
+def _bytes(part: object) -> bytes:
+    if not isinstance(part, bytes):
+        raise ValueError(f"expected bytes, got {type(part).__name__}")
+    return part
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Data as a URI that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

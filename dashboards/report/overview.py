@@ -1,0 +1,150 @@
+"""What a reader should know before looking at any chart."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dashboards.report.media import Document, Item, Media
+from dashboards.report.numbers import natural
+from dashboards.runs import Run, Series
+from telemetry.catalogue import CATALOGUE, SECTIONS
+from telemetry.charts import expanded, matcher
+
+CHECKS = "health/checks"
+ALERTS = "health/alerts"
+VERDICTS = ("ok", "warning", "failing")
+NAMED_STEPS = 5
+
+_TRAINERS_OWN = ("train", "eval", "test")
+
+
+@dataclass(frozen=True)
+class Nonfinite:
+    """A scalar that was not finite, or that counts values that were not.
+
+    Attributes:
+        run: number of the run.
+        tag: the scalar.
+        what: what was found.
+        steps: the first steps at which it was found.
+        more: how many further steps there are.
+    """
+
+    run: int
+    tag: str
+    what: str
+    steps: tuple[int, ...]
+    more: int
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Something of the catalogue that was not measured.
+
+    Attributes:
+        tag: tag or pattern.
+        meaning: what it would show.
+        reason: why that may be, "" where the catalogue names no reason.
+        runs: numbers of the runs that lack it.
+    """
+
+    tag: str
+    meaning: str
+    reason: str
+    runs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The newest verdicts of one run: how many rules say what, and the table if there is one."""
+
+    run: int
+    step: int
+    counts: tuple[tuple[str, int], ...]
+    checks: Item[Document] | None
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The first section of the report."""
+
+    verdicts: tuple[Verdicts, ...]
+    alerts: tuple[Item[Document], ...]
+    nonfinite: tuple[Nonfinite, ...]
+    dropped: tuple[tuple[int, int], ...]
+    absent: dict[str, tuple[Absent, ...]]
+
+    @property
+    def absent_count(self) -> int:
+        """How many lines of the catalogue were not measured."""
+        return sum(map(len, self.absent.values()))
+
+
+def overview(runs: Sequence[Run], media: Media) -> Overview:
+    """What these runs say about themselves."""
+    return Overview(
+        verdicts=tuple(_verdicts(runs, media)),
+        alerts=media.alerts.items,
+        nonfinite=tuple(_nonfinite(runs)),
+        dropped=tuple(_dropped(runs)),
+        absent={section: found for section in SECTIONS if (found := tuple(_absent(section, runs)))},
+    )
+
+
+def _verdicts(runs: Sequence[Run], media: Media) -> Iterator[Verdicts]:
+    for number, run in enumerate(runs):
+        rules = [series for tag, series in run.scalars.items() if tag.startswith("health/")]
+        checks = next((item for item in media.documents.items if (item.run, item.tag) == (number, CHECKS)), None)
+        if not rules and checks is None:
+            continue
+        step = max([series.steps[-1] for series in rules] + ([checks.step] if checks else []))
+        counts = Counter(_verdict(series.values[-1]) for series in rules)
+        yield Verdicts(number, step, tuple((name, counts[name]) for name in reversed(VERDICTS) if counts[name]), checks)
+
+
+def _verdict(value: float) -> str:
+    return VERDICTS[min(max(int(value), 0), len(VERDICTS) - 1)] if math.isfinite(value) else VERDICTS[-1]
+
+
+def _nonfinite(runs: Sequence[Run]) -> Iterator[Nonfinite]:
+    for number, run in enumerate(runs):
+        for tag in sorted(run.scalars, key=natural):
+            series = run.scalars[tag]
+            steps = [step for step, value in zip(series.steps, series.values, strict=True) if not math.isfinite(value)]
+            if steps:
+                yield _found(number, tag, "NaN or infinite", steps)
+            elif tag.endswith("/nonfinite") and (steps := _above_zero(series)):
+                yield _found(number, tag, f"up to {max(series.values):g} values", steps)
+
+
+def _above_zero(series: Series) -> list[int]:
+    return [step for step, value in zip(series.steps, series.values, strict=True) if value > 0]
+
+
+def _found(run: int, tag: str, what: str, steps: list[int]) -> Nonfinite:
+    return Nonfinite(run, tag, what, tuple(steps[:NAMED_STEPS]), max(0, len(steps) - NAMED_STEPS))
+
+
+def _dropped(runs: Sequence[Run]) -> Iterator[tuple[int, int]]:
+    """Numbers of the runs that lost records, and how many each lost."""
+    for number, run in enumerate(runs):
+        series = run.scalars.get("telemetry/dropped_records")
+        lost = max((value for value in series.values if math.isfinite(value)), default=0) if series else 0
+        if lost > 0:
+            yield number, int(lost)
+
+
+def _absent(section: str, runs: Sequence[Run]) -> Iterator[Absent]:
+    if section in _TRAINERS_OWN:
+        return
+    for entry in CATALOGUE:
+        if entry.section != section or entry.tag in (f"{section}/<name>", ALERTS):
+            continue
+        for tag in expanded(entry.tag):
+            matches = matcher(tag).fullmatch
+            lacking = tuple(n for n, run in enumerate(runs) if not any(map(matches, run.tags)))
+            if lacking:
+                yield Absent(tag, entry.meaning, entry.absent, lacking)

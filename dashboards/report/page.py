@@ -1,0 +1,270 @@
+"""The page: everything in one file, the template filled, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from dashboards.report.media import Bars, Document, Item, Media, Picture, Sound, collect
+from dashboards.report.numbers import Arrays, ChartView, chart_view, natural, section_charts
+from dashboards.report.overview import CHECKS, Absent, overview
+from dashboards.runs import Run, read_runs
+from telemetry.catalogue import SECTIONS, find
+
+_HERE = Path(__file__).parent
+_PACKAGES = ("strategic-telemetry", "plotly", "tensorboard", "jinja2")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report that was written: where, and how many bytes of what it holds."""
+
+    path: Path
+    nbytes: int
+    parts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What is heard and seen of one thing: the clips and the picture under one tag."""
+
+    tag: str
+    title: str
+    meaning: str
+    sound: Sound | None
+    picture: Picture | None
+
+
+@dataclass(frozen=True)
+class Showing:
+    """The exhibits of one run at one step, those with a common beginning of their tags together."""
+
+    run: int
+    step: int
+    rows: tuple[tuple[str, tuple[Exhibit, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question with everything that answers it."""
+
+    key: str
+    title: str
+    charts: tuple[ChartView, ...]
+    more: tuple[ChartView, ...]
+    histograms: tuple[tuple[str, Item[Bars]], ...]
+    documents: tuple[tuple[str, int, tuple[Item[Document], ...]], ...]
+    showings: tuple[tuple[int, tuple[Showing, ...]], ...]
+    absent: tuple[Absent, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.charts or self.more or self.histograms or self.documents or self.showings)
+
+
+def write_report(directories: Sequence[Path], output: Path) -> Written:
+    """Write the report of the runs in these directories. The file is whole or not there.
+
+    Raises:
+        NothingToShowError: when there is no run with a value.
+        OSError: when the file cannot be written.
+    """
+    page, parts = render(read_runs(directories))
+    data = page.encode()
+    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(output)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    return Written(output, len(data), parts)
+
+
+def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
+    """The page, and how many bytes of it go to what."""
+    media, arrays = collect(runs), Arrays.for_runs(runs)
+    seen = overview(runs, media)
+    sections = [_section(key, title, runs, media, arrays, seen.absent.get(key, ())) for key, title in _titles(runs)]
+    data = {"runs": [run.name for run in runs], "arrays": arrays.encoded, "charts": dict(_chart_data(sections))}
+    scripts = {"plotly": Markup(get_plotlyjs()), "report": Markup(_asset("report.js"))}
+    hashes = " ".join(_script_hash(script) for script in scripts.values())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "seconds": seconds, "when": when, "size": size}
+    page = environment.get_template("report.html.jinja").render(
+        runs=runs, overview=seen, sections=sections, media=media, arrays=arrays, data=data, scripts=scripts,
+        script_hashes=hashes, style=Markup(_asset("report.css")), checks=CHECKS, configuration=configuration(runs),
+        versions=dict(_versions()), made=datetime.now(timezone.utc),
+    )  # fmt: skip
+    parts = {
+        "scalars": sum(map(len, arrays.encoded)),
+        "audio": media.sounds.nbytes * 4 // 3,
+        "images": media.pictures.nbytes * 4 // 3,
+        "texts": media.documents.nbytes + media.alerts.nbytes,
+        "plotly": len(scripts["plotly"]),
+    }
+    return page, parts
+
+
+def _titles(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Every section: the catalogue's, then any other."""
+    found = {tag.split("/", 1)[0] for run in runs for tag in run.tags}
+    return [*SECTIONS.items(), *((key, "Not in the catalogue.") for key in sorted(found - SECTIONS.keys()))]
+
+
+def _section(
+    key: str, title: str, runs: Sequence[Run], media: Media, arrays: Arrays, absent: Sequence[Absent]
+) -> Section:
+    tags = {tag for run in runs for tag in run.scalars if _in(key, tag)}
+    # A declared chart may show a tag of another section beside its own.
+    declared, more = section_charts(key, sorted(tags), sorted({tag for run in runs for tag in run.scalars}))
+    bars = [item for item in media.histograms.items if _in(key, item.tag)]
+    return Section(
+        key=key,
+        title=title,
+        charts=tuple(chart_view(f"{key}-chart-{n}", chart, runs, arrays) for n, chart in enumerate(declared)),
+        more=tuple(chart_view(f"{key}-more-{n}", chart, runs, arrays) for n, chart in enumerate(more)),
+        histograms=tuple((f"{key}-bars-{n}", item) for n, item in enumerate(bars)),
+        documents=tuple(_documents(key, media)),
+        showings=tuple(_showings(key, media)),
+        absent=tuple(absent),
+    )
+
+
+def _in(section: str, tag: str) -> bool:
+    return tag.split("/", 1)[0] == section
+
+
+def _documents(section: str, media: Media) -> Iterator[tuple[str, int, tuple[Item[Document], ...]]]:
+    """Tag, run and texts, the newest first; the table of checks stands at the top of the page."""
+    together: dict[tuple[str, int], list[Item[Document]]] = {}
+    for item in media.documents.items:
+        if _in(section, item.tag) and item.tag != CHECKS:
+            together.setdefault((item.tag, item.run), []).append(item)
+    for (tag, run), items in sorted(together.items(), key=lambda pair: (natural(pair[0][0]), pair[0][1])):
+        yield tag, run, tuple(items)
+
+
+def _showings(section: str, media: Media) -> Iterator[tuple[int, tuple[Showing, ...]]]:
+    """Run and what is heard and seen of it, the newest first."""
+    sounds = {(item.run, item.step, item.tag): item.content for item in media.sounds.items if _in(section, item.tag)}
+    pictures = {
+        (item.run, item.step, item.tag): item.content for item in media.pictures.items if _in(section, item.tag)
+    }
+    places = sounds.keys() | pictures.keys()
+    for run in sorted({place[0] for place in places}):
+        steps = sorted({place[1] for place in places if place[0] == run}, reverse=True)
+        yield (
+            run,
+            tuple(
+                Showing(
+                    run, step, tuple(_rows([place for place in places if place[:2] == (run, step)], sounds, pictures))
+                )
+                for step in steps
+            ),
+        )
+
+
+def _rows(
+    places: Sequence[tuple[int, int, str]],
+    sounds: dict[tuple[int, int, str], Sound],
+    pictures: dict[tuple[int, int, str], Picture],
+) -> Iterator[tuple[str, tuple[Exhibit, ...]]]:
+    rows: dict[str, list[Exhibit]] = {}
+    for place in sorted(places, key=lambda place: _listening_order(place[2])):
+        tag = place[2]
+        row, _, title = tag.rpartition("/")
+        entry = find(tag)
+        exhibit = Exhibit(tag, title, entry.meaning if entry else "", sounds.get(place), pictures.get(place))
+        rows.setdefault(row, []).append(exhibit)
+    yield from ((row, tuple(exhibits)) for row, exhibits in rows.items())
+
+
+def _listening_order(tag: str) -> tuple[Any, ...]:
+    """What is compared by ear in the order in which it is compared: given, wanted, made."""
+    row, _, title = tag.rpartition("/")
+    order = ("reference", "target", "generated", "teacher_forced")
+    return natural(row), order.index(title) if title in order else len(order), natural(title)
+
+
+def _chart_data(sections: Sequence[Section]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the script needs to draw each chart."""
+    line_fields = ("name", "run", "color", "place", "dash", "steps", "values")
+    for section in sections:
+        for chart in (*section.charts, *section.more):
+            lines = [{name: getattr(line, name) for name in line_fields} for line in chart.lines]
+            yield chart.id, {"unit": chart.unit, "lines": lines}
+        for id_, item in section.histograms:
+            bars = {
+                name: [value if math.isfinite(value) else None for value in values]
+                for name, values in asdict(item.content).items()
+            }
+            yield id_, {"bars": bars}
+
+
+def configuration(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[tuple[str, list[Any]]]]:
+    """Settings as name and each run's value (None where it has none): those that differ, and those that do not."""
+    names = sorted({name for run in runs for name in run.config})
+    rows = [(name, [run.config.get(name) for run in runs]) for name in names]
+    differing = [row for row in rows if any(value != row[1][0] for value in row[1])]
+    return differing, [row for row in rows if row not in differing]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "Python", platform.python_version()
+    for name in _PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+
+
+def _asset(name: str) -> str:
+    return (_HERE / "assets" / name).read_text(encoding="utf-8")
+
+
+def _script_hash(script: str) -> str:
+    """The source by which a content security policy lets exactly this script run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def number(value: float | None) -> str:
+    """A number in at most six digits."""
+    return "" if value is None else f"{value:.6g}"
+
+
+def seconds(value: float) -> str:
+    """A length of sound."""
+    return f"{value:.1f} s"
+
+
+def when(value: float | datetime | None) -> str:
+    """A time, in UTC: reports are read elsewhere than they are made."""
+    if value is None:
+        return "unknown"
+    moment = value if isinstance(value, datetime) else datetime.fromtimestamp(value, timezone.utc)
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def size(nbytes: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
