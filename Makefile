@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 		--output_dir $(DEMO)/output --logging_dir $(DEMO)/logs \
 		--max_steps 150 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
 		--learning_rate 2e-3 --warmup_steps 20 --logging_steps 5 --eval_steps 50 --save_steps 150 \
-		--enable_strategic_logging --strategic_logging_steps 10
+		--enable_strategic_logging --strategic_logging_steps 10 --zero_shot_clips 6
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

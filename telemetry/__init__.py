@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from telemetry.backends.console import ConsoleBackend
     from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
+    from telemetry.backends.trackio import TrackioBackend
+    from telemetry.backends.wandb import WandbBackend
     from telemetry.callbacks.base import StrategicCallback
     from telemetry.callbacks.inputs import InputLoggerCallback
     from telemetry.callbacks.outputs import OutputLoggerCallback
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from telemetry.callbacks.strategic import COMPONENTS, StrategicTelemetry
     from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
     from telemetry.logs import setup_logging
+    from telemetry.sound import SoundPolicy
 
 _HOMES = {
     "COMPONENTS": "telemetry.callbacks.strategic",
@@ -22,9 +25,12 @@ _HOMES = {
     "InputLoggerCallback": "telemetry.callbacks.inputs",
     "OutputLoggerCallback": "telemetry.callbacks.outputs",
     "SharedAttentionLoggerCallback": "telemetry.callbacks.shared_attention",
+    "SoundPolicy": "telemetry.sound",
     "StrategicCallback": "telemetry.callbacks.base",
     "StrategicTelemetry": "telemetry.callbacks.strategic",
     "TensorBoardBackend": "telemetry.backends.tensorboard",
+    "TrackioBackend": "telemetry.backends.trackio",
+    "WandbBackend": "telemetry.backends.wandb",
     "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.zero_shot",
     "launch_command": "telemetry.backends.tensorboard",
     "setup_logging": "telemetry.logs",
@@ -36,9 +42,12 @@ __all__ = [
     "InputLoggerCallback",
     "OutputLoggerCallback",
     "SharedAttentionLoggerCallback",
+    "SoundPolicy",
     "StrategicCallback",
     "StrategicTelemetry",
     "TensorBoardBackend",
+    "TrackioBackend",
+    "WandbBackend",
     "ZeroShotVerificationLoggerCallback",
     "launch_command",
     "setup_logging",

@@ -675,6 +675,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry("telemetry/overhead_fraction", "That time as a share of the step.", better="lower"),
     Entry("telemetry/queue_depth", "Steps waiting to be written.", "steps", better="lower"),
+    Entry("telemetry/absent", "What could not be measured so far, and why.", kind="table"),
     Entry("telemetry/dropped_records", "Records lost so far.", "records", reduction="sum", better="lower"),
 )
 

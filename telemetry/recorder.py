@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from telemetry import catalogue, shutdown
-from telemetry.backends.base import Backend, Run
+from telemetry.backends.base import Backend, Run, is_on_every_rank
 from telemetry.clock import StepClock
-from telemetry.records import Audio, Image, Max, Metric, Record, Scalar, Sum, Table
+from telemetry.records import Audio, Image, Max, Metric, Record, Scalar, Sum, Table, held_bytes
 from telemetry.reduction import RankGather, Share, merge
+from telemetry.sound import SoundPolicy
 from telemetry.transfer import Transfer
 from telemetry.worker import Worker
 
@@ -53,6 +54,9 @@ class Emitter(Protocol):
 
     def absent(self, tag: str, reason: str) -> None:
         """Say, once for a run, why a tag has no value."""
+
+    def merged(self, tag: str) -> Metric | None:
+        """All ranks' value of a metric: for work that shows. None where there is none, and on ranks other than 0."""
 
 
 Build = Callable[[Mapping[str, Tensor], Emitter], None]
@@ -120,6 +124,7 @@ class _Lane:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.every_rank = is_on_every_rank(backend)
         self.failures = 0
         self.active = True
         self.opened = False
@@ -132,12 +137,16 @@ class _Lane:
 
 @dataclass
 class _Job:
-    """A step on its way: first ``measured`` (to be brought home and reduced), then ``records`` for ``lanes``."""
+    """A step on its way: first ``measured`` (to be brought home and reduced), then ``records`` for ``lanes``.
+
+    ``own``: this rank's scalars before ranks are brought together, for backends on every rank.
+    """
 
     step: int
     measured: _Step | None = None
     transfer: Transfer | None = None
     records: Sequence[Record] = ()
+    own: Sequence[Scalar] = ()
     lanes: list[_Lane] = field(default_factory=list)
     gather: bool = False
     due: bool = False
@@ -171,7 +180,7 @@ class _Job:
 
     def _media_bytes(self) -> int:
         held = [*self.records, *(self.measured.records if self.measured else ())]
-        return sum(_media_bytes(record) for record in held if not isinstance(record, Scalar))
+        return sum(held_bytes(record) for record in held if not isinstance(record, Scalar))
 
 
 class Recorder:
@@ -182,6 +191,8 @@ class Recorder:
         gather: brings the ranks' values together; None for a single process.
         max_queue_bytes: how much may wait for the background thread.
         judge: adds its verdicts to what is written.
+        sound: what may be heard; nothing else reaches a backend.
+        rank: of this process. On ranks other than 0, backends are given its own scalars only.
     """
 
     def __init__(
@@ -190,12 +201,19 @@ class Recorder:
         gather: RankGather | None = None,
         max_queue_bytes: int = MAX_QUEUE_BYTES,
         judge: Judge | None = None,
+        sound: SoundPolicy | None = None,
+        rank: int = 0,
     ) -> None:
+        self.sound = sound or SoundPolicy()
         self._lanes = [_Lane(backend) for backend in backends]
+        self._rank = rank
+        self._shows = bool(backends) and rank == 0
         self._gather = gather
         self._judge = judge
         self._step = _Step()
         self._said: set[str] = set()
+        self._absences: dict[str, str] = {}
+        self._absences_shown = 0
         self._run: Run | None = None
         self._worker: Worker[_Job] = Worker(self._work, max_queue_bytes, self._count_dropped)
         self._delivery: tuple[_Job, _Lane] | None = None
@@ -238,7 +256,8 @@ class Recorder:
         self._step.deferred.append(_Deferred(tensors, build, shows=True))
 
     def absent(self, tag: str, reason: str) -> None:
-        """Say once for this run why a tag has no value."""
+        """Say once for this run why a tag has no value, in the log and in the table ``telemetry/absent``."""
+        self._absences.setdefault(tag, reason)
         self.say_once(f"absent:{tag}", "no %s: %s", tag, reason, level=logging.INFO)
 
     def say_once(self, key: str, message: str, *args: object, level: int = logging.WARNING) -> None:
@@ -277,7 +296,7 @@ class Recorder:
 
     def write(self, step: int, records: Sequence[Record]) -> None:
         """Write finished records past the step that is being collected."""
-        if records:
+        if records and self._shows:
             self._put(_Job(step, records=records, lanes=list(self._lanes)))
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -303,7 +322,11 @@ class Recorder:
             self._worker.put(_Job(0, lanes=[lane], closing=True))
         # A backend that blocks must leave the others some of the time.
         patience = min(BLOCKED_SECONDS, seconds / 2)
-        if not self._worker.drain(seconds, functools.partial(self._skip_blocked, patience)):
+
+        def skip() -> None:
+            self._skip_blocked(patience if self._worker.waiting else seconds)
+
+        if not self._worker.drain(seconds, skip):
             logger.warning("telemetry could not write everything within %.0f s", seconds)
         lost = self._worker.close()
         if lost:
@@ -337,7 +360,7 @@ class Recorder:
             job, lane = delivery
             lane.active = False
             rest = job.lanes[job.lanes.index(lane) + 1 :]
-            self._worker.replace(_Job(job.step, records=job.records, lanes=rest))
+            self._worker.replace(_Job(job.step, records=job.records, own=job.own, lanes=rest))
         logger.error("backend %s has blocked for %.0f s: left out from now on", lane.backend.name, seconds)
         self._count_dropped(len(job.records))
 
@@ -347,6 +370,7 @@ class Recorder:
         try:
             if job.measured is not None:
                 job.records = self._bring_home(job, job.measured)
+            self._add_absences(job)
             self._add_verdicts(job)
             self._deliver(job)
         except _ReplacedError:
@@ -360,6 +384,7 @@ class Recorder:
         for work in step.deferred:
             if not work.shows:
                 self._build(work, step)
+        job.own = self._own_scalars(step)
         nonfinite = tuple(tag for tag, metric in step.metrics.items() if not _finite(metric))
         shares = self._gathered(job, step, nonfinite)
         if shares is None:
@@ -374,6 +399,12 @@ class Recorder:
             records, [_of_rank(table, rank) for rank, share in enumerate(shares) for table in share.tables]
         )
 
+    def _add_absences(self, job: _Job) -> None:
+        absences = tuple(self._absences.items())
+        if job.due and job.records and len(absences) > self._absences_shown:
+            self._absences_shown = len(absences)
+            job.records = [*job.records, Table("telemetry/absent", ("metric", "why"), absences)]
+
     def _add_verdicts(self, job: _Job) -> None:
         if self._judge is None or not job.records:
             return
@@ -387,7 +418,7 @@ class Recorder:
         share = Share(job.step, step.metrics, step.notes, nonfinite)
         if self._gather is None or not job.gather:
             return [share]
-        if nonfinite and not self._lanes:
+        if nonfinite and not self._shows:
             share = replace(share, tables=self._tables(step))
         try:
             return self._gather.gather(share)
@@ -398,7 +429,7 @@ class Recorder:
                 error,
                 job.step,
             )
-            return [share] if self._lanes else None
+            return [share] if self._shows else None
 
     def _tables(self, step: _Step) -> tuple[Table, ...]:
         scratch = _Step()
@@ -427,6 +458,8 @@ class Recorder:
     def _scalars(self, step: _Step) -> list[Scalar]:
         scalars = []
         for tag, metric in step.metrics.items():
+            if not metric.shown:
+                continue
             value = metric.result()
             if value is None:
                 entry = catalogue.find(tag)
@@ -435,20 +468,29 @@ class Recorder:
                 scalars.append(Scalar(tag, value, step.notes.get(tag, "")))
         return scalars
 
+    def _own_scalars(self, step: _Step) -> list[Scalar]:
+        """What this rank alone has measured, where some backend shows that beside what all ranks have."""
+        if self._gather is None or not any(lane.every_rank for lane in self._lanes):
+            return []
+        values = {tag: metric.result() for tag, metric in step.metrics.items() if metric.shown}
+        return [Scalar(f"rank_{self._rank}/{tag}", value) for tag, value in values.items() if value is not None]
+
     def _deliver(self, job: _Job) -> None:
+        job.records = self.sound.allowed(job.records) if self._shows else ()
         for lane in job.lanes:
+            records = [*job.records, *job.own] if lane.every_rank else job.records
             if not lane.active:
-                self._count_dropped(len(job.records))
+                self._count_dropped(len(records))
                 continue
             if not lane.opened and self._run is not None:
                 lane.opened = self._attempt(job, lane, "open", functools.partial(lane.backend.open, self._run))
                 lane.active = lane.opened and lane.active
             if job.closing and lane.opened:
                 self._attempt(job, lane, "close", lane.backend.close)
-            elif job.records and lane.active:
-                write = functools.partial(lane.backend.write, job.step, job.records)
+            elif records and lane.active:
+                write = functools.partial(lane.backend.write, job.step, records)
                 if not self._attempt(job, lane, "write", write):
-                    self._count_dropped(len(job.records))
+                    self._count_dropped(len(records))
 
     def _attempt(self, job: _Job, lane: _Lane, verb: str, action: Callable[[], None]) -> bool:
         """Have a backend do something; whether it could.
@@ -497,6 +539,9 @@ class _StepEmitter:
     def absent(self, tag: str, reason: str) -> None:
         self._recorder.absent(tag, reason)
 
+    def merged(self, tag: str) -> Metric | None:
+        return self._step.metrics.get(tag)
+
 
 def _nothing(_tensors: Mapping[str, Tensor], _emit: Emitter) -> None:
     """What is left of deferred work that was dropped."""
@@ -516,17 +561,8 @@ def _host(tensor: Tensor) -> Tensor | float:
 
 
 def _finite(metric: Metric) -> bool:
-    value = metric.result()
+    value = metric.result() if metric.shown else None
     return value is None or math.isfinite(value)
-
-
-def _media_bytes(record: Record) -> int:
-    if isinstance(record, Table):
-        # A sound or picture in a cell is recorded by itself too, and counted there.
-        return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
-    clips = getattr(record, "clips", ())
-    arrays = [clip.samples for clip in clips] + [getattr(record, name, None) for name in ("pixels", "edges", "counts")]
-    return sum(int(array.nbytes) for array in arrays if array is not None) + len(getattr(record, "text", ""))
 
 
 def _without_media(table: Table) -> Table:

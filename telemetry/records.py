@@ -40,6 +40,7 @@ class Metric:
     """
 
     ops: ClassVar[tuple[Op, ...]] = ()
+    shown: ClassVar[bool] = True  # False: no scalar of its own, but an ingredient of what is shown on rank 0
 
     def __init__(self, *components: Tensor | float) -> None:
         if len(components) != len(self.ops):
@@ -111,6 +112,36 @@ class Norm(Metric):
 
     def _result(self, squares: np.ndarray) -> float | None:  # type: ignore[override]
         return float(np.sqrt(squares))
+
+
+class Means(Metric):
+    """Several means over one count, ``totals`` a vector: what a picture is made of, and no scalar."""
+
+    ops = ("sum", "sum")
+    shown = False
+
+    def results(self) -> np.ndarray | None:
+        """float64, one mean for each total; None when the count is 0. Call it on host copies."""
+        totals, count = (np.asarray(component, dtype=np.float64) for component in self.components)
+        return totals / count if count > 0 else None
+
+
+class NormRatio(Metric):
+    """The ratio of two Euclidean norms, carried as their sums of squares. Absent when the second is 0."""
+
+    ops = ("sum", "sum")
+
+    def _result(self, squares: np.ndarray, of: np.ndarray) -> float | None:  # type: ignore[override]
+        return None if of == 0 else float(np.sqrt(squares) / np.sqrt(of))
+
+
+class PresentMean(Metric):
+    """A mean, ``total`` over ``count``, of something that may not be there at all: absent when ``present`` is 0 too."""
+
+    ops = ("sum", "sum", "sum")
+
+    def _result(self, total: np.ndarray, count: np.ndarray, present: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(total) / float(count) if count > 0 and present > 0 else None
 
 
 class Std(Metric):
@@ -278,3 +309,15 @@ class Alert:
 
 
 Record: TypeAlias = Scalar | Table | Text | Audio | Image | Histogram | Alert
+
+
+def held_bytes(record: Record) -> int:
+    """Roughly what a record holds in memory while it waits."""
+    if isinstance(record, Scalar):
+        return 64
+    if isinstance(record, Table):
+        # A sound or picture in a cell is recorded by itself too, and counted there.
+        return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
+    clips = getattr(record, "clips", ())
+    arrays = [clip.samples for clip in clips] + [getattr(record, name, None) for name in ("pixels", "edges", "counts")]
+    return sum(int(array.nbytes) for array in arrays if array is not None) + len(getattr(record, "text", ""))

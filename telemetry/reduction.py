@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class RankGather:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
         world_size = dist.get_world_size()
-        if not _all_here(world_size):
+        if not all_here(world_size):
             logger.warning("telemetry runs on some ranks only: its numbers are those of each rank alone")
             return None
         try:
@@ -88,6 +89,12 @@ class RankGather:
             raise RuntimeError(f"ranks are at different steps: {sorted(steps)}")
         return shares
 
+    def launch_id(self) -> str:
+        """Letters and digits of rank 0's choosing, the same on every rank. Call it on every rank at once."""
+        chosen: list[Any] = [secrets.token_hex(4)]
+        dist.broadcast_object_list(chosen, src=0, group=self._group)
+        return str(chosen[0])
+
 
 def merge(shares: Sequence[Share]) -> tuple[dict[str, Metric], dict[str, str]]:
     """Metrics of all ranks as if measured together, and their notes."""
@@ -100,7 +107,8 @@ def merge(shares: Sequence[Share]) -> tuple[dict[str, Metric], dict[str, str]]:
     return metrics, notes
 
 
-def _all_here(world_size: int) -> bool:
+def all_here(world_size: int) -> bool:
+    """Whether every rank calls this within 20 s, which all ranks are told alike. Call it as often on each."""
     store = dist.distributed_c10d._get_default_store()
     key = f"strategic_telemetry/{next(_sessions)}"
     store.add(f"{key}/ranks", 1)

@@ -48,6 +48,17 @@ def unregister(closable: Closable) -> None:
     _open.discard(closable)
 
 
+def close_before_others() -> None:
+    """At the interpreter's exit, close what is open before anything that has been registered since runs its own hook.
+
+    A client of another library, opened after telemetry, would else be shut down before telemetry has written to it.
+    """
+    with _lock:
+        if _installed:
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
+
+
 def _close_all(seconds: float | None = None) -> None:
     for closable in list(_open):
         closable.close(seconds)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard_server import LOADERS, Server, serve
 
@@ -47,7 +48,17 @@ SCALARS = {
     "outputs/eos/probability",
     "outputs/eos/supervised",
 }
-TABLES = {"inputs/tensors", "inputs/sequence", "outputs/predictions", "zero_shot/chatml"}
+TABLES = {
+    "inputs/tensors",
+    "inputs/sequence",
+    "outputs/predictions",
+    "zero_shot/chatml",
+    "zero_shot/clips",
+    "zero_shot/clips_by_speaker",
+}
+CLIPS = range(3)
+HEARD = {f"zero_shot/clip_{i}/{kind}" for i in CLIPS for kind in ("reference", "target", "generated", "teacher_forced")}
+EVALUATED = [0, STEPS]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ def run(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory) 
         *("--output_dir", str(directory / "output"), "--logging_dir", str(directory / "logs")),
         *("--max_steps", str(STEPS), "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--per_device_eval_batch_size", "4", "--learning_rate", "2e-3", "--logging_steps", "1", "--eval_steps", "12"),
-        *("--enable_strategic_logging", "--strategic_logging_steps", "6"),
+        *("--enable_strategic_logging", "--strategic_logging_steps", "6", "--zero_shot_clips", "3"),
     ]
     environment = os.environ | {"HF_HOME": str(directory / "home"), "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
@@ -91,8 +102,9 @@ def test_every_tag_that_applies_is_served(server: Server) -> None:
     tags = server.tags("scalars")
     assert {tag for tag in tags if tag.startswith(("inputs/", "outputs/"))} == SCALARS
     assert {"gradients/total_norm", "zero_shot/chatml/compliance", "eval/loss", "train/grad_norm"} <= tags
-    assert server.tags("text") == TABLES
-    assert server.tags("audio") == {"inputs/reference", "inputs/target"}
+    assert server.tags("text") >= TABLES
+    assert server.tags("audio") == {"inputs/reference", "inputs/target"} | HEARD
+    assert server.tags("images") >= {f"zero_shot/clip_{i}/spectrogram" for i in CLIPS}
     assert all(find(tag) for tag in tags)
 
 
@@ -124,6 +136,19 @@ def test_speech_is_heard_at_the_codecs_rate(server: Server) -> None:
             assert all(clip.rate == 16_000 and clip.rms > 0.01 and len(clip.samples) > 8_000 for clip in clips.values())
 
 
+def test_what_the_model_says_is_heard(server: Server) -> None:
+    for tag in HEARD:
+        clips = server.clips(tag, 0)
+        assert sorted(clips) == EVALUATED
+        assert all(clip.rate == 16_000 and len(clip.samples) for clip in clips.values())
+    for i in CLIPS:
+        before, after = (server.clips(f"zero_shot/clip_{i}/generated", 0)[step] for step in EVALUATED)
+        assert not np.array_equal(before.samples, after.samples)
+    for number in ("duration_ratio", "silence_fraction", "mel_distance", "mel_distance_shuffled", "eos_hit_rate"):
+        assert [step for step, _ in server.scalars(f"zero_shot/{number}")] == EVALUATED
+    assert "zero_shot/wer" not in server.tags("scalars")
+
+
 def test_hostile_text_comes_back_unharmed(server: Server) -> None:
     for page in server.texts("inputs/sequence").values():
         assert not re.search(r"<(script|endoftext)", page)
@@ -146,3 +171,6 @@ def test_the_end_says_what_was_written(run: tuple[Path, str]) -> None:
     logs, console = run
     for line in (f"model: {logs.parent / 'output'}", f"checkpoints: checkpoint-{STEPS}", f"telemetry: {logs}"):
         assert line in console
+    for voices, clips in (("training", 1), ("other", 2)):
+        said = rf"generated clips of {voices} voices: mel distance to their targets [\d.]+ dB, .* \({clips} clips\)"
+        assert re.search(said, console)

@@ -137,6 +137,7 @@ class Server:
 
 def client_environment(url: str, directory: Path, **settings: str) -> dict[str, str]:
     """Environment variables with which the real client knows the server at ``url`` alone and writes here alone."""
+    directory.mkdir(parents=True, exist_ok=True)  # where it is missing the client falls back to the system's
     return {
         "WANDB_BASE_URL": url,
         "WANDB_API_KEY": API_KEY,
@@ -156,9 +157,16 @@ def client_environment(url: str, directory: Path, **settings: str) -> dict[str, 
 
 
 @contextlib.contextmanager
-def serve(directory: Path) -> Iterator[Server]:
-    """A stand-in on a free port of this machine alone; gone when the context ends, its journal stays."""
+def serve(directory: Path, *earlier: Server) -> Iterator[Server]:
+    """A stand-in on a free port of this machine alone; gone when the context ends, its journal stays.
+
+    Args:
+        directory: of its journal.
+        earlier: servers whose journals it begins with.
+    """
     server = Server(directory)
+    for other in earlier:
+        server.journal.take_in(other.journal)
     server.start()
     try:
         yield server

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 COMPONENTS = ("inputs", "outputs", "shared_attention", "zero_shot")
-DESTINATIONS = ("tensorboard", "wandb", "all", "none")
+DESTINATIONS = ("tensorboard", "wandb", "trackio", "all", "none")
 
 
 @dataclass
@@ -57,7 +57,19 @@ class ScriptArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint directory, or 'last' for the newest one in --output_dir."}
     )
-    report_to: str = field(default="tensorboard", metadata={"help": "Where to report.", "choices": list(DESTINATIONS)})
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={
+            "help": "Where to report, one or several. 'all' is tensorboard and wandb.",
+            "choices": list(DESTINATIONS),
+        },
+    )
+    wandb_all_ranks: bool = field(
+        default=False,
+        metadata={
+            "help": "Every rank writes to the W&B run, with its own system metrics and rank_<r>/ (docs/wandb.md)."
+        },
+    )
     logging_dir: str | None = field(default=None, metadata={"help": "TensorBoard files. Default: <output_dir>/logs."})
     enable_strategic_logging: bool = field(
         default=False, metadata={"help": "Measure what happens inside training steps (docs/strategic_logging.md)."}
@@ -66,6 +78,21 @@ class ScriptArguments:
     strategic_logging_components: list[str] = field(
         default_factory=lambda: list(COMPONENTS),
         metadata={"help": "Which questions to answer. Default: all.", "choices": list(COMPONENTS)},
+    )
+    telemetry_audio: str = field(
+        default="on",
+        metadata={"help": "'off' keeps every number and sends no sound anywhere.", "choices": ["on", "off"]},
+    )
+    zero_shot_clips: int = field(
+        default=4, metadata={"help": "Evaluation samples a rank that the model speaks at every evaluation; 0 for none."}
+    )
+    speaker_encoder: str | None = field(
+        default=None,
+        metadata={"help": "Directory or hub id of an x-vector model (WavLM): measures the similarity of voices."},
+    )
+    transcriber: str | None = field(
+        default=None,
+        metadata={"help": "Directory or hub id of a speech recognition model: measures word and character errors."},
     )
 
     def __post_init__(self) -> None:
@@ -85,10 +112,22 @@ class ScriptArguments:
             raise ValueError(f"--validation_split must be at least 0 and below 1, got {self.validation_split}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise ValueError(f"--learning_rate must be a finite number of at least 0, got {self.learning_rate}")
+        if self.zero_shot_clips < 0:
+            raise ValueError(f"--zero_shot_clips must be at least 0, got {self.zero_shot_clips}")
         if self.use_lora and self.freeze_llm:
             raise ValueError("--use_lora already freezes every base parameter: leave --freeze_llm out")
+        if "none" in self.report_to and len(set(self.report_to)) > 1:
+            raise ValueError(f"--report_to none excludes every other destination, got {' '.join(self.report_to)}")
+        if self.wandb_all_ranks and not (self.enable_strategic_logging and "wandb" in self.destinations):
+            raise ValueError("--wandb_all_ranks needs --enable_strategic_logging and --report_to wandb")
         if self.eval_data_file and self.validation_split:
             raise ValueError("--eval_data_file and --validation_split exclude each other")
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """Where to report, each once."""
+        chosen = ["tensorboard", "wandb", *self.report_to] if "all" in self.report_to else self.report_to
+        return tuple(dict.fromkeys(name for name in chosen if name not in ("all", "none")))
 
     @property
     def logs(self) -> Path:

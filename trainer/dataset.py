@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import HiggsAudioV2Processor
 
-from trainer.audio import read_audio
+from trainer.audio import probe_audio, read_audio
 from trainer.chatml import AudioContent, Message, Sample, TextContent
 from trainer.codec import codec_frame_rate, codec_num_codebooks, codec_sampling_rate
 from trainer.processing import codec_of
@@ -44,6 +44,15 @@ class Waveform:
             AudioError: when the file is no longer readable.
         """
         return read_audio(self.path, self.sampling_rate)
+
+    @property
+    def file_sampling_rate(self) -> int:
+        """Of the file, in hertz, before it is resampled.
+
+        Raises:
+            AudioError: when the file is no longer readable.
+        """
+        return probe_audio(self.path).sampling_rate
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.arguments import ScriptArguments
 from trainer.chatml import DataFileError, Sample, load_samples
+from trainer.clip_summary import ClipSummary
 from trainer.code_cache import CodeCache
 from trainer.collator import VoiceCloningCollator
 from trainer.dataset import VoiceCloningDataset
@@ -94,7 +95,7 @@ def build_trainer(arguments: ScriptArguments) -> HiggsAudioTrainer:
         train_dataset=VoiceCloningDataset(train_samples, processor, codes),
         eval_dataset=VoiceCloningDataset(eval_samples, processor, codes) if eval_samples else None,
         processing_class=processor,
-        callbacks=strategic_callbacks(arguments),
+        callbacks=strategic_callbacks(arguments, {sample.speaker for sample in train_samples if sample.speaker}),
     )
 
 
@@ -131,10 +132,11 @@ def make_training_arguments(arguments: ScriptArguments) -> TrainingArguments:
 
 
 def trainer_destinations(arguments: ScriptArguments) -> list[str]:
-    """What the Trainer itself reports to: strategic logging writes the Trainer's numbers to TensorBoard too."""
-    chosen = ["tensorboard", "wandb"] if arguments.report_to == "all" else [arguments.report_to]
-    own = {"tensorboard"} if arguments.enable_strategic_logging else set()
-    return [name for name in chosen if name != "none" and name not in own]
+    """What the Trainer itself reports to: nothing where strategic logging does, which sends the Trainer's numbers too.
+
+    The Trainer's own W&B callback would make the training thread wait for the server.
+    """
+    return [] if arguments.enable_strategic_logging else list(arguments.destinations)
 
 
 def load_data(arguments: ScriptArguments) -> tuple[list[Sample], list[Sample]]:
@@ -174,23 +176,47 @@ def split_samples(samples: Sequence[Sample], share: float, seed: int) -> tuple[l
     return train, [sample for sample, key in zip(samples, keys, strict=True) if key in held]
 
 
-def strategic_callbacks(arguments: ScriptArguments) -> list[TrainerCallback]:
-    """The telemetry that was asked for; nothing of it is imported otherwise."""
+def strategic_callbacks(arguments: ScriptArguments, voices: Collection[str] = ()) -> list[TrainerCallback]:
+    """The telemetry that was asked for; nothing of it is imported otherwise. ``voices``: those of the training data."""
     if not arguments.enable_strategic_logging:
         return []
-    from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
+    from telemetry import (
+        ConsoleBackend,
+        SoundPolicy,
+        StrategicTelemetry,
+        TensorBoardBackend,
+        TrackioBackend,
+        WandbBackend,
+    )
 
-    backends: list[Any] = [ConsoleBackend()]
-    if arguments.report_to in ("tensorboard", "all"):
-        backends.append(TensorBoardBackend())
+    made: dict[str, Callable[[], Any]] = {
+        "tensorboard": TensorBoardBackend,
+        "trackio": TrackioBackend,
+        "wandb": functools.partial(WandbBackend, every_rank=arguments.wandb_all_ranks),
+    }
+    backends = [ConsoleBackend(), *(make() for name, make in made.items() if name in arguments.destinations)]
+    backends.append(ClipSummary(voices))
     return [
         StrategicTelemetry(
             components=arguments.strategic_logging_components,
             logging_steps=arguments.strategic_logging_steps,
             backends=backends,
             logging_dir=arguments.logs,
+            options={"zero_shot": zero_shot_options(arguments)},
+            sound=SoundPolicy(enabled=arguments.telemetry_audio == "on"),
         )
     ]
+
+
+def zero_shot_options(arguments: ScriptArguments) -> dict[str, Any]:
+    """What the zero-shot component takes beyond what all do; nothing where it was not chosen."""
+    if "zero_shot" not in arguments.strategic_logging_components:
+        return {}
+    return {
+        "clips": arguments.zero_shot_clips,
+        "speaker_encoder": arguments.speaker_encoder,
+        "transcriber": arguments.transcriber,
+    }
 
 
 def find_checkpoint(arguments: ScriptArguments) -> str | None:
@@ -219,14 +245,23 @@ def summarize(trainer: HiggsAudioTrainer, arguments: ScriptArguments) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         logger.info("loss: %.4f at the first logged step, %.4f at the last", losses[0], losses[-1])
+    for line in clip_lines(trainer):
+        logger.info("%s", line)
     output = Path(arguments.output_dir).resolve()
     logger.info("model: %s", output)
     logger.info("checkpoints: %s", ", ".join(sorted(path.name for path in output.glob("checkpoint-*"))) or "none")
-    if arguments.enable_strategic_logging and arguments.report_to in ("tensorboard", "all"):
+    if arguments.enable_strategic_logging and "tensorboard" in arguments.destinations:
         from telemetry import launch_command
 
         logger.info("telemetry: %s", arguments.logs.resolve())
         logger.info("open the dashboard with: %s", launch_command(arguments.logs))
+
+
+def clip_lines(trainer: HiggsAudioTrainer) -> Iterator[str]:
+    """What telemetry has measured of the clips generated last."""
+    members = (getattr(callback, "members", ()) for callback in trainer.callback_handler.callbacks)
+    backends = next((own[0].backends or () for own in members if own), ())
+    return (line for backend in backends if isinstance(backend, ClipSummary) for line in backend.lines())
 
 
 if __name__ == "__main__":

@@ -19,17 +19,23 @@ class Run:
         starting_step: the Trainer's global step when the run (re)starts: 0 for a fresh one, the checkpoint's step
             after a resume. Records at later steps that an earlier attempt left behind are superseded.
         name: what to call the run.
-        config: arguments and model configuration, as plain JSON values.
+        config: arguments, model and data, as plain JSON values without secrets.
+        output_dir: where the checkpoints are; None when there are none.
+        rank: of this process. Only a backend whose ``every_rank`` is true is opened on ranks other than 0.
+        launch_id: letters and digits that name this (re)start, the same on every rank where such a backend is.
     """
 
     logging_dir: Path
     starting_step: int = 0
     name: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    output_dir: Path | None = None
+    rank: int = 0
+    launch_id: str = ""
 
 
 class Backend(Protocol):
-    """Shows the records of a run. One writer per run: only rank 0 opens one.
+    """Shows the records of a run. One writer per run: only rank 0 opens one, but see :func:`is_on_every_rank`.
 
     Any method may raise: the recorder reports it once, counts the lost records and goes on without this backend
     after repeated failures. A backend never raises for the content of a record that another backend can show.
@@ -45,3 +51,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Write out what is left and let go of files. Called once; no :meth:`write` follows."""
+
+
+def is_on_every_rank(backend: Backend) -> bool:
+    """Whether a backend (its attribute ``every_rank``) is opened on every rank.
+
+    It is given each rank's own scalars, before ranks are brought together, under ``rank_<r>/``.
+    """
+    return bool(getattr(backend, "every_rank", False))

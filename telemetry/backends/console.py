@@ -28,6 +28,8 @@ _TRAINER_SECTIONS = ("train", "eval")  # the Trainer prints these itself
 _WIDTH = 120  # columns where there is no terminal
 _GUIDES = 8  # columns that the tree's lines take in front of a section's content
 _ROWS = 12
+_COLUMNS = 12
+_WIDE_ROWS = 4  # of a table with more columns than that
 _NAMED = 12
 _CELL_CHARACTERS = 200
 _TEXT_CHARACTERS = 2000
@@ -249,16 +251,28 @@ def _content(record: Record) -> Iterator[RenderableType]:
 
 
 def _table(table: Table) -> RichTable:
+    rows = table.rows[: _rows_shown(table)]
+    lines = [table.columns, *rows]
+    if _is_wide(table):  # on its side: a line for every column that holds anything
+        lines = [line for line in zip(*lines, strict=True) if any(cell is not None for cell in line[1:])]
     shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in table.columns:
-        shown.add_column(_plain(_shortened(column, _CELL_CHARACTERS)), overflow="fold")
-    for row in table.rows[:_ROWS]:
-        shown.add_row(*(_plain(_shortened(_cell(cell), _CELL_CHARACTERS)) for cell in row))
+    for cell in lines[0] if lines else ():
+        shown.add_column(_plain(_shortened(_cell(cell), _CELL_CHARACTERS)), overflow="fold")
+    for line in lines[1:]:
+        shown.add_row(*(_plain(_shortened(_cell(cell), _CELL_CHARACTERS)) for cell in line))
     return shown
 
 
+def _is_wide(table: Table) -> bool:
+    return len(table.columns) > _COLUMNS
+
+
+def _rows_shown(table: Table) -> int:
+    return _WIDE_ROWS if _is_wide(table) else _ROWS
+
+
 def _more_rows(table: Table) -> list[RichText]:
-    more = len(table.rows) - _ROWS
+    more = len(table.rows) - _rows_shown(table)
     return [_plain(f"  … {_counted(more, 'more row')}")] if more > 0 else []
 
 

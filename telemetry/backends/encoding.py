@@ -32,6 +32,12 @@ class Wav:
     nonfinite: int
 
     @property
+    def samples(self) -> np.ndarray:
+        """int16 of shape ``[frames, channels]``."""
+        with wave.open(io.BytesIO(self.data)) as file:
+            return np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+
+    @property
     def remarks(self) -> list[str]:
         """What listeners should know about how the clip was changed, one sentence each."""
         remarks = []

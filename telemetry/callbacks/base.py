@@ -13,6 +13,7 @@ from telemetry.backends.base import Backend
 from telemetry.callbacks.session import Session
 from telemetry.families.base import Head
 from telemetry.probes.forward import Microbatch
+from telemetry.sound import SoundPolicy
 
 DEFAULT_LOGGING_STEPS = 100
 
@@ -34,6 +35,8 @@ class StrategicCallback(TrainerCallback):
         logging_steps: N, at least 1.
         backends: where to show; by default TensorBoard and the console. The callbacks of one Trainer share them.
         logging_dir: where files go; by default ``TENSORBOARD_LOGGING_DIR`` or ``<output_dir>/runs/telemetry``.
+        sound: what may be heard (voice clips are personal data); by default a few clips a tag. The first callback of
+            a Trainer that says it speaks for all.
 
     Raises:
         ValueError: when ``logging_steps`` is below 1.
@@ -44,12 +47,14 @@ class StrategicCallback(TrainerCallback):
         logging_steps: int = DEFAULT_LOGGING_STEPS,
         backends: Sequence[Backend] | None = None,
         logging_dir: str | Path | None = None,
+        sound: SoundPolicy | None = None,
     ) -> None:
         if logging_steps < 1:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
         self.logging_steps = logging_steps
         self.backends = backends
         self.logging_dir = logging_dir
+        self.sound = sound
         self._session: Session | None = None
         self.stepping = False
         self._gradients_seen = False
@@ -119,6 +124,7 @@ class StrategicCallback(TrainerCallback):
         self.stepping = False  # a training that ended in an exception may have left it on
         if model is not None:
             self._session = Session.join(self, model, args, state, processing_class)
+            self._session.know_data(train=kwargs.get("train_dataloader"), eval=kwargs.get("eval_dataloader"))
             self._evaluate(state, kwargs.get("eval_dataloader"))
 
     def on_step_begin(

@@ -94,6 +94,9 @@ class InputLoggerCallback(StrategicCallback):
         present = [waveform for _, waveform in sources if waveform is not None]
         if not self.session.is_main:
             return
+        if not self.session.sound.enabled:
+            self.session.recorder.absent(tag, "sound is off")
+            return
         if not present:
             self.session.recorder.absent(tag, f"the batch carries no {kind} waveform")
             return
@@ -111,11 +114,11 @@ class InputLoggerCallback(StrategicCallback):
 
 
 def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
-    positions = view.input_ids.numel()
+    positions = view.positions
     text = view.text.sum()
     yield "tokens/total", Sum(positions)
     yield "tokens/text_fraction", Mean(text, positions)
-    yield "tokens/padding_fraction", Mean((~view.real).sum(), positions)
+    yield "tokens/padding_fraction", Mean(positions - view.real.sum(), positions)
     if view.text_labels is not None:
         supervised = (view.text_labels != IGNORE_INDEX) & view.text
         yield "supervised/text_fraction", Mean(supervised.sum(), text)
@@ -170,7 +173,10 @@ def _short(value: object) -> str:
 
 
 def _span_tensors(view: BatchView, samples: int) -> dict[str, Tensor]:
-    """What the sequence table needs of the first ``samples`` rows. Kinds: 0 padding, 1 text, 2 reference, 3 target."""
+    """What the sequence table needs of the first ``samples`` rows. Kinds: 0 padding, 1 text, 2 reference, 3 target.
+
+    Positions that the model does not have are -1.
+    """
     kinds = view.text.long()
     supervised = torch.zeros_like(view.real)
     clips = torch.zeros_like(kinds)
@@ -180,6 +186,8 @@ def _span_tensors(view: BatchView, samples: int) -> dict[str, Tensor]:
         kinds = kinds + 2 * view.audio.reference.long() + 3 * view.audio.target.long()
         supervised = supervised | (view.audio.labels != IGNORE_INDEX).any(dim=-1)
         clips = view.audio.starts.long().cumsum(dim=1)
+    if view.exists is not None:
+        kinds = kinds.masked_fill(~view.exists, -1)
     fields = {"ids": view.input_ids, "kinds": kinds, "supervised": supervised, "clips": clips}
     return {name: tensor[:samples].clone() for name, tensor in fields.items()}
 
@@ -199,6 +207,8 @@ def _spans(host: Mapping[str, Tensor], row: int, tokenizer: Any) -> Iterator[tup
 
     for _, group in groupby(range(len(ids)), key):
         span = list(group)
+        if kinds[span[0]] < 0:
+            continue
         name = ("padding", roles[span[0]] or "text", "reference audio", "target audio")[kinds[span[0]]]
         marked = any(supervised[position] for position in span)
         yield name, len(span), "yes" if marked else "no", _text([ids[position] for position in span], tokenizer)

@@ -60,17 +60,16 @@ class OutputLoggerCallback(StrategicCallback):
     def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
         """Measure one head's logits of one microbatch."""
         self._modalities.add(head.modality)
-        labels = _labels(microbatch, head)
-        if labels is None:
-            return
-        if labels.shape[:2] != logits.shape[:2]:
-            self.session.recorder.absent(f"outputs/loss/{head.modality}", "the logits do not cover every position")
+        view, labels, family = microbatch.view, _labels(microbatch, head), self.session.family
+        if view is None or labels is None or family is None:
             return
         targets = shift_labels(labels)
-        audio = microbatch.view.audio if microbatch.view is not None and head.modality == "audio" else None
-        stats = token_statistics(
-            logits.reshape(*targets.shape, -1), targets, probe_id=None if audio is None else audio.eos_id
-        )
+        rows = family.rows(view, head, logits)
+        if rows is None and targets.shape[:2] != logits.shape[:2]:
+            self.session.recorder.absent(f"outputs/loss/{head.modality}", "the logits do not cover every position")
+            return
+        audio = view.audio if head.modality == "audio" else None
+        targets, stats = _statistics(logits, targets, rows, None if audio is None else audio.eos_id)
         self._predictions[head.modality] = (targets, stats)
         vocabulary = logits.shape[-1] // head.codebooks
         for tag, value in self._metrics(head, targets, stats, audio, vocabulary):
@@ -156,6 +155,20 @@ def _labels(microbatch: Microbatch, head: Head) -> Tensor | None:
     if head.modality == "text":
         return microbatch.view.text_labels
     return None if microbatch.view.audio is None else microbatch.view.audio.labels
+
+
+def _statistics(
+    logits: Tensor, targets: Tensor, rows: Tensor | None, probe_id: int | None
+) -> tuple[Tensor, TokenStats]:
+    """Targets and statistics of every position; where ``rows`` names those that have logits, of these alone."""
+    if rows is None:
+        return targets, token_statistics(logits.reshape(*targets.shape, -1), targets, probe_id=probe_id)
+    own = targets.flatten(0, 1)[rows]
+    logits = logits.reshape(*own.shape, -1)
+    predicted = targets.new_full(targets.shape, IGNORE_INDEX)
+    predicted.flatten(0, 1).index_copy_(0, rows, own)
+    stats = token_statistics(logits, own, probe_id=probe_id)
+    return predicted, stats.placed(rows, targets.shape, logits.shape[-1])
 
 
 def _until(heads: Sequence[Head], head: Head) -> list[Head]:

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import shlex
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +16,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
-from telemetry.backends.base import Backend, Run
+from telemetry.backends.base import Backend, Run, is_on_every_rank
 from telemetry.backends.console import ConsoleBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.backends.trackio import TrackioBackend
+from telemetry.backends.wandb import WandbBackend
 from telemetry.clock import StepClock
 from telemetry.families import Family, Head, find_family
 from telemetry.health import HealthMonitor
+from telemetry.probes.batches import EvaluationBatches
 from telemetry.probes.forward import ForwardProbe, Microbatch
+from telemetry.probes.lockstep import Lockstep
 from telemetry.recorder import MAX_FAILURES, Recorder
 from telemetry.records import Scalar
+from telemetry.redaction import redact, redact_arguments
 from telemetry.reduction import RankGather
+from telemetry.sound import SoundPolicy
 
 if TYPE_CHECKING:
     from telemetry.callbacks.base import StrategicCallback
@@ -61,11 +69,15 @@ class Session:
         self._members: list[StrategicCallback] = []
         self._failures: dict[object, int] = {}
         self._recorder: Recorder | None = None
+        self._data: dict[str, Any] = {}
+        self._lockstep: Lockstep | None = None
+        self._sound: SoundPolicy | None = None
         self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
         self.hooked = not _is_compiled(model, args)
         self._stepping = False
         self._watching = False
         self._clock = StepClock()
+        self.step = 0  # the due step, counted as after its update
 
     @classmethod
     def join(
@@ -84,7 +96,15 @@ class Session:
         if session is None:
             session = cls._by_model[model] = cls(model, args, state, processing_class)
         session._members.append(member)
+        session._heed(member.sound)
         return session
+
+    def know_data(self, **batches: Any) -> None:
+        """Data loaders by their use (``train``, ``eval``), for the run's configuration."""
+        for use, loader in batches.items():
+            if loader is not None and use not in self._data:
+                with self._isolated("reading what data there is"):
+                    self._data[use] = _data_summary(loader)
 
     def leave(self, member: StrategicCallback) -> None:
         """Training has ended for a callback; the last one to leave closes the backends."""
@@ -104,14 +124,38 @@ class Session:
             self._recorder = None
 
     @property
+    def sound(self) -> SoundPolicy:
+        """What may be heard of this run, by the first callback that says it."""
+        return self._sound or SoundPolicy()
+
+    def _heed(self, sound: SoundPolicy | None) -> None:
+        self._sound = self._sound or sound
+        if self._recorder is not None:  # opened by a callback that joined earlier
+            self._recorder.sound = self.sound
+
+    @property
     def recorder(self) -> Recorder:
         """Opened at its first use, when every callback has joined and brought its backends."""
         if self._recorder is None:
+            gather = RankGather.join()
+            backends = [
+                backend
+                for backend in self._backends()
+                if self.is_main or (gather is not None and is_on_every_rank(backend))
+            ]
             self._recorder = Recorder(
-                self._backends() if self.is_main else [], RankGather.join(), judge=HealthMonitor()
+                backends, gather, judge=HealthMonitor(), sound=self.sound, rank=self._args.process_index
             )
-            self._recorder.open(self._run())
+            self._recorder.open(self._run(gather))
+            _ = self.lockstep  # every rank comes by here
         return self._recorder
+
+    @property
+    def lockstep(self) -> Lockstep:
+        """How ranks agree to run the model aside together; joined when the recorder is opened."""
+        if self._lockstep is None:
+            self._lockstep = Lockstep.join(self.model)
+        return self._lockstep
 
     def begin_step(self) -> None:
         """A due step begins: forget what an unfinished one left behind and watch the model."""
@@ -123,6 +167,7 @@ class Session:
 
     def _begin(self, recorder: Recorder) -> None:
         self._clock = StepClock()
+        self.step = self._state.global_step + 1
         with self._clock.running():
             recorder.discard()
             if self._probe is None:
@@ -178,8 +223,18 @@ class Session:
         """An evaluation has ended, or training begins: let a callback see its batches, and write what it records."""
         with self._isolated("watching an evaluation"):
             self.recorder.discard()
-            self.guard(member, member.observe_evaluation, batches)
+            self.guard(member, member.observe_evaluation, EvaluationBatches(batches, self._args.device))
             self.recorder.flush(step, own_state=False)
+
+    @property
+    def arguments(self) -> TrainingArguments:
+        """The Trainer's arguments."""
+        return self._args
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps that the Trainer has made."""
+        return self._state.global_step
 
     @property
     def model(self) -> nn.Module:
@@ -211,6 +266,11 @@ class Session:
             if doing not in self._said:
                 self._said.add(doing)
                 logger.exception("telemetry failed while %s; training goes on", doing)
+
+    def measure(self, member: object, action: Callable[..., None], *args: Any) -> None:
+        """Run what a hook of a callback's own does: as :meth:`guard`, and the time it takes counts as telemetry's."""
+        with self._clock.running():
+            self.guard(member, action, *args)
 
     def guard(self, member: object, action: Callable[..., None], *args: Any) -> None:
         """Run a measure of a callback, or of a part of one; one that raises is reported and, after repeated failures,
@@ -259,12 +319,20 @@ class Session:
     def _backends(self) -> Sequence[Backend]:
         given = [backend for member in self._members for backend in member.backends or ()]
         unique = list({id(backend): backend for backend in given}.values())
-        return unique or [TensorBoardBackend(), ConsoleBackend()]
+        return unique or _default_backends(self._args)
 
-    def _run(self) -> Run:
+    def _run(self, gather: RankGather | None) -> Run:
         chosen = next((member.logging_dir for member in self._members if member.logging_dir), None)
-        directory = Path(chosen or default_logging_dir(self._args))
-        return Run(directory, self._starting_step, _run_name(self._args), _run_config(self._args, self._model()))
+        on_every_rank = gather is not None and any(map(is_on_every_rank, self._backends()))
+        return Run(
+            logging_dir=Path(chosen or default_logging_dir(self._args)),
+            starting_step=self._starting_step,
+            name=_run_name(self._args),
+            config=_run_config(self._args, self._model(), self._data),
+            output_dir=Path(_output_dir(self._args)),
+            rank=self._args.process_index,
+            launch_id=gather.launch_id() if gather is not None and on_every_rank else "",
+        )
 
 
 def _is_compiled(model: nn.Module, args: TrainingArguments) -> bool:
@@ -279,20 +347,49 @@ def default_logging_dir(args: TrainingArguments) -> Path:
 
 
 def _run_name(args: TrainingArguments) -> str:
-    return getattr(args, "run_name", None) or Path(_output_dir(args)).name
+    return redact(getattr(args, "run_name", None) or Path(_output_dir(args)).name)
 
 
 def _output_dir(args: TrainingArguments) -> str:
     return args.output_dir or "."
 
 
-def _run_config(args: TrainingArguments, model: nn.Module | None) -> Mapping[str, Any]:
-    """Training arguments (secrets left out by ``to_sanitized_dict``) and the model's configuration."""
+def _default_backends(args: TrainingArguments) -> list[Backend]:
+    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
+
+    The Trainer's own callbacks report what it logs: that is not sent a second time.
+    """
+    backends: list[Backend] = []
+    reported = args.report_to or ()
+    if "wandb" in reported:
+        backends.append(WandbBackend(trainer_logs=False))
+    if "trackio" in reported:
+        backends.append(TrackioBackend(trainer_logs=False))
+    if "tensorboard" in reported or not backends:
+        backends.insert(0, TensorBoardBackend())
+    return [ConsoleBackend(), *backends]
+
+
+def _run_config(args: TrainingArguments, model: nn.Module | None, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Training arguments, the command line, the model's configuration and what data there is, without secrets."""
     config: dict[str, Any] = dict(args.to_sanitized_dict())
+    config["command"] = shlex.join(redact_arguments(sys.argv))
     model_config = getattr(model, "config", None)
     if model_config is not None and hasattr(model_config, "to_json_string"):
         config["model"] = json.loads(model_config.to_json_string())
-    return config
+    if data:
+        config["data"] = dict(data)
+    return redact(config)
+
+
+def _data_summary(batches: Any) -> dict[str, Any]:
+    """What kind of data set stands behind a data loader, and how many samples and batches a rank it has."""
+    dataset = getattr(batches, "dataset", None)
+    summary: dict[str, Any] = {"dataset": type(dataset).__name__}
+    for name, of in (("samples", dataset), ("batches", batches)):
+        with contextlib.suppress(TypeError):  # a stream has no length
+            summary[name] = len(of)  # type: ignore[arg-type]
+    return summary
 
 
 def _trainer_tag(name: str) -> str:

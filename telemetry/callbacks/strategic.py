@@ -14,6 +14,7 @@ from telemetry.callbacks.inputs import InputLoggerCallback
 from telemetry.callbacks.outputs import OutputLoggerCallback
 from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
 from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.sound import SoundPolicy
 
 COMPONENTS: dict[str, type[StrategicCallback]] = {
     "inputs": InputLoggerCallback,
@@ -28,7 +29,7 @@ class StrategicTelemetry(TrainerCallback):
 
     Args:
         components: which of :data:`COMPONENTS`; all by default.
-        logging_steps, backends, logging_dir: as for each callback alone.
+        logging_steps, backends, logging_dir, sound: as for each callback alone.
         options: further arguments of single components: ``{"shared_attention": {"layers": [0, 5]}}``.
 
     Raises:
@@ -42,6 +43,7 @@ class StrategicTelemetry(TrainerCallback):
         backends: Sequence[Backend] | None = None,
         logging_dir: str | Path | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        sound: SoundPolicy | None = None,
     ) -> None:
         chosen = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
         unknown = [name for name in chosen if name not in COMPONENTS]
@@ -52,7 +54,8 @@ class StrategicTelemetry(TrainerCallback):
         if unknown:
             raise ValueError(f"options for {unknown}, which are not among the components {chosen}")
         self.members = [
-            COMPONENTS[name](logging_steps, backends, logging_dir, **given.get(name, {})) for name in chosen
+            COMPONENTS[name](logging_steps, backends, logging_dir, sound=sound, **given.get(name, {}))
+            for name in chosen
         ]
         self.logging_steps = logging_steps
         self.stepping = False

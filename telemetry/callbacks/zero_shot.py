@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from telemetry.callbacks.base import StrategicCallback
 from telemetry.callbacks.chatml_log import ChatMLLog
+from telemetry.callbacks.clip_log import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS, ClipLog
+from telemetry.callbacks.conditioning_log import ConditioningLog
 from telemetry.callbacks.reference_log import ReferenceLog
 from telemetry.callbacks.session import Session
 from telemetry.probes.forward import Microbatch
+from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
 class Part(Protocol):
@@ -25,11 +29,32 @@ class Part(Protocol):
 
 
 class ZeroShotVerificationLoggerCallback(StrategicCallback):
-    """Everything under ``zero_shot/``: ChatML compliance and reference audio."""
+    """Everything under ``zero_shot/``: ChatML compliance, reference audio, and what the model makes of it.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        args, kwargs: as for every callback.
+        conditioning_every: measure the conditioning gain every so many due steps, beginning with the first, and at
+            every evaluation: three forward passes. 0 never.
+        clips, speaker_encoder, transcriber, max_new_tokens: what the model says freely at every evaluation, and what
+            listens to it: see :class:`telemetry.callbacks.clip_log.ClipLog`. 0 clips never.
+        clips_max_seconds: wall time that the clips of one evaluation may take.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        conditioning_every: int = 5,
+        clips: int = DEFAULT_CLIPS,
+        speaker_encoder: SpeakerEncoder | str | None = None,
+        transcriber: Transcriber | str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        clips_max_seconds: float = MAX_SECONDS,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.parts: list[Part] = [ReferenceLog(), ChatMLLog()]
+        self.clips = ClipLog(clips, speaker_encoder, transcriber, max_new_tokens, clips_max_seconds)
+        self.conditioning = ConditioningLog(conditioning_every)
+        self.parts: list[Part] = [ReferenceLog(), ChatMLLog(), self.conditioning]
 
     def begin_step(self) -> None:
         """A due step begins."""
@@ -45,3 +70,8 @@ class ZeroShotVerificationLoggerCallback(StrategicCallback):
         """Let every part show what the step holds."""
         for part in self.parts:
             self.session.guard(part, part.finish)
+
+    def observe_evaluation(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Let the parts that look at evaluation batches do so."""
+        self.session.guard(self.conditioning, self.conditioning.observe_evaluation, self.session, batches)
+        self.session.guard(self.clips, self.clips.observe_evaluation, self.session, batches)

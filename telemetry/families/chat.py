@@ -11,6 +11,17 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
+class Violation:
+    """Something that is wrong with a sample: which rule is broken, and how."""
+
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.replace('_', ' ')}: {self.what}"
+
+
+@dataclass(frozen=True)
 class Turn:
     """One turn: ``ids[start:end]`` with its header and end-of-turn; ``ids[body:end]`` without the header."""
 
@@ -40,42 +51,45 @@ class ChatFormat:
             return None
         return cls(*ids)
 
-    def turns(self, ids: Sequence[int], tokenizer: Any) -> tuple[list[Turn], list[str]]:
-        """Turns of a sequence, and what is wrong with its headers (empty when they balance)."""
+    def turns(self, ids: Sequence[int], tokenizer: Any) -> tuple[list[Turn], list[Violation]]:
+        """Turns of a sequence, and what is wrong with its headers and turn ends (empty when they balance)."""
         turns: list[Turn] = []
-        faults: list[str] = []
+        faults: list[Violation] = []
         starts = [position for position, token in enumerate(ids) if token == self.header_start]
         for start, following in pairwise([*starts, len(ids)]):
             header_end = _find(ids, self.header_end, start, following)
             if header_end is None:
-                faults.append(f"unbalanced header: no <|end_header_id|> behind token {start}")
+                faults.append(Violation("header", f"no <|end_header_id|> behind token {start}"))
                 continue
             role = tokenizer.decode(ids[start + 1 : header_end]).strip()
             end = _find(ids, self.turn_end, header_end, following)
             if end is None:
-                faults.append(f"unbalanced header: the {role} turn at token {start} has no <|eot_id|>")
+                faults.append(Violation("end_of_turn", f"the {role} turn at token {start} has no <|eot_id|>"))
             turns.append(Turn(role, start, header_end + 1, following if end is None else end + 1))
         stray = sum(token == self.header_end for token in ids) - len(turns)
         if stray > 0:
-            faults.append(f"unbalanced header: {stray} <|end_header_id|> without a <|start_header_id|>")
+            faults.append(Violation("header", f"{stray} <|end_header_id|> without a <|start_header_id|>"))
         return turns, faults
 
 
-def role_faults(turns: Sequence[Turn]) -> list[str]:
+def role_faults(turns: Sequence[Turn]) -> list[Violation]:
     """What is wrong with the order of roles: an optional system turn, then user and assistant in turn."""
-    roles = [turn.role for turn in turns]
+    return [Violation("role_order", what) for what in _role_faults([turn.role for turn in turns])]
+
+
+def _role_faults(roles: Sequence[str]) -> list[str]:
     if not roles:
-        return ["role order: no turn at all"]
-    faults = [f"role order: unknown role {role!r}" for role in roles if role not in ROLES]
+        return ["no turn at all"]
+    faults = [f"unknown role {role!r}" for role in roles if role not in ROLES]
     talk = roles[1:] if roles[0] == "system" else roles
     if "system" in talk:
-        faults.append("role order: a system turn that is not the first")
+        faults.append("a system turn that is not the first")
     expected = ["user", "assistant"] * (len(talk) // 2 + 1)
     wrong = next((at for at, (role, due) in enumerate(zip(talk, expected, strict=False)) if role != due), None)
     if wrong is not None and talk[wrong] in ("user", "assistant"):
-        faults.append(f"role order: {' → '.join(roles)}, expected user and assistant in turn")
+        faults.append(f"{' → '.join(roles)}, expected user and assistant in turn")
     if roles[-1] != "assistant":
-        faults.append(f"role order: ends with {roles[-1]}, not assistant")
+        faults.append(f"ends with {roles[-1]}, not assistant")
     return faults
 
 

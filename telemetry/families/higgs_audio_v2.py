@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from telemetry.families.base import IGNORE_INDEX, AudioView, BatchView, Head, real_positions
+from telemetry.families.base import (
+    IGNORE_INDEX,
+    AudioView,
+    BatchView,
+    FeedForward,
+    Head,
+    Layer,
+    clips_with,
+    decoder_layers,
+    real_positions,
+)
 
 _TEXT_GROUPS = (
     ("lora_", "lora"),
@@ -57,9 +67,25 @@ class HiggsAudioV2Family:
         logits = getattr(outputs, "logits", None)
         return [(self.heads()[0], logits)] if isinstance(logits, Tensor) else []
 
+    def rows(self, view: BatchView, head: Head, logits: Tensor) -> Tensor | None:
+        """None: every position has its logits."""
+        return None
+
     def group_of(self, parameter_name: str) -> str:
         """Group of a parameter by its name in the model."""
         return next((group for part, group in _TEXT_GROUPS if part in parameter_name), "other")
+
+    def layers(self) -> Sequence[Layer]:
+        """Every decoder layer, with a feed-forward network for text and one for audio."""
+        return [_layer(index, layer) for index, layer in enumerate(decoder_layers(self._model.model))]
+
+    def served(self, view: BatchView) -> Mapping[str, Tensor]:
+        """Positions of audio placeholders go to the audio network, padding among them; all others to the other."""
+        is_audio = self._is_audio(view.input_ids)
+        return {"text_ffn": ~is_audio, "audio_ffn": is_audio}
+
+    def _is_audio(self, input_ids: Tensor) -> Tensor:
+        return (input_ids == self._config.audio_token_id) | (input_ids == self._config.audio_delay_token_id)
 
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """Text, reference and target positions, with codes and labels laid out along the sequence."""
@@ -67,7 +93,7 @@ class HiggsAudioV2Family:
         if not isinstance(input_ids, Tensor):
             return None
         real = real_positions(inputs, input_ids)
-        is_audio = (input_ids == self._config.audio_token_id) | (input_ids == self._config.audio_delay_token_id)
+        is_audio = self._is_audio(input_ids)
         return BatchView(
             input_ids=input_ids,
             real=real,
@@ -90,7 +116,7 @@ class HiggsAudioV2Family:
         is_audio = asks & real
         starts = is_audio & ~self._continues(input_ids, is_audio)
         placed_labels = _place(labels, mask, asks, IGNORE_INDEX)
-        target = _clips_with(starts, is_audio, (placed_labels != IGNORE_INDEX).any(dim=-1))
+        target = clips_with(starts, is_audio, (placed_labels != IGNORE_INDEX).any(dim=-1))
         return AudioView(
             codes=_place(codes, mask, asks, 0),
             labels=placed_labels,
@@ -116,6 +142,14 @@ class HiggsAudioV2Family:
         return after_audio & ~(after_delay & (input_ids == self._config.audio_token_id))
 
 
+def _layer(index: int, layer: Any) -> Layer:
+    networks = {
+        "text_ffn": FeedForward(layer.mlp, layer.mlp, layer.post_attention_layernorm),
+        "audio_ffn": FeedForward(layer.audio_mlp, layer.audio_mlp, layer.audio_post_attention_layernorm),
+    }
+    return Layer(index, layer.self_attn, networks)
+
+
 def _place(frames: Tensor, mask: Tensor, is_audio: Tensor, fill: int) -> Tensor:
     """Valid frames at the audio positions, in order, as the model's own masked scatter puts them.
 
@@ -137,11 +171,3 @@ def _place(frames: Tensor, mask: Tensor, is_audio: Tensor, fill: int) -> Tensor:
     source = valid_first[rank.clamp(0, flat.shape[0] - 1)]
     at_hand = is_audio.reshape(-1) & (rank < mask.sum())
     return torch.where(at_hand[:, None], flat[source], fill).view(*is_audio.shape, -1)
-
-
-def _clips_with(starts: Tensor, is_audio: Tensor, marked: Tensor) -> Tensor:
-    """bool ``[batch, sequence]``: audio positions of the clips that hold a marked position."""
-    clip = starts.long().cumsum(dim=1)
-    held = torch.zeros(clip.shape[0], clip.shape[1] + 1, dtype=torch.long, device=clip.device)
-    held = held.scatter_reduce(1, clip, (marked & is_audio).long(), reduce="amax")
-    return is_audio & held.gather(1, clip).bool()

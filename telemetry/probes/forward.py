@@ -26,7 +26,8 @@ class Microbatch:
         view: how the family reads them; None where it cannot.
         metadata: one mapping a sample of what the model does not see, or empty where the trainer offers none.
             Keys, all optional: ``sample_id``, ``speaker``, ``language``, ``ref_transcript``, ``target_transcript``
-            (str); ``reference``, ``target`` (sequences of objects with ``samples``, ``sampling_rate``, ``seconds``).
+            (str); ``reference``, ``target`` (sequences of objects with ``samples``, ``sampling_rate``, ``seconds``
+            and, where samples were resampled, ``file_sampling_rate``; read in the background).
     """
 
     inputs: Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from telemetry.callbacks import zero_shot
+from telemetry.callbacks import chatml_log, conditioning_log
 from telemetry.callbacks.inputs import InputLoggerCallback
 
 FAULTY_RANK = 1
@@ -67,7 +68,19 @@ def broken_input_measure(rank: int) -> Iterator[list[TrainerCallback]]:
 @contextmanager
 def broken_check(rank: int) -> Iterator[list[TrainerCallback]]:
     """A measure of host values that raises in the background."""
-    with patch.object(zero_shot, "_faults", _broken if rank == FAULTY_RANK else _find_faults):
+    with patch.object(chatml_log, "violations", _broken if rank == FAULTY_RANK else _find_violations):
+        yield []
+
+
+@contextmanager
+def broken_gain(rank: int) -> Iterator[list[TrainerCallback]]:
+    """A measure that raises between forward passes which every rank is needed for."""
+    calls = itertools.count(1)
+
+    def break_at_second(*args: Any) -> Any:
+        return _broken() if rank == FAULTY_RANK and next(calls) % 2 == 0 else _audio_nll(*args)
+
+    with patch.object(conditioning_log, "audio_nll", break_at_second):
         yield []
 
 
@@ -77,7 +90,8 @@ def no_fault(rank: int) -> Iterator[list[TrainerCallback]]:
 
 
 _measure_inputs = InputLoggerCallback.observe_inputs
-_find_faults = zero_shot._faults
+_audio_nll = conditioning_log.audio_nll
+_find_violations = chatml_log.violations
 
 # Name → what makes it happen on a rank, while the training runs with the callbacks that it hands over.
 FAULTS: dict[str, Callable[[int], AbstractContextManager[list[TrainerCallback]]]] = {
@@ -85,4 +99,5 @@ FAULTS: dict[str, Callable[[int], AbstractContextManager[list[TrainerCallback]]]
     "poisoned_step": poisoned_step,
     "broken_input_measure": broken_input_measure,
     "broken_check": broken_check,
+    "broken_gain": broken_gain,
 }

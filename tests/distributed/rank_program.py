@@ -45,6 +45,7 @@ QUIET: Mapping[str, Any] = {
     "dataloader_pin_memory": False,
     "label_names": ["labels", "audio_labels"],
     "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
 }
 
 
@@ -58,7 +59,8 @@ class OrderedTrainer(HiggsAudioTrainer):
 def run(scenario: Scenario, directory: Path) -> Outcome:
     """One training on this rank."""
     backend = MemoryBackend()
-    telemetry = [StrategicTelemetry(logging_steps=1, backends=[backend])] if scenario.telemetry else []
+    everything = StrategicTelemetry(logging_steps=1, backends=[backend], options=scenario.options)
+    telemetry = [everything] if scenario.telemetry else []
     rank = int(os.environ.get("RANK", "0"))
     with _telemetry_log() as log, FAULTS[scenario.fault](rank) as faulty:
         train = train_sharded if scenario.sharded else _train
@@ -91,6 +93,7 @@ def _train(
         args=arguments,
         data_collator=_alone,
         train_dataset=scenario.batches,
+        eval_dataset=scenario.batches if "eval_strategy" in scenario.arguments else None,
         processing_class=train_tokenizer(),
         callbacks=list(callbacks),
     )

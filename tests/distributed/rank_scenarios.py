@@ -53,6 +53,7 @@ class Scenario:
         telemetry: whether everything is measured at every step, or telemetry is not there at all.
         sharded: a plain loop over a model under ``fully_shard`` (FSDP2) instead of the Trainer.
         fault: name of one of :data:`rank_faults.FAULTS`.
+        options: of ``StrategicTelemetry``.
         arguments: of ``TrainingArguments``.
     """
 
@@ -64,6 +65,7 @@ class Scenario:
     telemetry: bool = True
     sharded: bool = False
     fault: str = ""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -65,12 +65,14 @@ class _ShardedRun:
         for batch in batches:
             self._microbatch(batch, counts)
         self.tell("on_gradients")
-        nn.utils.clip_grad_norm_(self.model.parameters(), self._arguments.max_grad_norm)
-        self.tell("on_pre_optimizer_step")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._arguments.max_grad_norm)
+        self.tell("on_pre_optimizer_step", optimizer=self.optimizer)
         self.optimizer.step()
+        self.tell("on_optimizer_step", optimizer=self.optimizer)
         self.optimizer.zero_grad()
         self._state.global_step += 1
         self.tell("on_step_end")
+        self.tell("on_log", logs={"grad_norm": norm.full_tensor().item()})
 
     def _microbatch(self, batch: Batch, counts: Tensor) -> None:
         inputs: Mapping[str, Any] = {name: value for name, value in batch.items() if name != "metadata"}

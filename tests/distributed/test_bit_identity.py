@@ -19,6 +19,7 @@ FEWER_STEPS = 10
 ACCUMULATION = 2
 DROPOUT = 0.2
 
+ALL_ON = {"shared_attention": {"text_audio_cosine": True}, "zero_shot": {"conditioning_every": 1}}
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
@@ -34,7 +35,7 @@ ALONE: dict[str, dict[str, Any]] = {"alone": {}, "compiled": {"arguments": COMPI
 def pair(name: str, batches: list[Batch], changes: dict[str, Any]) -> list[Scenario]:
     """A training without telemetry, and the same with it."""
     given: dict[str, Any] = {"steps": STEPS, **changes}
-    measured = Scenario(name, batches, accumulation=ACCUMULATION, dropout=DROPOUT, **given)
+    measured = Scenario(name, batches, accumulation=ACCUMULATION, dropout=DROPOUT, options=ALL_ON, **given)
     return [replace(measured, name=f"{name}, unmeasured", telemetry=False), measured]
 
 
@@ -52,7 +53,7 @@ def on_ranks(batches: list[Batch], scratch: Callable[[], Path]) -> dict[str, lis
 
 @pytest.fixture(scope="module")
 def alone(batches: list[Batch], scratch: Callable[[], Path]) -> dict[str, list[Outcome]]:
-    alike = [batches[0]] * len(batches)  # one shape: a compiled model is traced once
+    alike = [batches[1]] * len(batches)  # one shape: a compiled model is traced once
     return launch(
         [scenario for name, changes in ALONE.items() for scenario in pair(name, alike, changes)], scratch(), 1
     )
@@ -73,6 +74,9 @@ def assert_same_bits(outcomes: dict[str, list[Outcome]], name: str, steps: int =
     backend = outcomes[name][0].backend
     for tag in ("inputs/tokens/total", "outputs/loss/audio", "gradients/total_norm", "zero_shot/chatml/compliance"):
         assert list(backend.scalars(tag)) == list(range(1, steps + 1))
+    assert "zero_shot/conditioning/gain" in backend.tags()
+    spread_or_compiled = name in ("sharded", "compiled")
+    assert ("gradients/text_audio_cosine" in backend.tags()) != spread_or_compiled
 
 
 @pytest.mark.parametrize("name", ON_RANKS)

@@ -12,7 +12,7 @@ from rank_program import run
 from rank_scenarios import Batch, Outcome, Scenario, launch
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.records import Scalar
+from telemetry.records import Scalar, Table
 
 RANKS = 2
 STEPS = 3
@@ -20,17 +20,21 @@ ACCUMULATIONS = (1, 2, 8)
 MEASURED = ("inputs/", "outputs/", "zero_shot/", "gradients/")
 # Adam would make a rounding error of a small gradient as large a step as any.
 PLAIN = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.5}
+UNREACHED_NORM = 1e6
 
 
-def scenario(accumulation: int, batches: list[Batch], ranks: int, sharded: bool = False) -> Scenario:
+def scenario(
+    accumulation: int, batches: list[Batch], ranks: int, sharded: bool = False, clipping: bool = True
+) -> Scenario:
     """The same optimizer steps on any number of ranks: fewer ranks take more microbatches each."""
     return Scenario(
-        name=f"{'sharded' if sharded else 'copied'}-{accumulation}",
+        name=f"{'sharded' if sharded else 'copied'}-{accumulation}{'' if clipping else '-unclipped'}",
         batches=batches,
         steps=STEPS,
         accumulation=accumulation * RANKS // ranks,
         sharded=sharded,
-        arguments=PLAIN,
+        options={"zero_shot": {"conditioning_every": 0}},  # it is of every rank's last microbatch
+        arguments=PLAIN if clipping else {**PLAIN, "max_grad_norm": UNREACHED_NORM},
     )
 
 
@@ -53,7 +57,11 @@ def without_labels(batch: Batch) -> Batch:
 @pytest.fixture(scope="module")
 def on_ranks(batches: dict[int, list[Batch]], scratch: Callable[[], Path]) -> dict[str, list[Outcome]]:
     copied = [scenario(accumulation, batches[accumulation], RANKS) for accumulation in ACCUMULATIONS]
-    return launch([*copied, scenario(2, batches[2], RANKS, sharded=True)], scratch(), RANKS)
+    others = [
+        scenario(2, batches[2], RANKS, sharded, clipping)
+        for sharded, clipping in ((True, True), (True, False), (False, False))
+    ]
+    return launch([*copied, *others], scratch(), RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -116,24 +124,61 @@ def test_the_data_are_as_uneven_as_they_are_meant_to_be(
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)
-def test_loss_and_norm_are_the_trainers(on_ranks: dict[str, list[Outcome]], accumulation: int) -> None:
-    backend = on_ranks[f"copied-{accumulation}"][0].backend
-    for own, trainers in (("outputs/loss/total", "train/loss"), ("gradients/total_norm", "train/grad_norm")):
-        logged = backend.scalars(trainers)
-        assert set(logged) >= set(range(1, STEPS + 1))
-        for step, value in backend.scalars(own).items():
-            assert value == pytest.approx(logged[step], rel=1e-5), (own, step)
-    assert min(backend.scalars("gradients/total_norm").values()) > PLAIN["max_grad_norm"]  # clipping changed something
+def test_the_loss_is_the_trainers(on_ranks: dict[str, list[Outcome]], accumulation: int) -> None:
+    assert_same(on_ranks[f"copied-{accumulation}"][0].backend, "outputs/loss/total", "train/loss")
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"copied-{count}" for count in ACCUMULATIONS), "copied-2-unclipped", "sharded-2", "sharded-2-unclipped"]
+)
+def test_the_norm_is_the_trainers(on_ranks: dict[str, list[Outcome]], name: str) -> None:
+    """What clipping measures, whether it changes something or not."""
+    backend = on_ranks[name][0].backend
+    assert_same(backend, "gradients/total_norm", "train/grad_norm")
+    norms = backend.scalars("gradients/total_norm").values()
+    assert min(norms) > PLAIN["max_grad_norm"]
+    assert max(norms) < UNREACHED_NORM
+
+
+def assert_same(backend: MemoryBackend, own: str, trainers: str) -> None:
+    logged, measured = backend.scalars(trainers), backend.scalars(own)
+    assert list(measured) == list(range(1, STEPS + 1))
+    for step, value in measured.items():
+        assert value == pytest.approx(logged[step], rel=1e-5), step
 
 
 def test_sharded_parameters_give_the_numbers_of_copied_ones(on_ranks: dict[str, list[Outcome]]) -> None:
     """FSDP2 and DDP: losses, and gradient norms in total and of every group, though each rank has parts only."""
     sharded, copied = (measured(on_ranks[f"{kind}-2"][0].backend) for kind in ("sharded", "copied"))
     assert differing(sharded, copied, 1e-4) == {}
-    norms = {tag for tag, _ in sharded if tag.startswith("gradients/")}
     groups = ("shared_attention", "text_ffn", "audio_ffn", "text_embedding", "audio_embedding")
     groups += ("text_head", "audio_head", "norms")
-    assert norms == {"gradients/total_norm", *(f"gradients/{group}/norm" for group in groups)}
+    kinds = ("norm", "zero_fraction", "nonfinite", "update_ratio")
+    assert {tag for tag, _ in sharded if tag.startswith("gradients/")} == {
+        "gradients/total_norm",
+        *(f"gradients/{group}/{kind}" for group in groups for kind in kinds),
+        *(f"gradients/layer_{layer}/{part}/norm" for layer in range(2) for part in groups[:3]),
+    }
+
+
+def test_the_table_of_sharded_parameters_is_that_of_copied_ones(on_ranks: dict[str, list[Outcome]]) -> None:
+    """Every rank has a part of each parameter; the table shows whole ones."""
+    sharded, copied = (largest(on_ranks[f"{kind}-2"][0].backend) for kind in ("sharded", "copied"))
+    assert sharded.keys() == copied.keys()
+    for key, cells in copied.items():
+        assert sharded[key] == pytest.approx(cells, rel=1e-4), key
+    assert {step for step, _, _ in copied} == set(range(1, STEPS + 1))
+
+
+def largest(backend: MemoryBackend) -> dict[tuple[int, str, str], list[float]]:
+    """(Step, why, parameter) → norm, absmax, zero fraction, non-finite; growth orders alike ones by chance."""
+    return {
+        (step, str(row[0]), str(row[1])): [float(cell) for cell in row[3:7]]  # type: ignore[arg-type]
+        for step, record in backend.records["gradients/largest"]
+        if isinstance(record, Table)
+        for row in record.rows
+        if row[0] != "growth"
+    }
 
 
 def test_sharding_left_each_rank_a_part(on_ranks: dict[str, list[Outcome]]) -> None:

@@ -48,14 +48,39 @@ def group_of(name: str, groups: Mapping[str, str]) -> str:
 
 
 def gradient_values(model: nn.Module, groups: Mapping[str, str], scale: float = 1.0) -> dict[str, float]:
-    """Norms of a model's gradients, each times ``scale``."""
+    """``gradients/`` of a model's gradients, each of them times ``scale``."""
     squares: dict[str, float] = defaultdict(float)
+    values: dict[str, list[float]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            for value in parameter.grad.double().flatten().tolist():
-                squares[f"gradients/{group_of(name, groups)}/norm"] += value * value
-                squares["gradients/total_norm"] += value * value
-    return {tag: scale * math.sqrt(total) for tag, total in squares.items()}
+        if parameter.grad is None:
+            continue
+        group, layer = group_of(name, groups), re.search(r"\.layers\.(\d+)\.", name)
+        tags = ["gradients/total_norm", f"gradients/{group}/norm"]
+        if layer and group != "norms":
+            tags.append(f"gradients/layer_{layer[1]}/{group}/norm")
+        found = parameter.grad.double().flatten().tolist()
+        values[group] += found
+        for tag in tags:
+            squares[tag] += math.fsum(value * value for value in found)
+    norms = {tag: scale * math.sqrt(total) for tag, total in squares.items()}
+    zeros = {f"gradients/{group}/zero_fraction": found.count(0) / len(found) for group, found in values.items()}
+    broken = {
+        f"gradients/{group}/nonfinite": float(sum(not math.isfinite(value) for value in found))
+        for group, found in values.items()
+    }
+    return norms | zeros | broken
+
+
+def update_values(before: nn.Module, after: nn.Module, groups: Mapping[str, str]) -> dict[str, float]:
+    """``gradients/<group>/update_ratio`` of a step that has led from one model to another."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        if old.requires_grad:
+            held = sums[group_of(name, groups)]
+            for was, now in zip(old.flatten().tolist(), new.flatten().tolist(), strict=True):
+                held[0] += (now - was) ** 2
+                held[1] += was**2
+    return {f"gradients/{group}/update_ratio": math.sqrt(step / size) for group, (step, size) in sums.items()}
 
 
 def token_values(samples: Sequence[Sample], codebooks: int) -> dict[str, float]:

@@ -24,11 +24,18 @@ class StepRun:
         callbacks: told of every event, in order.
         directory: output directory of the arguments.
         processing_class: what decodes token ids.
+        optimizer: steps where there is one; else the weights stay as they are.
     """
 
     def __init__(
-        self, model: Any, callbacks: Sequence[StrategicCallback], directory: Path, processing_class: Any = None
+        self,
+        model: Any,
+        callbacks: Sequence[StrategicCallback],
+        directory: Path,
+        processing_class: Any = None,
+        optimizer: Any = None,
     ) -> None:
+        self._optimizer = optimizer
         self.model: nn.Module = model
         self.callbacks = callbacks
         self._codebooks = model.config.num_codebooks
@@ -39,7 +46,7 @@ class StepRun:
         self._tell("on_train_begin", model=model, processing_class=processing_class)
 
     def step(self, microbatches: Sequence[Mapping[str, Tensor]], metadata: Sequence[Metadata] = ()) -> float:
-        """One optimizer step without the optimizer; the loss."""
+        """One optimizer step; the loss."""
         self._tell("on_step_begin")
         self.model.zero_grad()
         counts = supervised_counts(microbatches, self._codebooks)
@@ -51,7 +58,10 @@ class StepRun:
             loss.backward()
             total += loss.item()
         self._tell("on_gradients", model=self.model)
-        self._tell("on_pre_optimizer_step", model=self.model)
+        self._tell("on_pre_optimizer_step", model=self.model, optimizer=self._optimizer)
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._tell("on_optimizer_step", model=self.model, optimizer=self._optimizer)
         self.state.global_step += 1
         self._tell("on_step_end", model=self.model)
         return total

@@ -22,7 +22,7 @@ from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
 from telemetry.recorder import MAX_FAILURES, Emitter, Recorder
-from telemetry.records import Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Text, UsedFraction
+from telemetry.records import Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Table, Text, UsedFraction
 
 WRITTEN_SECONDS = 20.0  # generous: other programs share the machine
 
@@ -478,3 +478,16 @@ def test_a_step_that_waits_keeps_no_tensor_of_the_device() -> None:
     drained(recorder)
     assert torch.equal(seen[0], torch.ones(4))
     assert blocking.scalars("a/used") == {2: 1.0}
+
+
+def test_what_is_absent_is_shown_with_its_reason_whenever_there_is_more_of_it() -> None:
+    memory = MemoryBackend()
+    recorder = Recorder([memory])
+    for step, tag in ((1, "a/b"), (2, "a/b"), (3, "c/d")):
+        recorder.metric("inputs/invalid_ids", Sum(0.0))
+        recorder.absent(tag, f"no {tag}")
+        recorder.flush(step)
+        recorder.drain()
+    recorder.close()
+    shown = [(step, record.rows) for step, record in memory.records["telemetry/absent"] if isinstance(record, Table)]
+    assert shown == [(1, (("a/b", "no a/b"),)), (3, (("a/b", "no a/b"), ("c/d", "no c/d")))]

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from telemetry.records import (
     Max,
     Mean,
+    Means,
     Metric,
     Min,
     Norm,
     Perplexity,
+    PresentMean,
     Std,
     Sum,
     SumOfMeans,
@@ -188,3 +190,19 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="a row of 1 cells under 2 columns"):
         Table("inputs/tensors", ("a", "b"), (("x", "y"), ("x",)))
     assert Table("inputs/tensors", ("a", "b"), ()).rows == ()
+
+
+def test_a_mean_of_what_is_not_there_is_absent_until_a_part_has_it() -> None:
+    without, with_it = PresentMean(0.0, 6, 0), PresentMean(torch.tensor(3.0), 2, 1)
+    assert without.result() is None
+    assert without.merge(with_it).result() == with_it.merge(without).result() == 3 / 8
+    assert PresentMean(0.0, 0, 5).result() is None
+
+
+def test_means_of_a_picture_merge_and_are_no_scalar() -> None:
+    parts = [Means(torch.tensor([2.0, 4.0]), 2), Means(torch.tensor([1.0, 0.0]), 1)]
+    merged = parts[0].merge(parts[1]).results()
+    assert merged is not None
+    assert merged.tolist() == [1.0, 4 / 3]
+    assert Means(torch.zeros(2), 0).results() is None
+    assert not Means.shown

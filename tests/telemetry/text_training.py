@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slow_references import LLAMA_GROUPS, Outputs, gradient_values, tensor_values
+from slow_references import LLAMA_GROUPS, Outputs, gradient_values, tensor_values, update_values
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -70,7 +70,10 @@ class Training:
     def expected(self, step: int, max_grad_norm: float = 0.0) -> dict[str, float]:
         """Every scalar of a step, worked out with the model as it was and the microbatches that it saw."""
         model, batches = self.snapshots.models[step], self.of_step(step)
-        return _input_values(batches) | _output_values(model, batches) | _gradient_values(model, batches, max_grad_norm)
+        after = self.snapshots.models.get(step + 1, self.trainer.model)
+        updates = update_values(model, after, LLAMA_GROUPS)
+        gradients = _gradient_values(model, batches, max_grad_norm)
+        return _input_values(batches) | _output_values(model, batches) | gradients | updates
 
 
 def training(

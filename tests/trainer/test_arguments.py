@@ -43,6 +43,7 @@ ARGUMENTS = [
     "enable_strategic_logging",
     "strategic_logging_steps",
     "strategic_logging_components",
+    "telemetry_audio",
     "skip_bad_samples",
 ]
 
@@ -131,6 +132,11 @@ def test_counts_must_be_positive(name: str, value: str) -> None:
             ["--eval_data_file", "e.json", "--validation_split", "0.1"],
             "--eval_data_file and --validation_split exclude each other",
         ),
+        (["--report_to", "none", "wandb"], "--report_to none excludes every other destination, got none wandb"),
+        (
+            ["--wandb_all_ranks", "--report_to", "wandb"],
+            "--wandb_all_ranks needs --enable_strategic_logging and --report_to wandb",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(more: list[str], said: str) -> None:
@@ -144,6 +150,7 @@ def test_what_cannot_be_is_refused_by_name(more: list[str], said: str) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["--telemetry_audio", "loud"], "argument --telemetry_audio/--telemetry-audio: invalid choice: 'loud'"),
         (["--report_to", "fax"], "argument --report_to/--report-to: invalid choice: 'fax'"),
         (["--strategic_logging_components", "weather"], "invalid choice: 'weather'"),
         (["--strategic_logging_components"], "expected at least one argument"),
@@ -174,8 +181,9 @@ def test_required_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         (["--report_to", "all"], ["tensorboard", "wandb"]),
         (["--report_to", "none"], []),
         (["--enable_strategic_logging"], []),  # it writes the Trainer's numbers to TensorBoard itself
-        (["--enable_strategic_logging", "--report_to", "all"], ["wandb"]),
-        (["--enable_strategic_logging", "--report_to", "wandb"], ["wandb"]),
+        (["--report_to", "wandb", "tensorboard", "wandb"], ["wandb", "tensorboard"]),
+        (["--enable_strategic_logging", "--report_to", "all"], []),
+        (["--enable_strategic_logging", "--report_to", "wandb"], []),
     ],
 )
 def test_nothing_is_reported_twice(more: list[str], destinations: list[str]) -> None:

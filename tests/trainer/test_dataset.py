@@ -174,6 +174,7 @@ def test_metadata_reads_the_waveforms(demo_dataset: VoiceCloningDataset, process
         [waveform], [path] = metadata[name], paths
         samples, rate = soundfile.read(path)
         assert waveform.sampling_rate == codec_sampling_rate(processor.audio_tokenizer) != rate
+        assert waveform.file_sampling_rate == rate
         expected = soxr.resample(samples, rate, waveform.sampling_rate, quality="VHQ")
         np.testing.assert_allclose(waveform.samples, expected, atol=1e-5)
         assert waveform.samples.std() > 0.01

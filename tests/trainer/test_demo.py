@@ -31,7 +31,7 @@ from trainer.codec import load_audio_tokenizer
 from trainer.demo import synthesize as synthesis
 from trainer.demo.__main__ import main
 from trainer.demo.codec import DemonstrationCodec, DemonstrationCodecConfig
-from trainer.demo.prepare import Demonstration, prepare, samples_of, train_tokenizer
+from trainer.demo.prepare import Demonstration, eval_samples, prepare, samples_of, train_tokenizer
 from trainer.demo.synthesize import CLIPS_DIRECTORY, Clip, read_manifest, synthesize, trim_silence
 
 CONFIG = DemonstrationCodecConfig()
@@ -263,18 +263,25 @@ def test_a_second_run_gives_the_same_files(made: Demonstration) -> None:
 
 
 def test_data_files(made: Demonstration) -> None:
-    speakers = {}
-    for split, path, number in (
-        ("train", made.train_file, made.train_samples),
-        ("eval", made.eval_file, made.eval_samples),
+    for expected, path, number in (
+        (samples_of("train"), made.train_file, made.train_samples),
+        (eval_samples(), made.eval_file, made.eval_samples),
     ):
         samples = json.loads(path.read_text(encoding="utf-8"))
-        assert samples == samples_of(split)
+        assert samples == expected
         assert len(samples) == len({sample["misc"]["sample_id"] for sample in samples}) == number
-        speakers[split] = {sample["speaker"] for sample in samples}
-    assert not speakers["train"] & speakers["eval"]
     assert 32 <= made.train_samples <= 64
-    assert 6 <= made.eval_samples <= 12
+    assert 6 <= made.eval_samples <= 15
+
+
+def test_evaluation_has_voices_that_are_new_and_a_few_that_are_not() -> None:
+    training, evaluation = samples_of("train"), eval_samples()
+    new = [sample for sample in evaluation if sample not in training]
+    assert sorted(map(str, new)) == sorted(map(str, samples_of("eval")))
+    assert not {sample["speaker"] for sample in new} & {sample["speaker"] for sample in training}
+    kinds = [(sample["misc"]["language"], sample in training) for sample in evaluation[:6]]
+    assert kinds == [(language, heard) for language in ("en", "ar", "es") for heard in (False, True)]
+    assert len(evaluation) == len(new) + 3
 
 
 def test_data_files_pass_validation(made: Demonstration) -> None:

@@ -206,6 +206,14 @@ def test_a_bad_data_file_ends_the_program_with_one_clear_message(
         ({"--eval_data_file": "nowhere.json"}, "nowhere.json"),
         ({"--resume_from_checkpoint": "nowhere"}, "error: --resume_from_checkpoint nowhere: no such directory"),
         ({"--resume_from_checkpoint": "last"}, "error: --resume_from_checkpoint last: no checkpoint in "),
+        (
+            {"--enable_strategic_logging": "true", "--speaker_encoder": "no/such/model"},
+            "error: cannot load the speaker encoder 'no/such/model'",
+        ),
+        (
+            {"--enable_strategic_logging": "true", "--transcriber": "no/such/model"},
+            "error: cannot load the transcriber 'no/such/model'",
+        ),
         ({"--validation_split": "0.99"}, "error: --validation_split 0.99 of 8 samples leaves nothing to train on"),
     ],
 )
@@ -255,6 +263,12 @@ def test_telemetry_is_made_only_when_asked_for(tmp_path: Path) -> None:
     )
     assert [type(member).__name__ for member in made.members] == ["OutputLoggerCallback", "InputLoggerCallback"]
     assert [step for step in range(1, 12) if made.is_due(step)] == [1, 5, 10]
+
+
+@pytest.mark.parametrize(("said", "enabled"), [({}, True), ({"telemetry_audio": "off"}, False)])
+def test_sound_is_off_where_it_is_not_wanted(said: dict[str, str], enabled: bool, tmp_path: Path) -> None:
+    [made] = strategic_callbacks(script_arguments(tmp_path, enable_strategic_logging=True, **said))
+    assert [member.sound.enabled for member in made.members] == [enabled] * 4
 
 
 def bare_sample(index: int, speaker: str | None) -> Sample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -69,7 +70,9 @@ class Answers:
         said = {name: value for name, value in variables.items() if value is not None}
         inserted = self._state.existing(said.get("entity"), said.get("project"), said["name"]) is None
         run = self._apply({"kind": "upsert", "variables": said})
-        return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}
+        # Only a client that resumes names the bucket: W&B has any other overwrite a run that is there already.
+        bucket = _bucket(run) if said.get("id") else {**_bucket(run), "historyLineCount": 0}
+        return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
     def _answer_RewindRun(self, variables: Variables) -> dict[str, Any]:  # noqa: N802
         run = self._apply({"kind": "rewind", "variables": variables})
@@ -103,7 +106,7 @@ class Answers:
         return {"project": {"artifactType": None}}
 
     def _answer_CreateArtifact(self, variables: Variables) -> dict[str, Any]:  # noqa: N802
-        made: Artifact = self._apply({"kind": "artifact", "variables": variables})
+        made: Artifact = self._apply({"kind": "artifact", "id": f"artifact-{uuid.uuid4().hex}", "variables": variables})
         latest = self._state.latest(made.name, made)
         sequence = {"id": made.name, "latestArtifact": {"id": latest.id} if latest else None}
         artifact = {"id": made.id, "state": "PENDING", "artifactSequence": sequence}

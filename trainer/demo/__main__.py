@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     logger.info("model and tokenizer   %s", made.model)
     logger.info("demonstration codec   %s", made.audio_tokenizer)
     logger.info("training samples      %s (%d)", made.train_file, made.train_samples)
-    logger.info("evaluation samples    %s (%d, of voices not in training)", made.eval_file, made.eval_samples)
+    logger.info("evaluation samples    %s (%d, most of voices not in training)", made.eval_file, made.eval_samples)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Demonstration:
         model: directory of the model, its tokenizer and processor.
         audio_tokenizer: directory of the demonstration codec.
         train_file: training samples of the training voices.
-        eval_file: samples of voices that are in no training sample.
+        eval_file: samples of voices that are in no training sample, and three of the training samples to compare.
         train_samples: how many there are.
         eval_samples: how many there are.
     """
@@ -92,7 +92,7 @@ def prepare(directory: Path, show_progress: bool = True) -> Demonstration:
         train_file=directory / "train.json",
         eval_file=directory / "eval.json",
         train_samples=len(samples_of("train")),
-        eval_samples=len(samples_of("eval")),
+        eval_samples=len(eval_samples()),
     )
     steps: dict[str, Callable[[], None]] = {
         "clips": lambda: copy_clips(directory / "clips"),
@@ -116,8 +116,8 @@ def copy_clips(directory: Path) -> None:
 
 def write_data_files(made: Demonstration) -> None:
     """Write the training and evaluation samples as JSON lists."""
-    for path, split in ((made.train_file, "train"), (made.eval_file, "eval")):
-        text = json.dumps(samples_of(split), ensure_ascii=False, indent=1)
+    for path, samples in ((made.train_file, samples_of("train")), (made.eval_file, eval_samples())):
+        text = json.dumps(samples, ensure_ascii=False, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -128,6 +128,21 @@ def samples_of(split: str) -> list[dict[str, Any]]:
     """
     clips = [clip for clip in read_manifest() if clip.split == split]
     return [_sample(split, target, _next_of_speaker(clips, target)) for target in clips]
+
+
+def eval_samples() -> list[dict[str, Any]]:
+    """The evaluation split, with a training sample of each language: what was learnt by heart, next to what was not.
+
+    The first six are one of either kind for each language, so that a few generated clips show both.
+    """
+    unheard, heard = samples_of("eval"), samples_of("train")
+    languages = list(dict.fromkeys(sample["misc"]["language"] for sample in unheard))
+    first = [_first_of(samples, language) for language in languages for samples in (unheard, heard)]
+    return first + [sample for sample in unheard if sample not in first]
+
+
+def _first_of(samples: list[dict[str, Any]], language: str) -> dict[str, Any]:
+    return next(sample for sample in samples if sample["misc"]["language"] == language)
 
 
 def _next_of_speaker(clips: list[Clip], target: Clip) -> Clip:

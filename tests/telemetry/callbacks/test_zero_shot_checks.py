@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from slow_references import measured_records
@@ -14,15 +16,32 @@ from torch import Tensor
 from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.zero_shot import SHOWN_ROWS, ZeroShotVerificationLoggerCallback
+from telemetry.callbacks import reference_log
+from telemetry.callbacks.chatml_log import SHOWN_ROWS
+from telemetry.callbacks.reference_log import SIGNAL
+from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.families.voice_prompt import CHECKS
 from telemetry.records import Table
 
 
-class Length:
-    """A clip of which only the length matters."""
+class Recording:
+    """A clip as a data set offers it; reading it is counted."""
 
-    def __init__(self, seconds: float) -> None:
+    sampling_rate = 1000
+
+    def __init__(self, seconds: float, wave: Any = None, file_rate: int | None = None) -> None:
         self.seconds = seconds
+        self.reads = 0
+        self._wave = wave
+        if file_rate is not None:
+            self.file_sampling_rate = file_rate
+
+    @property
+    def samples(self) -> np.ndarray:
+        self.reads += 1
+        if isinstance(self._wave, Exception):
+            raise self._wave
+        return np.full(int(self.seconds * self.sampling_rate), 0.5) if self._wave is None else self._wave
 
 
 def check(
@@ -91,6 +110,18 @@ def no_target(v: Voices) -> Sample:
     return v.conversation(target=None)
 
 
+def no_delay(v: Voices) -> Sample:
+    """The target's codebooks all begin at once."""
+    sample = v.conversation()
+    frames = [index for index, position in enumerate(sample) if position.kind == "target"]
+    codes = torch.tensor([sample[index].codes for index in frames])
+    for k in range(1, codes.shape[1]):
+        codes[:, k] = codes[:, k].roll(-k)
+    for index, row in zip(frames, codes.tolist(), strict=True):
+        sample[index] = dataclasses.replace(sample[index], codes=tuple(row))
+    return sample
+
+
 def no_transcript(v: Voices) -> Sample:
     return [
         *v.turn("user", v.spoken(v.clip(4, 1)), v.text("Please say this.")),
@@ -109,10 +140,17 @@ def no_transcript(v: Voices) -> Sample:
             ],
         ),
         (unknown_role, ["role order: unknown role 'narrator'"]),
-        (unclosed_turn, ["unbalanced header: the assistant turn at token {assistant} has no <|eot_id|>"]),
-        (broken_header, ["unbalanced header: no <|end_header_id|> behind token 1"]),
+        (unclosed_turn, ["end of turn: the assistant turn at token {assistant} has no <|eot_id|>"]),
+        (broken_header, ["header: no <|end_header_id|> behind token 1"]),
         (no_reference, ["reference: no reference audio"]),
         (no_target, ["target: no supervised audio"]),
+        (
+            no_delay,
+            [
+                "delay pattern: the audio at token {target} has a code for BOS in codebook 1 at frame 1, "
+                "and 7 more like it"
+            ],
+        ),
         (no_transcript, ["transcript: no transcript before the reference audio at token {reference}"]),
     ],
 )
@@ -125,8 +163,13 @@ def test_a_planted_violation_is_found_alone(
     places = {
         "assistant": max(index for index, position in enumerate(sample) if position.token == header),
         "reference": next((index for index, position in enumerate(sample) if position.kind == "reference"), 0),
+        "target": next((index for index, position in enumerate(sample) if position.kind == "target"), 0),
     }
     assert violations(backend) == {"0-0": [], "0-1": [fault.format(**places) for fault in expected], "1-0": []}
+    kinds = {fault.partition(":")[0].replace(" ", "_") for fault in expected}
+    counts = {kind: backend.scalars(f"zero_shot/chatml/violations/{kind}") for kind in CHECKS}
+    unchecked = ("target_text", "language")
+    assert counts == {kind: {} if kind in unchecked else {1: float(kind in kinds)} for kind in CHECKS}
     assert backend.scalars("zero_shot/chatml/compliance") == {1: pytest.approx(2 / 3)}
 
 
@@ -151,7 +194,7 @@ def test_placeholders_that_do_not_match_the_codes(higgs: Any, voices: Voices, tm
     inputs["audio_input_ids_mask"][:] = torch.arange(inputs["audio_input_ids_mask"].shape[1]) < frames + extra
     inputs["audio_labels"][:, frames:] = -100
     found = violations(handed_over(higgs, tmp_path, voices, inputs))
-    assert found == {"one": [f"placeholders: {frames} audio placeholders for {frames + extra} code frames"]}
+    assert found == {"one": [f"placeholders: {frames} audio placeholders, audio for {frames + extra}"]}
 
 
 def handed_over(model: Any, directory: Path, voices: Voices, inputs: dict[str, Tensor]) -> MemoryBackend:
@@ -211,7 +254,7 @@ def test_presence_and_length_of_references(higgs: Any, voices: Voices, tmp_path:
         [voices.conversation(reference=None)],
     ]
     metadata: list[list[dict[str, Any]]] = [
-        [{"reference": [Length(1.5), Length(0.5)]}, {"reference": []}, {"reference": [Length(0.7)]}],
+        [{"reference": [Recording(1.5), Recording(0.5)]}, {"reference": []}, {"reference": [Recording(0.7)]}],
         [{"sample_id": "x"}],
     ]
     backend = check(higgs, tmp_path, voices, rows, metadata)
@@ -230,11 +273,119 @@ def test_lengths_that_nobody_knows_are_absent(
     assert said.count(f"no zero_shot/reference/seconds: {reason}") == 1
 
 
+def test_level_clipping_silence_and_rate_of_references(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    """Means over the clips of both microbatches; the lowest rate of any file."""
+    sine = np.sin(2 * np.pi * np.arange(1000) / 10)  # -3.01 dB, 1 of 5 samples near its peak
+    square = np.where(np.arange(500) % 2, 1.0, -1.0)  # 0 dB, all of it at full scale
+    quiet = np.concatenate([np.full(250, 0.1), np.zeros(750)])  # -26.02 dB, three quarters silent
+    rows = [[voices.conversation()] * 2, [voices.conversation()]]
+    metadata: list[list[dict[str, Any]]] = [
+        [{"reference": [Recording(1.0, sine * 0.99, 44100), Recording(0.5, square)]}, {}],
+        [{"reference": [Recording(1.0, quiet, 16000)]}],
+    ]
+    backend = check(higgs, tmp_path, voices, rows, metadata)
+    levels = [-3.0103 + 20 * np.log10(0.99), 0.0, 10 * np.log10(0.01 / 4)]
+    shown = {name: backend.scalars(f"zero_shot/reference/{name}")[1] for name in SIGNAL}
+    silent = (0.0 + 0.0 + 37 / 50) / 3  # the frame that begins at 240 still holds sound
+    expected = {"level_db": sum(levels) / 3, "clipping_fraction": 1 / 3, "silence_fraction": silent}
+    assert shown == pytest.approx(expected, abs=1e-4)
+    assert backend.scalars("zero_shot/reference/sampling_rate") == {1: 1000.0}
+
+
+def test_digital_silence_has_a_finite_level(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    metadata = [[{"reference": [Recording(1.0, np.zeros(1000))]}]]
+    backend = check(higgs, tmp_path, voices, [[voices.conversation()]], metadata)
+    assert backend.scalars("zero_shot/reference/level_db") == {1: -120.0}
+    assert backend.scalars("zero_shot/reference/silence_fraction") == {1: 1.0}
+
+
+def test_a_file_that_cannot_be_read_hides_no_other(
+    higgs: Any, voices: Voices, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    clips = [Recording(1.0, OSError("disk on fire")), Recording(1.0, np.zeros(0)), Recording(1.0)]
+    rows = [[voices.conversation()] * 3]
+    metadata = [[{"sample_id": f"s{index}", "reference": [clip]} for index, clip in enumerate(clips)]]
+    backend = check(higgs, tmp_path, voices, rows, metadata)
+    assert backend.scalars("zero_shot/reference/level_db") == {1: pytest.approx(20 * np.log10(0.5))}
+    assert backend.scalars("zero_shot/reference/seconds") == {1: 1.0}
+    said = [record.getMessage() for record in telemetry_log.records if "cannot be measured" in record.getMessage()]
+    assert said == ["the reference audio of sample s0 cannot be measured, and is left out: disk on fire"]
+
+
+def test_reading_files_has_an_end(higgs: Any, voices: Voices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many clips a step, whatever the number of microbatches; and the next step begins anew."""
+    monkeypatch.setattr(reference_log, "READ_CLIPS", 3)
+    clips = [Recording(1.0) for _ in range(5)]
+    backend = MemoryBackend()
+    run = StepRun(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer)
+    metadata = [[{"reference": clips[:2]}], [{"reference": clips[2:]}]]
+    for _ in range(2):
+        run.step([voices.batch([voices.conversation()])] * 2, metadata)
+    run.end()
+    assert [clip.reads for clip in clips] == [2, 2, 2, 0, 0]
+    assert backend.scalars("zero_shot/reference/seconds") == {1: 2.5, 2: 2.5}
+    (note,) = {record.note for _, record in backend.records["zero_shot/reference/level_db"]}  # type: ignore[union-attr]
+    assert note == "Over the first 3 clips of a rank."
+
+
+def test_slow_files_end_the_reading_too(
+    higgs: Any, voices: Voices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_log, "READ_SECONDS", 0.0)
+    clip = Recording(1.0)
+    backend = check(higgs, tmp_path, voices, [[voices.conversation()]], [[{"reference": [clip]}]])
+    assert clip.reads == 0
+    assert "zero_shot/reference/level_db" not in backend.tags()
+
+
+def test_a_language_tag_is_missing_where_other_samples_have_one(
+    higgs: Any, voices: Voices, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    """An optional field: data without any is not at fault, and it is said that nothing was checked."""
+    backend = MemoryBackend()
+    run = StepRun(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer)
+    batch = voices.batch([voices.conversation()] * 2)
+    for languages in ([None, None], ["en", None], [None, None]):
+        run.step([batch], [[{"language": language} for language in languages]])
+    run.end()
+    assert backend.scalars("zero_shot/chatml/violations/language") == {2: 1.0, 3: 2.0}
+    assert backend.scalars("zero_shot/chatml/compliance") == {1: 1.0, 2: 0.5, 3: 0.0}
+    assert "no zero_shot/chatml/violations/language: no sample's metadata names its language" in telemetry_log.text
+
+
+def test_a_target_that_does_not_say_its_transcript_is_found(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    metadata = [[{"target_transcript": "A  green ship."}, {"target_transcript": "A green sheep."}, {}]]
+    backend = check(higgs, tmp_path, voices, [[voices.conversation()] * 3], metadata)
+    assert backend.scalars("zero_shot/chatml/violations/target_text") == {1: 1.0}
+    assert violations(backend)["row 1"] == ["target text: says 'A green ship.', the transcript 'A green sheep.'"]
+
+
+def test_a_part_that_fails_leaves_the_others_alone(
+    higgs: Any, voices: Voices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(reference_log.ReferenceLog, "observe_inputs", fail)
+    backend = check(higgs, tmp_path, voices, [[voices.conversation()]])
+    assert backend.scalars("zero_shot/chatml/compliance") == {1: 1.0}
+    assert "zero_shot/reference/present_fraction" not in backend.tags()
+
+
+def test_a_model_without_audio_has_no_compliance(
+    llama: Any, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    hand_over(ZeroShotVerificationLoggerCallback, llama, tmp_path, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+    assert "no zero_shot/chatml/compliance: the batch has no audio" in telemetry_log.text
+    assert "no zero_shot/reference/present_fraction: the batch has no audio" in telemetry_log.text
+
+
 def test_without_a_chat_tokenizer_compliance_is_absent_and_presence_is_not(
     higgs: Any, voices: Voices, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
     backend = measure(ZeroShotVerificationLoggerCallback, higgs, tmp_path, [voices.batch([voices.conversation()])])
-    assert list(measured_records(backend)) == ["zero_shot/reference/present_fraction"]
+    shown = [tag for tag in measured_records(backend) if tag.startswith("zero_shot/")]
+    assert shown == ["zero_shot/reference/present_fraction"]
     assert "no zero_shot/chatml/compliance: the tokenizer has no ChatML header tokens" in telemetry_log.text
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from telemetry.families.chat import ChatFormat, role_faults
+from telemetry.families.chat import ChatFormat, Violation, role_faults
 
 
 def turn(role: str, text: str = "hello") -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 
 
-def read(tokenizer: Any, text: str) -> tuple[list[tuple[str, str, str]], list[str]]:
+def read(tokenizer: Any, text: str) -> tuple[list[tuple[str, str, str]], list[Violation]]:
     """Role, whole text and body of each turn, and the faults."""
     chat = ChatFormat.of(tokenizer)
     assert chat is not None
@@ -38,23 +38,34 @@ def test_turns_are_read_back(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "roles", "fault"),
+    ("text", "roles", "kind", "fault"),
     [
-        ("<|start_header_id|>user hello<|eot_id|>", [], "no <|end_header_id|> behind token 0"),
-        ("<|start_header_id|>user" + turn("assistant"), ["assistant"], "no <|end_header_id|> behind token 0"),
-        ("<|start_header_id|>user<|end_header_id|>\n\nhello", ["user"], "the user turn at token 0 has no <|eot_id|>"),
-        (turn("user") + "hello<|end_header_id|>", ["user"], "1 <|end_header_id|> without a <|start_header_id|>"),
+        ("<|start_header_id|>user hello<|eot_id|>", [], "header", "no <|end_header_id|> behind token 0"),
+        ("<|start_header_id|>user" + turn("assistant"), ["assistant"], "header", "no <|end_header_id|> behind token 0"),
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\nhello",
+            ["user"],
+            "end_of_turn",
+            "the user turn at token 0 has no <|eot_id|>",
+        ),
+        (
+            turn("user") + "hello<|end_header_id|>",
+            ["user"],
+            "header",
+            "1 <|end_header_id|> without a <|start_header_id|>",
+        ),
         (
             "<|start_header_id|>user<|end_header_id|>hello" + turn("assistant"),
             ["user", "assistant"],
+            "end_of_turn",
             "the user turn at token 0 has no <|eot_id|>",
         ),
     ],
 )
-def test_headers_that_do_not_balance(tokenizer: Any, text: str, roles: list[str], fault: str) -> None:
+def test_headers_that_do_not_balance(tokenizer: Any, text: str, roles: list[str], kind: str, fault: str) -> None:
     turns, faults = read(tokenizer, text)
     assert [role for role, *_ in turns] == roles
-    assert faults == [f"unbalanced header: {fault}"]
+    assert faults == [Violation(kind, fault)]
 
 
 def test_text_without_headers_has_no_turns(tokenizer: Any) -> None:
@@ -100,4 +111,4 @@ def test_the_order_of_roles(tokenizer: Any, roles: str, faults: list[str]) -> No
     assert chat is not None
     text = "".join(turn(role) for role in roles.split())
     turns, _ = chat.turns(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
-    assert role_faults(turns) == [f"role order: {fault}" for fault in faults]
+    assert role_faults(turns) == [Violation("role_order", fault) for fault in faults]

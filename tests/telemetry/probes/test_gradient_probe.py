@@ -1,38 +1,109 @@
-"""Gradients by group: each parameter that has one, once, under its own group."""
+"""Trained parameters and their gradients: each once, in its group and layer, each rank its own part."""
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from slow_references import HIGGS_GROUPS, group_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from voice_batches import Voices
 
 from telemetry.families import HiggsAudioV2Family
-from telemetry.probes.gradients import gradients_by_group
+from telemetry.probes.gradients import (
+    TrainedParameter,
+    out_of_reach,
+    own_gradients,
+    own_part,
+    steps_by_itself,
+    trained_parameters,
+)
 
 
-def test_every_gradient_is_in_its_group_once(higgs: Any, voices: Voices) -> None:
+def test_every_gradient_is_in_its_group_and_layer_once(higgs: Any, voices: Voices) -> None:
     higgs.text_lm_head.weight.requires_grad_(False)
     higgs(**voices.batch([voices.conversation()])).loss.backward()
-    groups = gradients_by_group(higgs, HiggsAudioV2Family(higgs))
-    expected: dict[str, set[int]] = {}
-    for name, parameter in higgs.named_parameters():
-        if parameter.grad is not None:
-            expected.setdefault(group_of(name, HIGGS_GROUPS), set()).add(parameter.grad.data_ptr())
-    assert {group: {gradient.data_ptr() for gradient in found} for group, found in groups.items()} == expected
-    assert sum(map(len, groups.values())) == len(list(higgs.parameters())) - 1
-    assert "text_head" not in groups
-    assert not any(gradient.requires_grad for found in groups.values() for gradient in found)
+    parameters = trained_parameters(higgs, HiggsAudioV2Family(higgs))
+    found = own_gradients(parameters, is_main=True)
+    assert list(found) == list(range(len(parameters)))
+    by_name = dict(higgs.named_parameters())
+    assert [one.name for one in parameters] == [name for name in by_name if name != "text_lm_head.weight"]
+    for index, one in enumerate(parameters):
+        layer = re.search(r"\.layers\.(\d)\.(self_attn|mlp|audio_mlp)\.", one.name)
+        assert one.tensor is by_name[one.name]
+        assert one.group == group_of(one.name, HIGGS_GROUPS)
+        assert one.layer == (int(layer[1]) if layer else None)
+        assert found[index].data_ptr() == by_name[one.name].grad.data_ptr()
+        assert not found[index].requires_grad
 
 
 def test_shared_parameters_are_counted_once(higgs: Any) -> None:
     higgs.text_lm_head.weight = higgs.model.embed_tokens.weight
     higgs.model.embed_tokens.weight.grad = torch.ones_like(higgs.model.embed_tokens.weight)
-    groups = gradients_by_group(higgs, HiggsAudioV2Family(higgs))
-    assert list(groups) == ["text_embedding"]
-    assert len(groups["text_embedding"]) == 1
+    parameters = trained_parameters(higgs, HiggsAudioV2Family(higgs))
+    assert [parameters[index].group for index in own_gradients(parameters, True)] == ["text_embedding"]
 
 
-def test_without_gradients_there_are_no_groups(higgs: Any) -> None:
-    assert gradients_by_group(higgs, HiggsAudioV2Family(higgs)) == {}
+def test_without_gradients_there_are_none(higgs: Any) -> None:
+    parameters = trained_parameters(higgs, HiggsAudioV2Family(higgs))
+    assert own_gradients(parameters, True) == {}
+    assert not any(one.has_gradient for one in parameters)
+    assert out_of_reach(higgs) is None
+
+
+def test_what_all_ranks_hold_alike_is_rank_0s() -> None:
+    tensor = torch.ones(3)
+    assert own_part(tensor, is_main=False) is None
+    part = own_part(tensor, is_main=True)
+    assert part is not None
+    assert part.data_ptr() == tensor.data_ptr()
+
+
+@pytest.fixture(params=[0, 1])
+def rank_of_two(request: pytest.FixtureRequest) -> Iterator[int]:
+    """This process as one rank of 2, with a second one that is only pretended."""
+    dist.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
+    yield request.param
+    dist.destroy_process_group()
+
+
+def test_of_a_sharded_tensor_every_rank_has_its_shard(rank_of_two: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    shard = DTensor.from_local(torch.full((2, 3), 2.0), mesh, [Shard(0)], run_check=False)
+    part = own_part(shard, is_main=rank_of_two == 0)
+    assert type(part) is Tensor
+    assert part.shape == (2, 3)
+    copied = DTensor.from_local(torch.ones(3), mesh, [Replicate()], run_check=False)
+    assert (own_part(copied, is_main=rank_of_two == 0) is None) == (rank_of_two == 1)
+
+
+def test_zero_3_gives_each_rank_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for ``deepspeed.utils``, whose function of this name returns a rank's own part."""
+    utils = ModuleType("deepspeed.utils")
+    utils.safe_get_local_grad = lambda parameter: torch.full((2,), 3.0)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", utils)
+    parameter = nn.Parameter(torch.zeros(0))
+    trained = [TrainedParameter("weight", "other", None, parameter)]
+    assert not steps_by_itself(trained)
+    assert own_gradients(trained, is_main=False) == {}
+    parameter.ds_id = 0  # type: ignore[attr-defined]
+    assert steps_by_itself(trained)
+    assert own_gradients(trained, is_main=False)[0].tolist() == [3.0, 3.0]
+
+
+def test_flat_shards_of_fsdp1_are_out_of_reach() -> None:
+    wrapper = nn.Module()
+    wrapper._fsdp_wrapped_module = nn.Linear(1, 1)
+    reason = out_of_reach(nn.Sequential(wrapper))
+    assert reason is not None
+    assert "FSDP2" in reason

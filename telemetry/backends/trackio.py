@@ -1,0 +1,141 @@
+"""The Trackio destination: a database on this machine, and a dashboard that needs no account and no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from telemetry.backends.base import Run
+from telemetry.backends.encoding import encode_png, encode_wav
+from telemetry.records import Alert, Audio, Cell, Clip, Histogram, Image, Record, Scalar, Table, Text
+
+DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
+TRAINER_SECTIONS = ("train/", "eval/", "test/")
+
+logger = logging.getLogger(__name__)
+
+
+class TrackioBackend:
+    """Shows records in Trackio: ``trackio show --project PROJECT`` opens them.
+
+    They are kept under ``TRACKIO_DIR``, in the project ``TRACKIO_PROJECT`` (``huggingface`` by default). A run that is
+    resumed is one of its own, in the group of the first: Trackio takes no step back.
+
+    Args:
+        trainer_logs: whether to show ``train/``, ``eval/`` and ``test/``; False where the Trainer's own callback does.
+
+    Attributes:
+        unshown_records: records that Trackio has no way to show. A warning names each of their tags once.
+    """
+
+    name = "trackio"
+
+    def __init__(self, trainer_logs: bool = True) -> None:
+        self.unshown_records = 0
+        self._trainer_logs = trainer_logs
+        self._run: Any = None
+        self._warned: set[str] = set()
+
+    def open(self, run: Run) -> None:
+        """Begin a run.
+
+        Raises:
+            ImportError: when Trackio is not installed.
+        """
+        if importlib.util.find_spec("trackio") is None:
+            raise ImportError("Trackio is not installed: pip install trackio")
+        import trackio
+
+        name = run.name or "run"
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT") or DEFAULT_PROJECT,
+            name=f"{name} from step {run.starting_step}" if run.starting_step else name,
+            group=name,
+            config=dict(run.config),
+            embed=False,
+        )
+
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        """Show the records of one step.
+
+        Raises:
+            RuntimeError: before :meth:`open`.
+        """
+        if self._run is None:
+            raise RuntimeError("write() before open()")
+        values: dict[str, Any] = {}
+        for record in records:
+            if isinstance(record, Scalar) and not self._trainer_logs and record.tag.startswith(TRAINER_SECTIONS):
+                continue
+            try:
+                if isinstance(record, Alert):
+                    self._alert(step, record)
+                else:
+                    values.update(_values(record))
+            except (TypeError, ValueError, OverflowError) as error:
+                self._unshown(record.tag, error)
+        if values:
+            self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self._run is not None:
+            self._run.finish()
+
+    def _alert(self, step: int, alert: Alert) -> None:
+        from trackio import AlertLevel
+
+        level = {"info": AlertLevel.INFO, "warning": AlertLevel.WARN, "error": AlertLevel.ERROR}[alert.level]
+        self._run.alert(title=alert.title, text=alert.text, level=level, step=step)
+
+    def _unshown(self, tag: str, error: Exception) -> None:
+        self.unshown_records += 1
+        if tag not in self._warned:
+            self._warned.add(tag)
+            logger.warning("Trackio cannot show %s: %s", tag, error)
+
+
+def _values(record: Scalar | Table | Text | Audio | Image | Histogram) -> dict[str, Any]:
+    """Tag → value. Clips of one tag are numbered from the second on: a Trackio value is one clip."""
+    import trackio
+
+    if isinstance(record, Scalar):
+        return {record.tag: record.value}
+    if isinstance(record, Table):
+        rows = [[_cell(cell) for cell in row] for row in record.rows]
+        return {record.tag: trackio.Table(columns=list(record.columns), data=rows)}
+    if isinstance(record, Audio):
+        return {
+            record.tag if number == 1 else f"{record.tag}/{number}": _sound(clip)
+            for number, clip in enumerate(record.clips, 1)
+            if clip.samples.size
+        }
+    if isinstance(record, Image):
+        return {record.tag: _picture(record)}
+    if isinstance(record, Text):
+        return {record.tag: trackio.Markdown("\n".join(f"    {line}" for line in record.text.splitlines()))}
+    return {record.tag: trackio.Histogram(np_histogram=(record.counts, record.edges))}
+
+
+def _cell(cell: Cell) -> Any:
+    """Pictures are shown in their cell; sounds have a place of their own, which the cell names."""
+    return _picture(cell) if isinstance(cell, Image) else f"see {cell.tag}" if isinstance(cell, Audio) else cell
+
+
+def _sound(clip: Clip) -> Any:
+    import trackio
+
+    wav = encode_wav(clip)
+    caption = " ".join(filter(None, (clip.caption, *wav.remarks)))
+    samples = wav.samples[:, 0] if wav.samples.shape[1] == 1 else wav.samples
+    return trackio.Audio(samples, caption, clip.sampling_rate)
+
+
+def _picture(image: Image) -> Any:
+    import trackio
+
+    encode_png(image.pixels)  # raises for what is no picture
+    return trackio.Image(image.pixels, caption=image.caption or None)

@@ -1,0 +1,222 @@
+"""Shared attention: do text, reference and target look at each other?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from telemetry.callbacks.attention_images import heads_image, mass_image
+from telemetry.callbacks.probed_layers import probed_layers
+from telemetry.callbacks.session import Session
+from telemetry.families.base import BatchView
+from telemetry.measures.attention import (
+    KINDS,
+    REFERENCE,
+    TARGET,
+    AttentionTotals,
+    QuerySample,
+    attention_rows,
+    attention_totals,
+    sample_queries,
+)
+from telemetry.measures.attention_masks import sequence_starts
+from telemetry.probes.attention import AttentionCall, AttentionProbe, UnmeasurableError
+from telemetry.probes.forward import Microbatch
+from telemetry.recorder import Emitter
+from telemetry.records import Max, Mean, Means, PresentMean, Sum
+
+DEFAULT_QUERIES = 64
+NOT_SEEN = "its attention does not go through transformers' AttentionInterface"
+
+
+class AttentionLog:
+    """Everything under ``attention/``, from a sample of each sequence's queries. Part of a callback.
+
+    Args:
+        layers: indices of the layers to look into; by default the first, the middle and the last.
+        queries: how many positions of each sequence are looked at, shared out evenly to text, reference and target.
+
+    Raises:
+        ValueError: for a layer below 0, or fewer than one query.
+    """
+
+    def __init__(self, layers: Sequence[int] | None = None, queries: int = DEFAULT_QUERIES) -> None:
+        if any(index < 0 for index in layers or ()):
+            raise ValueError(f"layers are counted from 0, got {list(layers or ())}")
+        if queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
+        self._layers = layers
+        self._queries = queries
+        self._session: Session | None = None
+        self._probe: AttentionProbe | None = None
+        self._generator: torch.Generator | None = None
+        self._batch: AttendedBatch | None = None
+        self._expected: set[int] = set()
+        self._failed: set[int] = set()
+        self._totals: dict[int, AttentionTotals] = {}
+
+    def begin(self, session: Session) -> None:
+        """A due step begins: watch the layers."""
+        self.release()
+        self._session = session
+        self._totals.clear()
+        self._failed.clear()
+        self._generator = None
+        layers = probed_layers(session, self._layers, "attention")
+        self._expected = {layer.index for layer in layers}
+        if layers:
+            self._probe = AttentionProbe(session.model, layers, self._observe)
+            self._probe.attach()
+
+    def observe_inputs(self, microbatch: Microbatch) -> None:
+        """The model is about to run: choose the queries to look at."""
+        self._batch = None
+        if self._session is None or self._probe is None or microbatch.view is None:
+            return
+        if self._generator is None or self._generator.device != microbatch.view.real.device:
+            # One of its own, on the device: numbers drawn on the host would have to be waited for.
+            self._generator = torch.Generator(microbatch.view.real.device).manual_seed(self._session.step)
+        kinds = _kinds(microbatch.view, _hears(self._session))
+        sample = sample_queries(kinds, self._queries, self._generator)
+        self._batch = AttendedBatch(sample, kinds, _starts(microbatch, microbatch.view.real).gather(1, sample.rows))
+
+    def release(self) -> None:
+        """Stop watching."""
+        if self._probe is not None:
+            self._probe.detach()
+        self._probe = None
+        self._batch = None
+
+    def finish(self) -> None:
+        """The due step has ended: hand over what was measured."""
+        session, totals = self._session, dict(self._totals)
+        self._session = None
+        self._totals.clear()
+        if session is None:
+            return
+        for layer in self._expected - totals.keys() - self._failed:
+            session.recorder.absent(f"attention/layer_{layer}", NOT_SEEN)
+        if totals:
+            packed = {str(layer): totals[layer].packed() for layer in sorted(totals)}
+            kinds = KINDS if _hears(session) else KINDS[:1]
+
+            def add_metrics(host: Mapping[str, Tensor], emit: Emitter) -> None:
+                _add_metrics(host, emit, kinds)
+
+            def show_images(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+                _show_images(sorted(totals), emit)
+
+            session.recorder.defer(packed, add_metrics)
+            session.recorder.show({}, show_images)
+
+    def _observe(self, call: AttentionCall) -> None:
+        if self._session is not None and self._batch is not None:
+            self._session.measure(self, self._measure, self._session, self._batch, call)
+
+    def _measure(self, session: Session, batch: AttendedBatch, call: AttentionCall) -> None:
+        try:
+            totals = batch.totals(call)
+        except UnmeasurableError as reason:
+            self._failed.add(call.layer)
+            session.recorder.absent(f"attention/layer_{call.layer}", str(reason))
+            return
+        held = self._totals.get(call.layer)
+        self._totals[call.layer] = totals if held is None else held.merge(totals)
+
+
+class AttendedBatch:
+    """What is looked at in one microbatch.
+
+    Args:
+        sample: the queries.
+        kinds: bool ``[batch, sequence, kinds]``, what is at each position.
+        starts: int64 ``[batch, rows]``, where the sequence of each query begins.
+    """
+
+    def __init__(self, sample: QuerySample, kinds: Tensor, starts: Tensor) -> None:
+        self._sample = sample
+        self._kinds = kinds
+        self._starts = starts
+
+    def totals(self, call: AttentionCall) -> AttentionTotals:
+        """Sums over the sampled queries of one layer.
+
+        Raises:
+            UnmeasurableError: when its attention cannot be worked out again exactly.
+        """
+        if call.query.shape[2] != self._kinds.shape[1] or call.query.shape[0] != self._kinds.shape[0]:
+            raise UnmeasurableError("its queries are not the positions of the batch")
+        rows = self._sample.rows
+        values = attention_rows(
+            call.query, call.key, rows, call.row_mask(rows), self._kinds, self._starts, call.scaling, call.softcap
+        )
+        return attention_totals(values, self._sample, self._kinds)
+
+
+def _hears(session: Session) -> bool:
+    return session.family is not None and any(head.modality == "audio" for head in session.family.heads())
+
+
+def _kinds(view: BatchView, hears: bool) -> Tensor:
+    """bool ``[batch, sequence, kinds]``: what is at each position. A model without audio knows text alone."""
+    if not hears:
+        return view.text.unsqueeze(-1)
+    none = torch.zeros_like(view.text)
+    audio = (none, none) if view.audio is None else (view.audio.reference, view.audio.target)
+    return torch.stack((view.text, *audio), dim=-1)
+
+
+def _starts(microbatch: Microbatch, real: Tensor) -> Tensor:
+    """int64 ``[batch, sequence]``: the first position of each position's own sequence."""
+    positions = microbatch.inputs.get("position_ids")
+    known = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == real.shape[1]
+    return sequence_starts(real, positions if known else None)
+
+
+def _add_metrics(host: Mapping[str, Tensor], emit: Emitter, kinds: Sequence[str]) -> None:
+    for layer, vector in host.items():
+        totals = AttentionTotals.unpacked(vector)
+        prefix = f"attention/layer_{layer}"
+        queries = float(totals.queries.sum())
+        for (q, query), (k, key) in itertools.product(enumerate(kinds), repeat=2):
+            value = PresentMean(totals.mass[q, k], totals.queries[q], totals.keys[k])
+            emit.metric(f"{prefix}/{query}_to_{key}", value)
+        emit.metric(f"{prefix}/entropy", Mean(totals.entropy, queries))
+        emit.metric(f"{prefix}/entropy_fraction", Mean(*totals.fraction))
+        emit.metric(f"{prefix}/sink", Mean(totals.sink, queries))
+        emit.metric(f"{prefix}/max_logit", Max(totals.max_logit))
+        if queries:
+            emit.metric(f"{prefix}/nonfinite", Sum(totals.nonfinite))
+        if totals.keys[REFERENCE]:
+            emit.metric(f"{prefix}/heads", Means(totals.heads, totals.queries[TARGET]))
+
+
+def _show_images(layers: Sequence[int], emit: Emitter) -> None:
+    """Draw all ranks' attention; of what no rank has, nothing."""
+    masses = {layer: _mass(layer, emit) for layer in layers}
+    if any(np.isfinite(mass).sum() > 1 for mass in masses.values()):
+        emit.record(mass_image(masses))
+    else:
+        emit.absent("attention/mass", "the step has positions of one kind only")
+    heads = {layer: means for layer in layers if (means := _heads(layer, emit)) is not None}
+    if heads:
+        emit.record(heads_image(heads))
+    else:
+        emit.absent("attention/heads", "no reference or no target audio in the step")
+
+
+def _mass(layer: int, emit: Emitter) -> np.ndarray:
+    """``[kinds, kinds]``, NaN where there is none."""
+    tags = (f"attention/layer_{layer}/{query}_to_{key}" for query, key in itertools.product(KINDS, repeat=2))
+    metrics = [emit.merged(tag) for tag in tags]
+    values = [None if metric is None else metric.result() for metric in metrics]
+    return np.array([np.nan if value is None else value for value in values]).reshape(len(KINDS), -1)
+
+
+def _heads(layer: int, emit: Emitter) -> np.ndarray | None:
+    metric = emit.merged(f"attention/layer_{layer}/heads")
+    return metric.results() if isinstance(metric, Means) else None

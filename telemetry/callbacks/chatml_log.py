@@ -1,0 +1,135 @@
+"""ChatML verification: is every sample a well-formed voice-cloning prompt?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from telemetry.callbacks.session import Session
+from telemetry.families.base import AudioView, BatchView
+from telemetry.families.chat import ChatFormat, Violation
+from telemetry.families.voice_prompt import CHECKS, Stream, VoicePrompt, clips_of, violations
+from telemetry.probes.forward import Microbatch
+from telemetry.recorder import Emitter
+from telemetry.records import Cell, Mean, Sum, Table
+
+SHOWN_ROWS = 50
+COLUMNS = ("sample", "speaker", "compliant", "violations")
+COMPLIANCE = "zero_shot/chatml/compliance"
+UNCHECKED = {
+    "target_text": "no sample's metadata has a target transcript",
+    "language": "no sample's metadata names its language",
+    "delay_pattern": "placeholders and codes do not belong together",
+}
+
+
+class ChatMLLog:
+    """Compliance of every sample of a step, violations by kind, and a table of them. Part of a callback."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._rows: list[tuple[Cell, ...]] = []
+        self._languages_named = False
+
+    def begin(self, session: Session) -> None:
+        """A due step begins."""
+        self._session = session
+        self._rows = []
+
+    def observe_inputs(self, microbatch: Microbatch) -> None:
+        """Have one microbatch checked in the background."""
+        if self._session is None:
+            return
+        view, chat = microbatch.view, ChatFormat.of(self._session.tokenizer)
+        if view is None or view.audio is None:
+            self._session.recorder.absent(COMPLIANCE, "the batch has no audio")
+        elif chat is None:
+            self._session.recorder.absent(COMPLIANCE, "the tokenizer has no ChatML header tokens")
+        else:
+            self._check(self._session, microbatch, view, view.audio, chat)
+
+    def finish(self) -> None:
+        """Show what the checks of all microbatches found, the violations first."""
+        rows, self._rows = self._rows, []
+
+        def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+            if rows:
+                shown = sorted(rows, key=lambda row: row[2] == "yes")[:SHOWN_ROWS]
+                emit.record(Table("zero_shot/chatml", COLUMNS, tuple(shown)))
+
+        if self._session is not None:
+            self._session.recorder.show({}, build)
+
+    def _check(
+        self, session: Session, microbatch: Microbatch, view: BatchView, audio: AudioView, chat: ChatFormat
+    ) -> None:
+        size = view.input_ids.shape[0]
+        names = [microbatch.sample_id(row) for row in range(size)]
+        metadata = [microbatch.metadata[row] if row < len(microbatch.metadata) else {} for row in range(size)]
+        rows, tokenizer = self._rows, session.tokenizer
+        stream = Stream(audio.bos_id, audio.eos_id, audio.delayed)
+
+        def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
+            self._languages_named |= any(sample.get("language") for sample in metadata)
+            found = [
+                self._violations(_prompt(host, row, sample, chat, tokenizer, stream))
+                for row, sample in enumerate(metadata)
+            ]
+            compliant = [not any(by_kind.values()) for by_kind in found]
+            emit.metric(COMPLIANCE, Mean(sum(compliant), len(compliant)))
+            _count(found, emit)
+            for name, sample, kept, by_kind in zip(names, metadata, compliant, found, strict=True):
+                listed = "; ".join(str(violation) for of_kind in by_kind.values() for violation in of_kind or ())
+                rows.append((name, sample.get("speaker"), "yes" if kept else "no", listed))
+
+        session.recorder.defer(_tensors(view, audio), build)
+
+    def _violations(self, prompt: VoicePrompt) -> dict[str, list[Violation] | None]:
+        found = violations(prompt)
+        # Language is an optional field: it is missing where other samples of the data have it.
+        return found if self._languages_named else {**found, "language": None}
+
+
+def _count(found: Sequence[Mapping[str, list[Violation] | None]], emit: Emitter) -> None:
+    """How many samples break each rule, for the rules that could be checked."""
+    for kind in CHECKS:
+        checked = [of_kind for by_kind in found if (of_kind := by_kind[kind]) is not None]
+        tag = f"zero_shot/chatml/violations/{kind}"
+        if checked:
+            emit.metric(tag, Sum(sum(map(bool, checked))))
+        else:
+            emit.absent(tag, UNCHECKED[kind])
+
+
+def _tensors(view: BatchView, audio: AudioView) -> dict[str, Tensor]:
+    # Codes fit in 32 bits: half of what has to come to the host.
+    codes = audio.codes.to(torch.int32)
+    return {
+        "ids": view.input_ids,
+        "real": view.real,
+        "reference": audio.reference,
+        "target": audio.target,
+        "starts": audio.starts,
+        "codes": codes if audio.embedded is None else codes.masked_fill(audio.embedded[..., None], -1),
+        "frames": audio.frames,
+        "placeholders": audio.placeholders,
+    }
+
+
+def _prompt(
+    host: Mapping[str, Tensor], row: int, metadata: Mapping[str, Any], chat: ChatFormat, tokenizer: Any, stream: Stream
+) -> VoicePrompt:
+    real = host["real"][row].numpy()
+
+    def own(name: str) -> np.ndarray:
+        values: np.ndarray = host[name][row].numpy()
+        return values[real]
+
+    target = own("target")
+    clips = clips_of(own("starts"), own("reference") | target, target, own("codes"))
+    frames, placeholders = int(host["frames"][row]), int(host["placeholders"][row])
+    return VoicePrompt(own("ids").tolist(), clips, frames, placeholders, metadata, chat, tokenizer, stream)

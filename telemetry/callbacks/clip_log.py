@@ -1,0 +1,330 @@
+"""Verification that you can hear: the model speaks freely at every evaluation, and what it says is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from telemetry.callbacks.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
+from telemetry.callbacks.clip_records import MeasuredClip, metrics, save, shown
+from telemetry.callbacks.session import Session
+from telemetry.families import find_speech_family
+from telemetry.families.speech import Prompt, Speech, SpeechFamily
+from telemetry.probes.company import can_keep_company, in_company
+from telemetry.probes.quiet import set_aside
+from telemetry.recorder import Emitter
+from telemetry.records import Clip
+from telemetry.speech.base import SpeakerEncoder, Transcriber
+from telemetry.speech.loading import load_speaker_encoder, load_transcriber
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CLIPS = 4
+MAX_NEW_TOKENS = 1500
+MAX_SECONDS = 120.0
+LENGTH_RATIO = 2.0
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One of the fixed samples: its prompt, and what the data set says of it."""
+
+    prompt: Prompt
+    metadata: Mapping[str, Any]
+    sample_id: str
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """What the model has made of a sample."""
+
+    sample: _Sample
+    speech: Speech
+    teacher_forced: Tensor
+
+
+class ClipLog:
+    """Lets the model speak the first samples of this rank's evaluation data. Part of a callback.
+
+    The same samples at every evaluation, and before the first step: prompted with everything up to the target audio,
+    with the model's own generation settings and a fixed seed. Beside it the reference, the target, and what the model
+    says with the target's past given (teacher-forced). All on the training thread, between steps, leaving no trace.
+
+    Args:
+        clips: samples a rank; 0 turns it off.
+        speaker_encoder: an object, or directory or hub id of an x-vector model; None leaves ``speaker_similarity`` out.
+        transcriber: an object, or directory or hub id of a speech recognition model; None leaves ``wer``, ``cer`` and
+            ``reference_leak`` out.
+        max_new_tokens: frames of codes of one clip at most; a clip may also be no more than twice as long as its
+            target.
+        max_seconds: wall time that the clips of one evaluation may take, at most half of it for generating. A clip for
+            which no time is left is left out.
+
+    Raises:
+        ValueError: when a number is out of range, or an encoder or transcriber cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        clips: int = DEFAULT_CLIPS,
+        speaker_encoder: SpeakerEncoder | str | None = None,
+        transcriber: Transcriber | str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:
+        if clips < 0 or max_new_tokens < 1 or not max_seconds > 0:
+            raise ValueError(
+                f"clips must be at least 0, max_new_tokens at least 1 and max_seconds above 0, got {clips}, "
+                f"{max_new_tokens} and {max_seconds}"
+            )
+        self._clips = clips
+        self._encoder = load_speaker_encoder(speaker_encoder) if isinstance(speaker_encoder, str) else speaker_encoder
+        self._transcriber = load_transcriber(transcriber) if isinstance(transcriber, str) else transcriber
+        self._max_new_tokens = max_new_tokens
+        self._max_seconds = max_seconds
+        self._forget()
+
+    def observe_evaluation(self, session: Session, batches: Iterable[Mapping[str, Any]]) -> None:
+        """An evaluation has ended, or training is about to begin: let the model speak and record what it says."""
+        if not self._clips or not self._first_at_this_step(session):
+            return
+        speech = find_speech_family(session.model)
+        codec = getattr(session.processing_class, "audio_tokenizer", None)
+        with contextlib.ExitStack() as aside:
+            for module in (session.model, codec):
+                if isinstance(module, nn.Module):
+                    aside.enter_context(set_aside(module))
+            if speech is None or codec is None:
+                missing = "telemetry knows no way to make this model speak" if speech is None else "there is no codec"
+                session.recorder.absent("zero_shot/clips", f"{missing} (the processor's audio_tokenizer)")
+                return
+            _Evaluation(session, speech, codec, self).run(self._fixed_samples(session, speech, batches))
+
+    @property
+    def clips(self) -> int:
+        """Samples a rank."""
+        return self._clips
+
+    @property
+    def max_seconds(self) -> float:
+        """Wall time of one evaluation's clips."""
+        return self._max_seconds
+
+    def token_limit(self, speech: SpeechFamily, prompt: Prompt) -> int:
+        """How many tokens a clip may have."""
+        return min(self._max_new_tokens, speech.frames_for(prompt, LENGTH_RATIO))
+
+    def listener(self, session: Session) -> Listener:
+        """What measures, and says once what it cannot."""
+        if self._encoder is None:
+            for name in NEEDS_ENCODER:
+                session.recorder.absent(f"zero_shot/{name}", "no speaker encoder was given")
+        if self._transcriber is None:
+            for name in NEEDS_TRANSCRIBER:
+                session.recorder.absent(f"zero_shot/{name}", "no transcriber was given")
+        return Listener(
+            self._encoder,
+            self._transcriber,
+            lambda name, reason: session.recorder.say_once(f"clip:{name}", "zero_shot/%s of a clip: %s", name, reason),
+        )
+
+    def _forget(self) -> None:
+        self._session: weakref.ref[Session] | None = None
+        self._samples: list[_Sample] | None = None
+        self._last_step = -1
+        self.failed: set[str] = set()
+
+    def _first_at_this_step(self, session: Session) -> bool:
+        """Once a step, whatever the number of evaluation sets; a new training begins anew."""
+        if self._session is None or self._session() is not session:
+            self._forget()
+            self._session = weakref.ref(session)
+        first, self._last_step = session.global_step != self._last_step, session.global_step
+        return first
+
+    def _fixed_samples(
+        self, session: Session, speech: SpeechFamily, batches: Iterable[Mapping[str, Any]]
+    ) -> list[_Sample]:
+        """Never raises: a rank without samples keeps the others company."""
+        try:
+            if self._samples is None:
+                self._samples = list(_cut(speech, batches, self._clips))
+            if not self._samples:
+                session.recorder.absent("zero_shot/clips", "no evaluation sample has target audio")
+        except Exception:
+            logger.exception("evaluation samples could not be read; training goes on without clips")
+        return self._samples or []
+
+
+class _Evaluation:
+    """The clips of one evaluation."""
+
+    def __init__(self, session: Session, speech: SpeechFamily, codec: Any, log: ClipLog) -> None:
+        self._session = session
+        self._speech = speech
+        self._codec = codec
+        self._log = log
+        self._began = time.monotonic()
+
+    def run(self, samples: Sequence[_Sample]) -> None:
+        """Generate, listen, record."""
+        clips = list(self._heard(self._spoken(samples)))
+        for tag, value in metrics(clips):
+            self._session.recorder.metric(tag, value)
+        if clips:
+            self._show(clips)
+
+    def _spoken(self, samples: Sequence[_Sample]) -> list[_Spoken]:
+        with self._in_step() as ready:
+            if not ready:
+                return []
+            with _autocast(self._session):
+                return list(self._generated(samples))
+
+    @contextlib.contextmanager
+    def _in_step(self) -> Iterator[bool]:
+        """Whether the model may be run; where ranks wait for each other's forward passes, with all of them."""
+        model, speech, lockstep = self._session.model, self._speech, self._session.lockstep
+        if not lockstep.needed:
+            yield True
+            return
+        able = speech.model is model and can_keep_company(model, speech.runs_always())
+        if not lockstep.agree(able, what="clips"):
+            self._session.recorder.absent("zero_shot/clips", "ranks cannot generate side by side with this sharding")
+            yield False
+            return
+
+        def idle() -> None:
+            with _autocast(self._session):
+                speech.idle()
+
+        with in_company(model, lockstep, idle):
+            yield True
+
+    def _generated(self, samples: Sequence[_Sample]) -> Iterator[_Spoken]:
+        until = self._began + self._log.max_seconds / 2
+        for index, sample in enumerate(self._progress(samples, "generating clips")):
+            left = until - time.monotonic()
+            if left <= 0:
+                self._out_of_time(sample.sample_id)
+                continue
+            with self._isolated(sample.sample_id, "generated"):
+                limit = self._log.token_limit(self._speech, sample.prompt)
+                speech = self._speech.generate(sample.prompt, limit, left / (len(samples) - index), _SEED)
+                yield _Spoken(sample, speech, self._speech.teacher_forced(sample.prompt))
+
+    def _heard(self, spoken: Sequence[_Spoken]) -> Iterator[MeasuredClip]:
+        listener = self._log.listener(self._session)
+        clips = []
+        for one in spoken:
+            with self._isolated(one.sample.sample_id, "decoded"):
+                clips.append(self._decoded(one))
+        for index, clip in enumerate(self._progress(clips, "listening to clips")):
+            if time.monotonic() > self._began + self._log.max_seconds:
+                self._out_of_time(clip.sample_id)
+                continue
+            with self._isolated(clip.sample_id, "measured"):
+                other = clips[(index + 1) % len(clips)].target if len(clips) > 1 else None
+                said = listener.transcript(clip)
+                yield MeasuredClip(clip, said, dict(listener.measure(clip, said, other)))
+
+    def _decoded(self, spoken: _Spoken) -> HeardClip:
+        prompt, known = spoken.sample.prompt, spoken.sample.metadata
+        return HeardClip(
+            sample_id=spoken.sample.sample_id,
+            speaker=str(known.get("speaker") or ""),
+            language=str(known.get("language") or ""),
+            target_text=str(known.get("target_transcript") or ""),
+            reference_text=str(known.get("ref_transcript") or ""),
+            prompt=prompt,
+            speech=spoken.speech,
+            reference=self._own(known, "reference", prompt.reference),
+            target=self._own(known, "target", prompt.target),
+            generated=self._decode(spoken.speech.codes),
+            teacher_forced=self._decode(spoken.teacher_forced),
+        )
+
+    def _own(self, known: Mapping[str, Any], kind: str, codes: Tensor | None) -> Clip:
+        """The data set's clip; its codes decoded where there is no waveform."""
+        waveforms = known.get(kind) or ()
+        if waveforms:
+            samples = np.asarray(waveforms[0].samples, dtype=np.float32)
+            return Clip(samples, int(waveforms[0].sampling_rate))
+        return self._decode(torch.empty(0, 0, dtype=torch.long) if codes is None else codes)
+
+    def _decode(self, codes: Tensor) -> Clip:
+        rate = int(self._codec.config.sample_rate)
+        if not codes.numel():
+            return Clip(np.zeros(0, dtype=np.float32), rate)
+        values = self._codec.decode(codes[None].to(self._codec.device)).audio_values
+        return Clip(values.float().cpu().numpy().reshape(-1), rate)
+
+    def _show(self, clips: Sequence[MeasuredClip]) -> None:
+        session = self._session
+        directory = Path(session.arguments.output_dir or ".") / "clips"
+        step, rank, heard = session.global_step, session.arguments.process_index, session.sound.enabled
+
+        def keep(_host: Mapping[str, Tensor], _emit: Emitter) -> None:
+            save([measured.clip for measured in clips], directory, step, rank)
+
+        def show(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+            for record in shown(clips, with_media=heard):
+                emit.record(record)
+
+        if heard:
+            session.recorder.defer({}, keep)
+        if session.is_main:
+            session.recorder.show({}, show)
+
+    def _progress(self, items: Sequence[Any], doing: str) -> Iterable[Any]:
+        shown = self._session.is_main and not self._session.arguments.disable_tqdm
+        return tqdm(items, desc=doing, unit="clip", leave=False, disable=not shown)
+
+    @contextlib.contextmanager
+    def _isolated(self, sample_id: str, verb: str) -> Iterator[None]:
+        """A clip that fails is left out, and said once with its traceback."""
+        try:
+            yield
+        except Exception:
+            if verb not in self._log.failed:
+                self._log.failed.add(verb)
+                logger.exception("clip %s could not be %s and is left out; training goes on", sample_id, verb)
+
+    def _out_of_time(self, sample_id: str) -> None:
+        self._session.recorder.say_once(
+            "clip:time",
+            "no time is left for clip %s: an evaluation's may take %.0f s",
+            sample_id,
+            self._log.max_seconds,
+        )
+
+
+def _cut(speech: SpeechFamily, batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[_Sample]:
+    rows = ((batch, row) for batch in batches for row in range(len(batch.get("input_ids", ()))))
+    for index, (batch, row) in enumerate(islice(rows, count)):
+        prompt, metadata = speech.prompt(batch, row), batch.get("metadata") or ()
+        known = metadata[row] if row < len(metadata) else {}
+        if prompt is not None:
+            yield _Sample(prompt, known, str(known.get("sample_id") or f"sample {index}"))
+
+
+def _autocast(session: Session) -> contextlib.AbstractContextManager[None]:
+    """The precision of training: a part of a wrapped model does not come by it through the Trainer."""
+    arguments = session.arguments
+    if not (arguments.bf16 or arguments.fp16):
+        return contextlib.nullcontext()
+    device = next(session.model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16 if arguments.bf16 else torch.float16)

@@ -1,0 +1,122 @@
+"""What is shown and kept of the clips of one evaluation: table, sounds, spectrograms, metrics, WAV files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from telemetry.callbacks.clip_images import spectrogram_image
+from telemetry.callbacks.clip_numbers import NUMBERS, HeardClip
+from telemetry.records import Audio, Cell, Clip, Image, Mean, Record, Table
+
+COLUMNS = (
+    "sample", "speaker", "language", "target text", "transcript", "reference", "target", "generated", "teacher-forced",
+    "spectrogram", "ended by", *NUMBERS,
+)  # fmt: skip
+KINDS = ("reference", "target", "generated", "teacher_forced")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+_NAME_LENGTH = 60
+
+
+@dataclass(frozen=True)
+class MeasuredClip:
+    """A clip, its transcript (None where nothing transcribes) and its numbers by name."""
+
+    clip: HeardClip
+    said: str | None
+    numbers: Mapping[str, Mean]
+
+
+def metrics(clips: Sequence[MeasuredClip]) -> Iterator[tuple[str, Mean]]:
+    """Tag and value of every number of every clip, over all and by language. Values of one tag are to be merged."""
+    for measured in clips:
+        language = measured.clip.language
+        for name, value in measured.numbers.items():
+            yield f"zero_shot/{name}", value
+            if _LANGUAGE.fullmatch(language):  # anything else is free text and no part of a tag
+                yield f"zero_shot/language_{language.lower()}/{name}", value
+
+
+def shown(clips: Sequence[MeasuredClip], with_media: bool = True) -> Iterator[Record]:
+    """The tables, and the sounds and pictures that stand in them; ``with_media`` says whether there are any."""
+    rows = []
+    for index, measured in enumerate(clips):
+        media = _media(index, measured.clip) if with_media else ()
+        yield from media
+        rows.append(_row(measured, media or (None,) * (len(KINDS) + 1)))
+    yield Table("zero_shot/clips", COLUMNS, tuple(rows))
+    yield Table("zero_shot/clips_by_speaker", ("speaker", "clips", *NUMBERS), tuple(_by_speaker(clips)))
+
+
+def save(clips: Sequence[HeardClip], directory: Path, step: int, rank: int) -> None:
+    """Write clips as 16-bit WAV: what the model says under ``step_<step>``, the data set's own once, beside it.
+
+    Raises:
+        OSError: when they cannot be written.
+    """
+    for index, clip in enumerate(clips):
+        name = f"rank{rank}-{index}-{_file_name(clip.sample_id)}"
+        made = directory / f"step_{step}"
+        _write(made / f"{name}-generated.wav", clip.generated)
+        _write(made / f"{name}-teacher_forced.wav", clip.teacher_forced)
+        for kind, own in (("reference", clip.reference), ("target", clip.target)):
+            path = directory / "dataset" / f"{name}-{kind}.wav"
+            if not path.exists():
+                _write(path, own)
+
+
+def _media(index: int, clip: HeardClip) -> tuple[Audio | Image, ...]:
+    place = f"zero_shot/clip_{index}"
+    # One clip under every tag, an empty one where there is none: the audio tab of TensorBoard fails on a tag whose
+    # number of clips changes.
+    sounds = tuple(Audio(f"{place}/{kind}", (_captioned(getattr(clip, kind), clip),)) for kind in KINDS)
+    compared = {kind: getattr(clip, kind) for kind in ("reference", "target", "generated")}
+    return *sounds, spectrogram_image(f"{place}/spectrogram", compared, clip.sample_id)
+
+
+def _captioned(sound: Clip, clip: HeardClip) -> Clip:
+    caption = ", ".join(filter(None, (clip.sample_id, clip.speaker, clip.language)))
+    return Clip(sound.samples, sound.sampling_rate, caption)
+
+
+def _row(measured: MeasuredClip, media: Sequence[Cell]) -> tuple[Cell, ...]:
+    clip = measured.clip
+    return (
+        clip.sample_id,
+        clip.speaker or None,
+        clip.language or None,
+        clip.target_text or None,
+        measured.said,
+        *media,
+        clip.speech.ending,
+        *_results(measured.numbers),
+    )
+
+
+def _results(numbers: Mapping[str, Mean]) -> tuple[float | None, ...]:
+    return tuple(numbers[name].result() if name in numbers else None for name in NUMBERS)
+
+
+def _by_speaker(clips: Sequence[MeasuredClip]) -> Iterator[tuple[Cell, ...]]:
+    for speaker in sorted({measured.clip.speaker for measured in clips}):
+        own = [measured for measured in clips if measured.clip.speaker == speaker]
+        merged: dict[str, Mean] = {}
+        for measured in own:
+            for name, value in measured.numbers.items():
+                merged[name] = merged[name].merge(value) if name in merged else value
+        yield speaker or "not named", len(own), *_results(merged)
+
+
+def _file_name(sample_id: str) -> str:
+    """An id as part of a file name: it comes from the data file."""
+    return re.sub(r"[^\w-]+", "_", sample_id)[:_NAME_LENGTH] or "sample"
+
+
+def _write(path: Path, clip: Clip) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.clip(clip.samples, -1, 1), clip.sampling_rate, subtype="PCM_16")

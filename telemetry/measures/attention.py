@@ -1,0 +1,246 @@
+"""Where a few sampled queries of an attention layer look: pure functions that never wait for the device.
+
+Only the sampled rows of the attention matrix are worked out, in float32, from the rotated queries and the keys
+that the kernel was given. The whole matrix is never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from telemetry.measures._support import piece_elements, sum_dtype, undisturbed
+from telemetry.measures.attention_masks import RowMask
+
+KINDS = ("text", "reference", "target")
+REFERENCE, TARGET = KINDS.index("reference"), KINDS.index("target")
+
+
+@dataclass(frozen=True)
+class QuerySample:
+    """Query positions to look at: ``rows`` of every sequence.
+
+    Attributes:
+        rows: int64 ``[batch, rows]``, positions.
+        kinds: bool ``[batch, rows, kinds]``: what is at each; all False for a row that is not used.
+    """
+
+    rows: Tensor
+    kinds: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """What each sampled query does, head by head: float32 ``[batch, heads, rows]``.
+
+    Attributes:
+        mass: ``[batch, heads, rows, kinds]``, attention on each kind of key.
+        entropy: of the row, in nats.
+        sink: attention on the first token of the query's sequence.
+        max_logit: the largest logit of a key that is seen; -inf where none is.
+        visible: int64 ``[batch, 1 or heads, rows]``, keys that are seen.
+    """
+
+    mass: Tensor
+    entropy: Tensor
+    sink: Tensor
+    max_logit: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionTotals:
+    """Sums over sampled queries, in float64 (float32 on "mps"), that combine over microbatches and ranks.
+
+    Attributes:
+        mass: ``[kinds, kinds]``, attention from each kind to each, mean over heads, summed over queries.
+        queries: ``[kinds]``, queries of each kind.
+        keys: ``[kinds]``, keys of each kind in the batch.
+        entropy: 0-d, mean over heads, summed over queries.
+        fraction: ``[2]``, entropy over the largest possible one, and how many queries have such.
+        sink: 0-d.
+        nonfinite: 0-d, rows (one for each query and head) with a value that is not finite.
+        max_logit: 0-d, a maximum and no sum; -inf without a query.
+        heads: ``[heads]``, attention from target to reference, summed over queries.
+    """
+
+    mass: Tensor
+    queries: Tensor
+    keys: Tensor
+    entropy: Tensor
+    fraction: Tensor
+    sink: Tensor
+    nonfinite: Tensor
+    max_logit: Tensor
+    heads: Tensor
+
+    def merge(self, other: AttentionTotals) -> AttentionTotals:
+        """Both as if measured together."""
+        merged = {
+            field.name: (torch.maximum if field.name == "max_logit" else torch.add)(
+                getattr(self, field.name), getattr(other, field.name)
+            )
+            for field in fields(self)
+        }
+        return AttentionTotals(**merged)
+
+    def packed(self) -> Tensor:
+        """All in one vector: one tensor to copy to the host."""
+        return torch.cat([getattr(self, field.name).reshape(-1) for field in fields(self)])
+
+    @classmethod
+    def unpacked(cls, vector: Tensor) -> AttentionTotals:
+        """What :meth:`packed` was called on."""
+        kinds = len(KINDS)
+        sizes = [kinds * kinds, kinds, kinds, 1, 2, 1, 1, 1]
+        mass, queries, keys, entropy, fraction, *rest, heads = vector.split([*sizes, len(vector) - sum(sizes)])
+        sink, nonfinite, max_logit = (part[0] for part in rest)
+        return cls(mass.view(kinds, kinds), queries, keys, entropy[0], fraction, sink, nonfinite, max_logit, heads)
+
+
+def sample_queries(kinds: Tensor, queries: int, generator: torch.Generator) -> QuerySample:
+    """A random sample of each sequence's positions, as many of each kind as of any other where it has so many.
+
+    Args:
+        kinds: bool ``[batch, sequence, kinds]``, what is at each position; padding is nothing.
+        queries: positions of a sequence, over the kinds that it is shared out to.
+        generator: on the device of ``kinds``; the only source of randomness.
+    """
+    with undisturbed(kinds.device):
+        sequence, count = kinds.shape[1:]
+        order = torch.rand(kinds.shape[:2], generator=generator, device=kinds.device)
+        rows, used = [], []
+        for kind, size in enumerate(_shares(queries, count)):
+            picked = torch.where(kinds[..., kind], order, -1.0).topk(min(size, sequence), dim=1)
+            rows.append(picked.indices)
+            used.append(_one_hot(picked.values >= 0, kind, count))
+        return QuerySample(torch.cat(rows, dim=1), torch.cat(used, dim=1))
+
+
+def _shares(queries: int, kinds: int) -> Sequence[int]:
+    return [queries // kinds + (kind < queries % kinds) for kind in range(kinds)]
+
+
+def _one_hot(used: Tensor, kind: int, kinds: int) -> Tensor:
+    columns = [used if other == kind else torch.zeros_like(used) for other in range(kinds)]
+    return torch.stack(columns, dim=-1)
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    mask: RowMask,
+    key_kinds: Tensor,
+    starts: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> AttentionRows:
+    """The sampled rows of ``softmax(softcap · tanh(query · keyᵀ · scaling / softcap) + bias)`` and what they say.
+
+    Args:
+        query: ``[batch, heads, queries, size]``, rotated.
+        key: ``[batch, key heads, keys, size]``; each serves ``heads / key heads`` consecutive query heads.
+        rows: int64 ``[batch, rows]``, query positions.
+        mask: what these rows see.
+        key_kinds: bool ``[batch, keys, kinds]``.
+        starts: int64 ``[batch, rows]``, the first key of the sequence that each row is in.
+        scaling: of the dot products.
+        softcap: bounds the logits before the bias is added; None without.
+    """
+    with undisturbed(query.device):
+        batch, heads, _, size = query.shape
+        count = rows.shape[1]
+        group = heads // key.shape[1]
+        picked = query.detach().gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
+        picked = picked.reshape(batch, key.shape[1], group * count, size)
+        parts: list[list[tuple[Tensor, ...]]] = []
+        limit = piece_elements(query.device)
+        for b, h in _pieces(batch, key.shape[1], group * count * key.shape[2], limit):
+            scores = picked[b, h].float() @ key.detach()[b, h].float().transpose(-1, -2)
+            scores = scores.view(scores.shape[0], -1, count, key.shape[2]).mul_(scaling)
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            seen = slice(h.start * group, h.stop * group) if mask.allowed.shape[1] > 1 else slice(None)
+            piece = _row_values(scores, _piece_of(mask, b, seen), key_kinds[b], starts[b])
+            if h.start == 0:
+                parts.append([])
+            parts[-1].append(piece)
+        joined = [tuple(torch.cat(pieces, dim=1) for pieces in zip(*part, strict=True)) for part in parts]
+        mass, entropy, sink, largest = (torch.cat(pieces) for pieces in zip(*joined, strict=True))
+        return AttentionRows(mass, entropy, sink, largest, mask.allowed.sum(dim=-1))
+
+
+def _pieces(batch: int, heads: int, elements: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of samples and of heads, each with at most ``limit`` elements where one head of one sample has fewer."""
+    samples = max(1, limit // (heads * elements))
+    together = heads if heads * elements <= limit else max(1, limit // elements)
+    for first in range(0, batch, samples):
+        for head in range(0, heads, together):
+            yield slice(first, min(first + samples, batch)), slice(head, min(head + together, heads))
+
+
+def _piece_of(mask: RowMask, samples: slice, heads: slice) -> RowMask:
+    bias = None if mask.bias is None else mask.bias[samples, heads]
+    return RowMask(mask.allowed[samples, heads], bias)
+
+
+def _row_values(logits: Tensor, mask: RowMask, key_kinds: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+    """Mass, entropy, sink and largest logit of rows ``[batch, heads, rows, keys]``, which are used up."""
+    if mask.bias is not None:
+        logits = logits.add_(mask.bias)
+    logits = logits.masked_fill_(~mask.allowed, -torch.inf)
+    largest = logits.amax(dim=-1)
+    normalizer = logits.logsumexp(dim=-1, keepdim=True)
+    logarithms = logits.sub_(normalizer)
+    weights = logarithms.exp()
+    mass = weights @ key_kinds[:, None].to(weights.dtype)
+    sink = weights.gather(-1, starts[:, None, :, None].expand(-1, weights.shape[1], -1, 1)).squeeze(-1)
+    # 0 · log 0 is 0, and log 0 is -inf where a key is hidden.
+    entropy = -(weights.mul_(logarithms.masked_fill_(~mask.allowed, 0.0))).sum(dim=-1)
+    return mass, entropy, sink, largest
+
+
+def attention_totals(values: AttentionRows, sample: QuerySample, key_kinds: Tensor) -> AttentionTotals:
+    """Sums over the sampled queries. A row that sees no key at all does not count.
+
+    Args:
+        values: of the sampled rows.
+        sample: where they are.
+        key_kinds: bool ``[batch, keys, kinds]``.
+    """
+    device = values.mass.device
+    with undisturbed(device):
+        dtype = sum_dtype(device)
+        kinds = sample.kinds & (values.visible > 0).all(dim=1)[..., None]
+        used = kinds.any(dim=-1)
+
+        def total(per_head: Tensor, rows: Tensor) -> Tensor:
+            return torch.where(rows, per_head.to(dtype).mean(dim=1), 0.0).sum()
+
+        mass = values.mass.to(dtype).mean(dim=1)[:, :, None, :]
+        finite = torch.isfinite(values.entropy) & torch.isfinite(values.max_logit)
+        largest_entropy = values.visible.to(dtype).log()
+        spread = used & (values.visible > 1).all(dim=1)
+        target = kinds[:, None, :, TARGET] if kinds.shape[-1] > TARGET else torch.zeros_like(used)[:, None]
+        reference = values.mass[..., REFERENCE] if kinds.shape[-1] > TARGET else torch.zeros_like(values.entropy)
+        return AttentionTotals(
+            mass=_widened(torch.where(kinds[..., None], mass, 0.0).sum(dim=(0, 1))),
+            queries=_widened(kinds.sum(dim=(0, 1)).to(dtype)),
+            keys=_widened(key_kinds.sum(dim=(0, 1)).to(dtype)),
+            entropy=total(values.entropy, used),
+            fraction=torch.stack([total(values.entropy / largest_entropy, spread), spread.sum().to(dtype)]),
+            sink=total(values.sink, used),
+            nonfinite=(~finite & used[:, None]).sum().to(dtype),
+            max_logit=torch.where(used[:, None], values.max_logit, -torch.inf).amax().to(dtype),
+            heads=torch.where(target, reference, 0.0).to(dtype).sum(dim=(0, 2)),
+        )
+
+
+def _widened(totals: Tensor) -> Tensor:
+    """Zeros behind the kinds that a text model does not have, in every dimension."""
+    missing = len(KINDS) - totals.shape[-1]
+    return torch.nn.functional.pad(totals, (0, missing) * totals.dim())

@@ -1,0 +1,128 @@
+"""Lets ranks agree to run the model aside together, where one rank's forward pass needs every other's."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from itertools import count
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from telemetry.reduction import all_here
+
+logger = logging.getLogger(__name__)
+
+AGREE_SECONDS = 60.0
+_POLL_SECONDS = 0.002
+
+_sessions = count()
+
+
+def forwards_are_collective(model: nn.Module) -> bool:
+    """Whether a forward pass waits for other ranks: parameters sharded by FSDP2, FSDP, tensor parallelism or ZeRO-3."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    # DeepSpeed ZeRO-3 gives every parameter that it has taken apart an id.
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+class Lockstep:
+    """A vote of all ranks, in the store that formed the default process group.
+
+    Not a collective: of one that times out some ranks may have seen the result and others not, and a forward pass that
+    only some begin hangs them. In the store the first to decide decides for all.
+    """
+
+    def __init__(self, store: Any, world_size: int, key: str = "", together: bool = True) -> None:
+        self._store = store
+        self._world_size = world_size
+        self._key = key
+        self._rounds: Counter[str] = Counter()
+        self._together = together
+
+    @classmethod
+    def join(cls, model: nn.Module) -> Lockstep:
+        """The vote of all ranks. Call it on the training thread of every rank, as often on each.
+
+        Where each rank runs ``model`` by itself, its own word is enough. Where not, and not every rank runs telemetry
+        (which takes up to 20 s to know), nothing will ever be agreed on.
+        """
+        if not forwards_are_collective(model):
+            return cls(None, 1)
+        world_size = dist.get_world_size()
+        store = dist.distributed_c10d._get_default_store()
+        return cls(store, world_size, f"strategic_telemetry/lockstep/{next(_sessions)}", all_here(world_size))
+
+    @property
+    def needed(self) -> bool:
+        """Whether a forward pass of the model needs every rank."""
+        return self._world_size > 1
+
+    @property
+    def together(self) -> bool:
+        """Whether ranks can still agree on anything: False once one of them has not come in time."""
+        return self._together
+
+    def agree(self, able: bool, what: str = "forward") -> bool:
+        """Whether every rank is able, which all ranks are told alike. Waits for the slowest, at most 60 s.
+
+        A rank that does not come makes it False, now and from then on, which is said once. Call it on the training
+        thread of every rank; ranks that ask about different things do not meet.
+
+        Args:
+            able: whether this rank is.
+            what: what is about to be run.
+        """
+        if self._world_size == 1:
+            return able
+        if not self._together:
+            return False
+        try:
+            return self._vote(able, what)
+        except RuntimeError as error:  # the store is gone
+            self._give_up(what, str(error))
+            return False
+
+    def _vote(self, able: bool, what: str) -> bool:
+        number = self._rounds[what]
+        self._rounds[what] += 1
+        key = f"{self._key}/{what}/{number}"
+        self._store.add(f"{key}/able", int(able))
+        if self._store.add(f"{key}/arrived", 1) == self._world_size:
+            everyone = self._store.add(f"{key}/able", 0) == self._world_size
+            self._decide(key, "yes" if everyone else "no")  # unless a rank has given up before
+            self._forget(f"{self._key}/{what}/{number - 1}")
+        verdict = self._decision(key)
+        if verdict == "late":
+            self._give_up(what, f"a rank did not come within {AGREE_SECONDS:.0f} s")
+        return verdict == "yes"
+
+    def _decision(self, key: str) -> str:
+        """The verdict, once there is one; "late" is one, after the time is up."""
+        deadline = time.monotonic() + AGREE_SECONDS
+        while not self._store.check([f"{key}/verdict"]):
+            if time.monotonic() >= deadline:
+                return self._decide(key, "late")
+            # Not the store's own wait, which would keep every other thread from the store.
+            time.sleep(_POLL_SECONDS)
+        return str(self._store.get(f"{key}/verdict").decode())
+
+    def _decide(self, key: str, verdict: str) -> str:
+        return str(self._store.compare_set(f"{key}/verdict", "", verdict).decode())
+
+    def _forget(self, key: str) -> None:
+        """All ranks have come past that round: nobody reads it any more."""
+        for name in ("able", "arrived", "verdict"):
+            self._store.delete_key(f"{key}/{name}")
+
+    def _give_up(self, what: str, reason: str) -> None:
+        pass
+        logger.warning("ranks cannot run the model together for %s (%s): not tried again", what, reason)

@@ -1,0 +1,50 @@
+"""The training script where W&B's server cannot be reached: it starts at once, ends well, and keeps the run on disk."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from wandb_server import client_environment
+
+import trainer.train_v2_ddp
+from trainer.demo.prepare import Demonstration
+
+START_SECONDS = 5.0
+STEPS = 3
+
+
+@pytest.fixture
+def dead_address() -> str:
+    """An address where nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_the_script_trains_as_if_the_server_were_there(
+    tiny_model_path: Path, demo: Demonstration, dead_address: str, tmp_path: Path
+) -> None:
+    command = [
+        *(sys.executable, str(trainer.train_v2_ddp.__file__), "--model_path", str(tiny_model_path)),
+        *("--train_data_file", str(demo.train_file), "--output_dir", str(tmp_path / "output")),
+        *("--logging_dir", str(tmp_path / "logs"), "--max_steps", str(STEPS), "--report_to", "tensorboard", "wandb"),
+        *("--enable_strategic_logging", "--strategic_logging_components", "inputs"),
+        *("--strategic_logging_steps", "1"),
+    ]
+    environment = {**os.environ, **client_environment(dead_address, tmp_path / "client"), "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stderr.count("wandb sync --include-online") == 1
+    (events,) = (tmp_path / "logs").glob("*tfevents*")
+    opened, *written = EventFileLoader(str(events)).Load()
+    assert {event.step for event in written if event.summary.value} >= set(range(1, STEPS + 1))
+    first = min(event.wall_time for event in written if event.step == 1 and event.summary.value)
+    assert first - opened.wall_time < START_SECONDS
+    (run,) = (path for path in (tmp_path / "client").glob("**/offline-run-*") if path.is_dir())
+    assert any(file.stat().st_size > 1000 for file in run.glob("*.wandb"))
