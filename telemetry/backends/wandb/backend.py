@@ -25,6 +25,7 @@ CLOSE_SECONDS = 25.0  # less than the recorder waits for all backends together
 NUMBERS_SECONDS = 5.0  # of these, for numbers that a table has kept from the disk
 ALERT_SECONDS = 600.0
 MAX_HELD = 16  # steps whose tables and sounds wait for a server that is away
+MAX_SENT = 4  # steps whose tables and sounds are kept for a client's process that dies with them
 AWAY_SECONDS = 30.0  # before they are tried again: each try may keep numbers from the disk for 20 s
 TRAINER_SECTIONS = ("train/", "eval/", "test/")
 
@@ -89,6 +90,7 @@ class WandbBackend:
         self._client: WandbClient | None = None
         self._values: Values | None = None
         self._held: deque[_Job] = deque()
+        self._sent: deque[tuple[int, _Job]] = deque(maxlen=MAX_SENT)  # row, what it shows
         self._away_until = 0.0
         self._sending_held = False
         self._alerted: dict[tuple[str, str], float] = {}
@@ -212,7 +214,7 @@ class WandbBackend:
             self._sending_held = True
             try:
                 if not client.has(job.step, tags) and (values := self._values.shows(job.step, job.records)):
-                    client.log(job.step, values, tags)
+                    self._sent.append((client.log(job.step, values, tags), job))
             except Exception as error:
                 self._values.begin_tables_again()
                 if not client.is_alive():
@@ -240,7 +242,9 @@ class WandbBackend:
             self._reopened = True
             logger.warning("the W&B client's process has died: going on in another")
             try:
-                client.reopen()
+                first_lost = client.reopen()
+                self._held.extendleft(sent for row, sent in reversed(self._sent) if row >= first_lost)
+                self._sent.clear()
                 if self._values is not None:
                     self._values.begin_tables_again()
                 if job in self._held:

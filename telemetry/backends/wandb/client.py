@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shlex
 import socket
@@ -87,10 +88,13 @@ class WandbClient:
             self._open_own()
         self._wandb_run.define_metric(AXIS)
 
-    def reopen(self) -> None:
+    def reopen(self) -> float:
         """Go on with the same run in another process of the client's: the one before has died.
 
         Numbers that it was told and that have not reached the server are sent again.
+
+        Returns:
+            The first row that has not reached the server; infinity for a run that is on disk.
         """
         run_id, project = self._wandb_run.id, self._wandb_run.project
         _tear_down()
@@ -98,11 +102,12 @@ class WandbClient:
         resume = None if self._offline or self._shared else "allow"
         self._begin(self._init("offline" if self._offline else "", id=run_id, project=project, resume=resume))
         self._wandb_run.define_metric(AXIS)
-        if resume is not None:
-            lost = [(step, values) for row, step, values in self._recent if row >= self._next_row]
-            self._recent.clear()
-            for step, values in lost:
-                self.log(step, values, values)
+        first_lost = self._next_row if resume is not None else math.inf
+        lost = [(step, values) for row, step, values in self._recent if row >= first_lost]
+        self._recent.clear()
+        for step, values in lost:
+            self.log(step, values, values)
+        return first_lost
 
     def is_alive(self) -> bool:
         """Whether the client's process still takes what it is told (whether the server does, is its business)."""
@@ -118,13 +123,16 @@ class WandbClient:
         """Whether an earlier attempt has sent such a row of a step, which the server could not take back."""
         return step < self._had_before or (step == self._had_before and digest(tags) in self._had)
 
-    def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> None:
+    def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> int:
         """Send one row, at once: a row that waited for others of its step would be on the server a step late.
 
         Args:
             step: the Trainer's.
             values: tag → what ``run.log`` takes.
             tags: of the records that the values were made of.
+
+        Returns:
+            The row's number.
         """
         for tag, value in values.items():
             if tag not in self._defined:
@@ -136,6 +144,7 @@ class WandbClient:
         if self._attempts is not None:
             self._attempts.add(step, self._next_row, digest(tags))
         self._next_row += 1
+        return self._next_row - 1
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Notify people."""

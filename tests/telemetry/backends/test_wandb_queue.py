@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ class FakeClient:
         self.fails_on_tables = False
         self.alive = True
         self.reopened = 0
+        self.first_lost = math.inf
         self.finished = self.abandoned = False
         self.sync_command = "wandb sync HERE"
         self.is_offline = False
@@ -46,9 +48,10 @@ class FakeClient:
     def open(self) -> None:
         self.opening.wait(20)
 
-    def reopen(self) -> None:
+    def reopen(self) -> float:
         self.reopened += 1
         self.alive = True
+        return self.first_lost
 
     def is_alive(self) -> bool:
         return self.alive
@@ -56,10 +59,11 @@ class FakeClient:
     def has(self, _step: int, _tags: Iterable[str]) -> bool:
         return False
 
-    def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> None:
+    def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> int:
         if not self.alive or (self.fails_on_tables and "t" in values):
             raise ConnectionResetError("gone") if not self.alive else RuntimeError("the server is away")
         self.rows.append((step, dict(values)))
+        return len(self.rows) - 1
 
     def alert(self, title: str, text: str, level: str) -> None:
         self.alerts.append((title, text, level))
@@ -172,6 +176,16 @@ def test_a_client_that_dies_is_opened_again_once(
     assert backend.dropped_records == 2
     with pytest.raises(RuntimeError, match="given up"):
         backend.write(4, rows(4))
+
+
+def test_tables_that_died_with_the_client_are_sent_again(client: FakeClient, backend: WandbBackend) -> None:
+    for step in (1, 2, 3):
+        backend.write(step, rows(step))
+    settle(backend)
+    client.alive, client.first_lost = False, 3  # the server has step 1, and the numbers of step 2
+    backend.write(4, rows(4))
+    settle(backend)
+    assert client.tables() == [1, 2, 3, 2, 3, 4]
 
 
 def test_closing_takes_its_time_and_no_more(
