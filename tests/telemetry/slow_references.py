@@ -16,7 +16,7 @@ from voice_batches import IGNORED, Position, Sample, every
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Record, Scalar
 
-OWN_SECTION = "telemetry"
+OWN_SECTIONS = ("telemetry", "health")
 
 # What each parameter of the models is, written from their architecture: pattern of the whole name → group.
 HIGGS_GROUPS = {
@@ -211,8 +211,8 @@ def clips_of(samples: Iterable[Sample]) -> list[list[Position]]:
 
 
 def measured_records(backend: MemoryBackend) -> dict[str, list[tuple[int, Record]]]:
-    """Everything that a backend was given but what telemetry says of itself, which every step carries."""
-    return {tag: records for tag, records in backend.records.items() if not tag.startswith(f"{OWN_SECTION}/")}
+    """Everything that a backend was given but what telemetry makes of it and of itself, which every step carries."""
+    return {tag: records for tag, records in backend.records.items() if tag.split("/")[0] not in OWN_SECTIONS}
 
 
 def scalars_at(backend: MemoryBackend, step: int, *sections: str) -> dict[str, float]:

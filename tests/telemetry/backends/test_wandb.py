@@ -18,7 +18,7 @@ import pytest
 import soundfile
 from PIL import Image as PillowImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb_facts import CHECKPOINT, END, EVERY, GO, SAID, SECRETS, SEEN, STEPS, WAITS, WAITS_AT
+from wandb_facts import CHECKPOINT, CRASHED, END, EVERY, GO, SAID, SECRETS, SEEN, STEPS, WAITS, WAITS_AT
 from wandb_server import API_KEY, Server, client_environment, serve
 
 import trainer  # noqa: F401  (makes an installed torchaudio importable before anything imports transformers)
@@ -285,6 +285,16 @@ def test_a_run_that_crashed_at_212_goes_on_from_200_without_gap_or_duplicate(ran
     events.Reload()
     for tag in ("x", "train/of"):
         assert [(event.step, event.value) for event in events.Scalars(tag)] == run.points(tag)
+
+
+def test_without_rewinding_the_first_attempts_rows_stay_and_are_not_sent_again(ran: Ran) -> None:
+    run = ran.run("crashed_and_not_rewound")
+    steps = list(range(EVERY, END + 1, EVERY))
+    assert run.rewinds == []
+    assert run.points("x") == [(step, step) for step in steps]
+    of = [(step, 0 if step <= CRASHED else CHECKPOINT) for step in steps]
+    assert run.points("train/of") == of
+    assert run.tables("t")[-1].rows == [[step, step, attempt] for step, attempt in of]
 
 
 def test_a_run_of_the_users_is_joined_and_left_alone(ran: Ran) -> None:

@@ -144,6 +144,19 @@ def crashed_and_resumed(directory: Path) -> None:
     attempt(directory, CHECKPOINT, END).close()
 
 
+def crashed_and_not_rewound(directory: Path) -> None:
+    """The same with a server that cannot take rows back."""
+    init = wandb.init
+
+    def refuses_to_rewind(**arguments: Any) -> Any:
+        if "resume_from" in arguments:
+            raise wandb.errors.UsageError("rewinding is not enabled")
+        return init(**arguments)
+
+    wandb.init = refuses_to_rewind
+    crashed_and_resumed(directory)
+
+
 def killed_behind_the_checkpoint(directory: Path) -> None:
     recorder = attempt(directory, 0, CRASHED)
     recorder.drain()
@@ -210,6 +223,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     everything,
     everything_offline,
     crashed_and_resumed,
+    crashed_and_not_rewound,
     joined,
     two_ranks,
     two_ranks_that_write,

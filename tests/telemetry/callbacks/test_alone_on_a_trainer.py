@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import OWN_SECTION, assert_same, measured_records, scalars_at
+from slow_references import OWN_SECTIONS, assert_same, measured_records, scalars_at
 from text_training import Training, hooks_of, training
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -32,12 +32,17 @@ ALL = [*SECTIONS, ZeroShotVerificationLoggerCallback]
 
 
 def measured_steps(backend: MemoryBackend) -> dict[str, set[int]]:
-    """Section → steps with a record; the Trainer's own logs and telemetry's own state left out."""
+    """Section → steps with a record; the Trainer's own logs and telemetry's own state left out.
+
+    Attention and activations come with the gradients, from one callback.
+    """
     found: dict[str, set[int]] = {}
     for tag, records in backend.records.items():
         section = tag.split("/")[0]
-        if section not in ("train", "eval", OWN_SECTION):
+        if section not in ("train", "eval", *OWN_SECTIONS):
             found.setdefault(section, set()).update(step for step, _ in records)
+    for section in ("attention", "activations"):
+        assert found.pop(section, found.get("gradients")) == found.get("gradients")
     return found
 
 

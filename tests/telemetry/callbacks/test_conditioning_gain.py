@@ -225,6 +225,14 @@ def test_every_value_is_that_of_samples_run_one_by_one(
     assert abs(found["gain"]) > 1e-3
 
 
+def test_samples_that_cannot_be_swapped_count_in_no_loss(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    """The first has the codes of the second and the speaker of the third."""
+    samples = [voices.conversation(4, target=row + 3, seed=seed) for row, seed in enumerate((1, 1, 2))]
+    batch = voices.batch(voices.pad(samples))
+    found = gains_of(measured(higgs, tmp_path, [batch], [named("ann", None, "ann")]))
+    assert found == pytest.approx(slow_values(higgs, voices, samples, [None, 2, 1]), abs=2e-5)
+
+
 def test_the_last_microbatch_is_measured(higgs: Any, voices: Voices, tmp_path: Path) -> None:
     batches = [voices.batch(voices.pad([voices.conversation(seed=s), voices.conversation(seed=s + 1)])) for s in (1, 5)]
     both, last = measured(higgs, tmp_path, batches), measured(higgs, tmp_path, batches[1:])
