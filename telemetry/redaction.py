@@ -35,7 +35,7 @@ _FORMS = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic) +[A-Za-z0-9._~+/=-]{8,}")
 _USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-_ASSIGNMENT = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[=:]\s*["']?)([^\s"'&;,]+)""")
+_ASSIGNMENT = re.compile(r"""([A-Za-z][\w.-]*)(["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s"'&;,]+)""")
 
 ValueT = TypeVar("ValueT")
 
@@ -104,7 +104,10 @@ def _redact_text(text: str, secrets: Iterable[str]) -> str:
 
 def _redact_assignment(match: re.Match[str]) -> str:
     name, between, value = match.groups()
-    return f"{name}{between}{REDACTED}" if is_secret_name(name) and value[0] != "<" else match[0]
+    quote = value[0] if value[0] in "\"'" else ""
+    if not is_secret_name(name) or value.strip(quote or None).startswith("<"):
+        return match[0]
+    return f"{name}{between}{quote}{REDACTED}{quote}"
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:

@@ -101,7 +101,7 @@ class StrategicCallback(TrainerCallback):
         """The due step has ended: add what is shown once a step, and let go of everything."""
 
     def observe_evaluation(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """An evaluation has ended, or training is about to begin.
+        """An evaluation has ended, or the first step of a fresh training is about to begin.
 
         Between steps, on every rank. What is recorded here is written at the current step.
 
@@ -125,13 +125,14 @@ class StrategicCallback(TrainerCallback):
         if model is not None:
             self._session = Session.join(self, model, args, state, processing_class)
             self._session.know_data(train=kwargs.get("train_dataloader"), eval=kwargs.get("eval_dataloader"))
-            self._evaluate(state, kwargs.get("eval_dataloader"))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not is_due(state.global_step + 1, self.logging_steps) or self._session is None:
             return
+        if state.global_step == 0:
+            self._session.baseline(kwargs.get("eval_dataloader"))
         self.stepping = True
         self._gradients_seen = False
         self._session.guard(self, self.begin_step)
@@ -236,7 +237,13 @@ class StrategicCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._evaluate(state, eval_dataloader)
+        self.see_evaluation(state.global_step, eval_dataloader)
+
+    def see_evaluation(self, step: int, batches: Any) -> None:
+        """Look at evaluation batches, if this callback does."""
+        looks = type(self).observe_evaluation is not StrategicCallback.observe_evaluation
+        if looks and batches is not None and self._session is not None:
+            self._session.evaluation(self, step, batches)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -253,8 +260,3 @@ class StrategicCallback(TrainerCallback):
     def _see_update(self, look: Callable[[nn.Module, Any], None], model: nn.Module | None, optimizer: Any) -> None:
         if model is not None and self._session is not None:
             self._session.update(self, look, model, optimizer)
-
-    def _evaluate(self, state: TrainerState, batches: Any) -> None:
-        looks = type(self).observe_evaluation is not StrategicCallback.observe_evaluation
-        if looks and batches is not None and self._session is not None:
-            self._session.evaluation(self, state.global_step, batches)

@@ -76,6 +76,7 @@ class Session:
         self.hooked = not _is_compiled(model, args)
         self._stepping = False
         self._watching = False
+        self._baseline_seen = False
         self._clock = StepClock()
         self.step = 0  # the due step, counted as after its update
 
@@ -219,8 +220,16 @@ class Session:
         with self._clock.running():
             self.guard(member, look, model, optimizer)
 
+    def baseline(self, batches: Any) -> None:
+        """The first step is about to begin: let every callback see evaluation batches, before any watches the model."""
+        if self._baseline_seen:  # with eval_on_start the Trainer has evaluated already
+            return
+        for member in self._members:
+            member.see_evaluation(0, batches)
+
     def evaluation(self, member: StrategicCallback, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
         """An evaluation has ended, or training begins: let a callback see its batches, and write what it records."""
+        self._baseline_seen = True
         with self._isolated("watching an evaluation"):
             self.recorder.discard()
             self.guard(member, member.observe_evaluation, EvaluationBatches(batches, self._args.device))

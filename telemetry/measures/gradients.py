@@ -108,7 +108,7 @@ def _piece_statistics(values: np.ndarray, flags: np.ndarray) -> tuple[float, flo
     """One piece's four statistics. Overwrites ``flags``, of the piece's size."""
     low, high = values.min(), values.max()
     zeros = np.count_nonzero(np.equal(values, 0, out=flags))
-    nonfinite = 0
+    nonfinite: int | np.integer = 0
     if not (np.isfinite(low) and np.isfinite(high)):  # both are NaN where any value is
         nonfinite = values.size - np.count_nonzero(np.isfinite(values, out=flags))
     return float(np.dot(values, values)), float(np.maximum(-low, high)), int(zeros), int(nonfinite)

@@ -124,5 +124,5 @@ class Lockstep:
             self._store.delete_key(f"{key}/{name}")
 
     def _give_up(self, what: str, reason: str) -> None:
-        pass
+        self._together = False
         logger.warning("ranks cannot run the model together for %s (%s): not tried again", what, reason)

@@ -39,8 +39,6 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         # Not inference_mode: buffers and FSDP2's gathered parameters made inside would be inference tensors for good,
         # which autograd refuses to save in the next training step.
         stack.enter_context(torch.no_grad())
-        # Weights cast under no_grad have no graph; inside somebody's outer autocast they must not be found again.
-        stack.callback(torch.clear_autocast_cache)
         for module in model.modules():
             # Not eval(): some modules override it to do more than set the flag.
             module.training = False

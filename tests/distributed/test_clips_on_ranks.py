@@ -15,7 +15,7 @@ import torch
 from clip_ranks import RANKS, SAMPLES, STEPS, Outcome
 
 PROGRAM = Path(__file__).parent / "clip_ranks.py"
-LAUNCH_SECONDS = 120
+LAUNCH_SECONDS = 200
 
 
 @pytest.fixture(scope="module")

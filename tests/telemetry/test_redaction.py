@@ -46,20 +46,16 @@ def test_what_is_no_secret_stays(name: str, value: Any) -> None:
         (f"log in with {TOKEN}.", f"log in with {REDACTED}."),
         ("https://bob:hunter22@host/x.git", f"https://{REDACTED}@host/x.git"),
         ("https://ghp_" + "x" * 30 + "@host/x", f"https://{REDACTED}@host/x"),
-        ("Authorization: Bearer abcdefgh.ijk", f"Authorization: {REDACTED} abcdefgh.ijk"),
+        ("Authorization: Bearer abcdefgh.ijk", f"Authorization: {REDACTED} {REDACTED}"),
         ("curl -H 'x: bearer abcdefgh.ijk'", f"curl -H 'x: bearer {REDACTED}'"),
         ("?user=me&api_key=1234&x=2", f"?user=me&api_key={REDACTED}&x=2"),
-        ('{"password": "abc d", "lr": 1}', f'{{"password": "{REDACTED} d", "lr": 1}}'),
+        ('{"password": "abc d", "lr": 1}', f'{{"password": "{REDACTED}", "lr": 1}}'),
         ("eos_token=</s> lr=0.1", "eos_token=</s> lr=0.1"),
         ("sk-" + "q" * 24, REDACTED),
     ],
 )
 def test_secrets_in_texts(text: str, expected: str) -> None:
-    redacted = redact({"note": text}, environment=NONE)["note"]
-    if "Authorization" in text:  # either of the two ways to see it hides it
-        assert "abcdefgh" not in redacted or REDACTED in redacted
-    else:
-        assert redacted == expected
+    assert redact({"note": text}, environment=NONE) == {"note": expected}
 
 
 def test_values_of_secret_variables_are_found_anywhere() -> None:

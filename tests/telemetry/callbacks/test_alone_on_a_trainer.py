@@ -25,7 +25,7 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.base import StrategicCallback
 from telemetry.callbacks.gradient_log import CLIPPED_NOTE
 from telemetry.callbacks.strategic import COMPONENTS
-from telemetry.records import Scalar, Table
+from telemetry.records import Mean, Scalar, Table
 
 SECTIONS = {InputLoggerCallback: "inputs", OutputLoggerCallback: "outputs", SharedAttentionLoggerCallback: "gradients"}
 ALL = [*SECTIONS, ZeroShotVerificationLoggerCallback]
@@ -245,6 +245,28 @@ def test_a_trainer_that_logs_in_the_middle_of_a_step_tears_nothing(llama: LlamaF
     for step in (1, 2):
         assert_same(scalars_at(backend, step, "inputs", "outputs", "gradients"), run.expected(step))
     assert [step for step, _ in backend.records["train/part"]] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("on_start", [False, True])
+def test_the_baseline_comes_once_and_when_every_callback_has_joined(
+    llama: LlamaForCausalLM, tmp_path: Path, on_start: bool
+) -> None:
+    class Looks(StrategicCallback):
+        def observe_evaluation(self, batches: Any) -> None:
+            assert hooks_of(llama) == 0
+            self.session.recorder.metric("outputs/entropy/text", Mean(float(len(list(batches))), 1.0))
+
+    class Knows(Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.callback_handler.eval_dataloader = self.get_eval_dataloader()
+            return super().train(*args, **kwargs)
+
+    backend = MemoryBackend()
+    callbacks = [Looks(1), InputLoggerCallback(1, [backend])]  # the second brings the backend
+    run = training(llama, tmp_path, callbacks, steps=2, kind=Knows, eval_strategy="epoch", eval_on_start=on_start)
+    run.trainer.train()
+    assert [step for step, _ in backend.records["outputs/entropy/text"]][:1] == [0]
+    assert [step for step, _ in backend.records["outputs/entropy/text"]].count(0) == 1
 
 
 class HandingOver(Trainer):

@@ -214,7 +214,7 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("option", ["speaker_encoder", "transcriber"])
 def test_a_model_that_cannot_be_loaded_is_an_error_before_training(option: str) -> None:
-    with pytest.raises(ValueError, match="cannot load the .* 'no/such/directory/at/all'"):
+    with pytest.raises(ValueError, match=r"cannot load the .* 'no/such/directory/at/all'"):
         speaking_callback(MemoryBackend(), **{option: "no/such/directory/at/all"})
 
 

@@ -364,7 +364,10 @@ def evaluate(model: Any, directory: Path, loader: Any, every: int = 5) -> Memory
     callback = ZeroShotVerificationLoggerCallback(100, [backend], conditioning_every=every)
     state = TrainerState()
     event = (TrainingArguments(output_dir=str(directory), report_to=[], use_cpu=True), state, TrainerControl())
-    callback.on_train_begin(*event, model=model, eval_dataloader=loader)
+    callback.on_train_begin(*event, model=model)
+    callback.on_step_begin(*event, eval_dataloader=loader)
+    state.global_step = 1
+    callback.on_step_end(*event)
     state.global_step = 3
     callback.on_evaluate(*event, eval_dataloader=loader)
     callback.on_train_end(*event)

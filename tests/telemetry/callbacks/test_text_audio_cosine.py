@@ -25,7 +25,9 @@ COSINE = "gradients/text_audio_cosine"
 @pytest.fixture
 def batches(voices: Voices) -> list[dict[str, Tensor]]:
     padded = voices.pad([voices.conversation(target=7, seed=1), voices.conversation(seed=2, words="boat")])
-    return [voices.batch([voices.conversation(seed=5)]), voices.batch(padded)]
+    last = voices.batch(padded)
+    last["audio_labels"][:, ::2, 0] = -100  # codebooks with unequal numbers of labels
+    return [voices.batch([voices.conversation(seed=5)]), last]
 
 
 def step(model: Any, directory: Path, batches: list[dict[str, Tensor]], **options: Any) -> dict[int, float]:
