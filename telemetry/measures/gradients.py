@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -81,16 +82,29 @@ def _device_counts(tensor: Tensor) -> Tensor:
 
 
 def _cpu_rows(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """In NumPy, whose comparisons and counts are vectorised where torch's are not: a CPU tensor is host memory."""
-    flags = np.empty(min(_SWEEP_ELEMENTS, max(tensor.numel() for tensor in tensors)), dtype=np.bool_)
-    rows = np.zeros((len(tensors), 4))
+    """In NumPy, whose comparisons and counts are vectorised where torch's are not: a CPU tensor is host memory.
+
+    NumPy works on one core; the tensors are shared out to as many threads as torch has.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or sum(tensor.numel() for tensor in tensors) <= _SWEEP_ELEMENTS:
+        rows = list(map(_cpu_row, tensors))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            rows = list(pool.map(_cpu_row, tensors))
+    return torch.from_numpy(np.stack(rows)).unbind()
+
+
+@torch.no_grad()
+def _cpu_row(tensor: Tensor) -> np.ndarray:
+    flags = np.empty(min(_SWEEP_ELEMENTS, tensor.numel()), dtype=np.bool_)
+    row = np.zeros(4)
     with np.errstate(all="ignore"):
-        for row, tensor in zip(rows, tensors, strict=True):
-            for piece in _sweep_pieces(tensor.detach()):
-                squares, largest, zeros, nonfinite = _piece_statistics(piece, flags[: piece.size])
-                row += (squares, 0, zeros, nonfinite)
-                row[ABSMAX] = np.maximum(row[ABSMAX], largest)  # NaN stays
-    return torch.from_numpy(rows).unbind()
+        for piece in _sweep_pieces(tensor.detach()):
+            squares, largest, zeros, nonfinite = _piece_statistics(piece, flags[: piece.size])
+            row += (squares, 0, zeros, nonfinite)
+            row[ABSMAX] = np.maximum(row[ABSMAX], largest)  # NaN stays
+    return row
 
 
 def _sweep_pieces(tensor: Tensor) -> Iterator[np.ndarray]:

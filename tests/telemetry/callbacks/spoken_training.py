@@ -1,4 +1,4 @@
-"""Trainings of a tiny model that speaks at every evaluation: codec, evaluation samples and listeners of the tests' own."""
+"""Trainings of a tiny model that speaks at every evaluation, with codec, samples and listeners of the tests' own."""
 
 from __future__ import annotations
 
