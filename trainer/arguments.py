@@ -79,6 +79,20 @@ class ScriptArguments:
         default_factory=lambda: list(COMPONENTS),
         metadata={"help": "Which questions to answer. Default: all.", "choices": list(COMPONENTS)},
     )
+    attention_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers, from 0, whose attention and feed-forward networks are looked into. "
+            "Default: the first, the middle and the last."
+        },
+    )
+    text_audio_cosine: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure whether text and audio pull the shared attention the same way, for a forward and two "
+            "backward passes more on every due step."
+        },
+    )
     telemetry_audio: str = field(
         default="on",
         metadata={"help": "'off' keeps every number and sends no sound anywhere.", "choices": ["on", "off"]},
@@ -112,6 +126,8 @@ class ScriptArguments:
             raise ValueError(f"--validation_split must be at least 0 and below 1, got {self.validation_split}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise ValueError(f"--learning_rate must be a finite number of at least 0, got {self.learning_rate}")
+        if min(self.attention_layers or [0]) < 0:
+            raise ValueError(f"--attention_layers counts from 0, got {self.attention_layers}")
         if self.zero_shot_clips < 0:
             raise ValueError(f"--zero_shot_clips must be at least 0, got {self.zero_shot_clips}")
         if self.use_lora and self.freeze_llm:

@@ -81,6 +81,7 @@ def build_trainer(arguments: ScriptArguments) -> HiggsAudioTrainer:
     train_samples, eval_samples = load_data(arguments)
     model: Any = load_model(arguments.model_path)
     check_processor(processor, model.config)
+    check_layers(arguments.attention_layers, model.config.num_hidden_layers)
     clips = [path for sample in train_samples + eval_samples for path in sample.references + sample.targets]
     codes = CodeCache(codec_of(processor)).encode(clips)
     if arguments.freeze_llm:
@@ -202,21 +203,37 @@ def strategic_callbacks(arguments: ScriptArguments, voices: Collection[str] = ()
             logging_steps=arguments.strategic_logging_steps,
             backends=backends,
             logging_dir=arguments.logs,
-            options={"zero_shot": zero_shot_options(arguments)},
+            options=component_options(arguments),
             sound=SoundPolicy(enabled=arguments.telemetry_audio == "on"),
         )
     ]
 
 
-def zero_shot_options(arguments: ScriptArguments) -> dict[str, Any]:
-    """What the zero-shot component takes beyond what all do; nothing where it was not chosen."""
-    if "zero_shot" not in arguments.strategic_logging_components:
-        return {}
-    return {
-        "clips": arguments.zero_shot_clips,
-        "speaker_encoder": arguments.speaker_encoder,
-        "transcriber": arguments.transcriber,
+def component_options(arguments: ScriptArguments) -> dict[str, dict[str, Any]]:
+    """What single components take beyond what all do, of those that were chosen."""
+    options = {
+        "shared_attention": {
+            "layers": arguments.attention_layers,
+            "text_audio_cosine": arguments.text_audio_cosine,
+        },
+        "zero_shot": {
+            "clips": arguments.zero_shot_clips,
+            "speaker_encoder": arguments.speaker_encoder,
+            "transcriber": arguments.transcriber,
+        },
     }
+    return {name: given for name, given in options.items() if name in arguments.strategic_logging_components}
+
+
+def check_layers(chosen: Sequence[int] | None, layers: int) -> None:
+    """Whether the model has the layers that are to be looked into.
+
+    Raises:
+        ValueError: when it does not.
+    """
+    beyond = [index for index in chosen or () if index >= layers]
+    if beyond:
+        raise ValueError(f"--attention_layers {' '.join(map(str, beyond))}: the model has layers 0 to {layers - 1}")
 
 
 def find_checkpoint(arguments: ScriptArguments) -> str | None:

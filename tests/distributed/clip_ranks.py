@@ -125,12 +125,12 @@ def _train_sharded(
     arguments = make_arguments(scenario, directory)
     assert arguments.world_size == RANKS  # which also forms the process group
     made = _ShardedRun(make_model(scenario), arguments, callbacks)
-    loader = evaluation(voices, rank)
-    made.tell("on_train_begin", processing_class=Processor(voices.tokenizer, ToneCodec()), eval_dataloader=loader)
+    made.eval_dataloader = evaluation(voices, rank)
+    made.tell("on_train_begin", processing_class=Processor(voices.tokenizer, ToneCodec()))
     own = iter(scenario.batches[rank::RANKS])
     for _ in range(scenario.steps):
         made.step([next(own)])
-        made.tell("on_evaluate", eval_dataloader=loader)
+        made.tell("on_evaluate")
     made.tell("on_train_end")
     return made.model, made.optimizer
 

@@ -50,12 +50,14 @@ class _ShardedRun:
         self.optimizer = kind(model.parameters(), lr=arguments.learning_rate)
         self._state = TrainerState(is_world_process_zero=dist.get_rank() == 0)
         self._control = TrainerControl()
+        self.eval_dataloader: Sequence[Batch] | None = None
         model.train()
 
     def tell(self, event: str, **kwargs: Any) -> None:
         for callback in self._callbacks:
             if hasattr(callback, event):
-                getattr(callback, event)(self._arguments, self._state, self._control, model=self.model, **kwargs)
+                held = {"model": self.model, "eval_dataloader": self.eval_dataloader}
+                getattr(callback, event)(self._arguments, self._state, self._control, **held, **kwargs)
 
     def step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step, its gradients clipped."""

@@ -68,8 +68,9 @@ def lines_with(outcome: Outcome, *parts: str) -> list[str]:
 
 
 def measured_tags(backend: MemoryBackend) -> list[str]:
-    """Tags of scalars, without those of the Trainer and of telemetry itself."""
-    return [tag for tag in backend.tags() if backend.scalars(tag) and not tag.startswith(("telemetry/", "train/"))]
+    """Tags of scalars of every due step, without those of the Trainer and of telemetry itself."""
+    others = ("telemetry/", "train/", "health/", "zero_shot/conditioning/")
+    return [tag for tag in backend.tags() if backend.scalars(tag) and not tag.startswith(others)]
 
 
 # -- NaN on rank 1 -----------------------------------------------------------------------------------------------------

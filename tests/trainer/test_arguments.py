@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from trainer.arguments import ScriptArguments
-from trainer.train_v2_ddp import main, make_training_arguments, parse_arguments, trainer_destinations
+from trainer.train_v2_ddp import (
+    check_layers,
+    component_options,
+    main,
+    make_training_arguments,
+    parse_arguments,
+    trainer_destinations,
+)
 
 REQUIRED = ["--model_path", "m", "--train_data_file", "t.json", "--output_dir", "out"]
 ARGUMENTS = [
@@ -44,6 +51,12 @@ ARGUMENTS = [
     "strategic_logging_steps",
     "strategic_logging_components",
     "telemetry_audio",
+    "attention_layers",
+    "text_audio_cosine",
+    "zero_shot_clips",
+    "speaker_encoder",
+    "transcriber",
+    "wandb_all_ranks",
     "skip_bad_samples",
 ]
 
@@ -127,6 +140,7 @@ def test_counts_must_be_positive(name: str, value: str) -> None:
         (["--learning_rate", "inf"], "--learning_rate must be a finite number of at least 0, got inf"),
         (["--learning_rate", "-1"], "--learning_rate must be a finite number of at least 0, got -1.0"),
         (["--max_reference_seconds", "nan"], "--max_reference_seconds must be above 0, got nan"),
+        (["--attention_layers", "0", "-1"], "--attention_layers counts from 0, got [0, -1]"),
         (["--use_lora", "--freeze_llm"], "--use_lora already freezes every base parameter: leave --freeze_llm out"),
         (
             ["--eval_data_file", "e.json", "--validation_split", "0.1"],
@@ -188,6 +202,22 @@ def test_required_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_nothing_is_reported_twice(more: list[str], destinations: list[str]) -> None:
     assert trainer_destinations(parse(*more)) == destinations
+
+
+def test_components_that_were_chosen_are_told_what_was_asked_of_them() -> None:
+    asked = ["--attention_layers", "1", "2", "--text_audio_cosine", "--zero_shot_clips", "7"]
+    attention = {"layers": [1, 2], "text_audio_cosine": True}
+    clips = {"clips": 7, "speaker_encoder": None, "transcriber": None}
+    assert component_options(parse(*asked)) == {"shared_attention": attention, "zero_shot": clips}
+    components = ["--strategic_logging_components", "inputs", "shared_attention"]
+    assert component_options(parse(*asked, *components)) == {"shared_attention": attention}
+
+
+def test_a_layer_that_the_model_lacks_is_named() -> None:
+    check_layers(None, 3)
+    check_layers([0, 2], 3)
+    with pytest.raises(ValueError, match="--attention_layers 3 9: the model has layers 0 to 2"):
+        check_layers([3, 1, 9], 3)
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,8 @@ class TensorBoardBackend:
         if step < self._step:
             raise ValueError(f"step {step} after step {self._step}: steps must not decrease")
         self._step = step
-        values = self._summaries.encode(records)
         layout = self._layout.update(record.tag for record in records if isinstance(record, Scalar))
-        values += [layout] if layout is not None else []
+        values = [*([layout] if layout is not None else []), *self._summaries.encode(records)]
         if values and not self._file.append(step, values):
             self._summaries.describe_again()
             self._layout.forget()
