@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -82,50 +82,40 @@ def _device_counts(tensor: Tensor) -> Tensor:
 
 
 def _cpu_rows(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """In NumPy, whose comparisons and counts are vectorised where torch's are not: a CPU tensor is host memory.
-
-    NumPy works on one core; the tensors are shared out to as many threads as torch has.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or sum(tensor.numel() for tensor in tensors) <= _SWEEP_ELEMENTS:
-        rows = list(map(_cpu_row, tensors))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            rows = list(pool.map(_cpu_row, tensors))
-    return torch.from_numpy(np.stack(rows)).unbind()
-
-
-@torch.no_grad()
-def _cpu_row(tensor: Tensor) -> np.ndarray:
-    flags = np.empty(min(_SWEEP_ELEMENTS, tensor.numel()), dtype=np.bool_)
-    row = np.zeros(4)
+    """Piece by piece: a CPU tensor is host memory, and a result of its may be looked at."""
+    dtype = _computed_in(tensors[0])
+    magnitudes = torch.empty(min(_SWEEP_ELEMENTS, max(tensor.numel() for tensor in tensors)), dtype=dtype)
+    rows = np.zeros((len(tensors), 4))
     with np.errstate(all="ignore"):
-        for piece in _sweep_pieces(tensor.detach()):
-            squares, largest, zeros, nonfinite = _piece_statistics(piece, flags[: piece.size])
-            row += (squares, 0, zeros, nonfinite)
-            row[ABSMAX] = np.maximum(row[ABSMAX], largest)  # NaN stays
-    return row
+        for row, tensor in zip(rows, tensors, strict=True):
+            for piece in _sweep_pieces(tensor.detach(), dtype):
+                squares, largest, zeros, nonfinite = _piece_statistics(piece, magnitudes[: piece.numel()])
+                row += (squares, 0, zeros, nonfinite)
+                row[ABSMAX] = np.maximum(row[ABSMAX], largest)  # NaN stays
+    return torch.from_numpy(rows).unbind()
 
 
-def _sweep_pieces(tensor: Tensor) -> Iterator[np.ndarray]:
-    """Flat pieces, in the dtype to compute in; views where that is the tensor's own."""
-    dtype = _computed_in(tensor)
-    if tensor.is_contiguous() and tensor.dtype == dtype and tensor.numel():
-        flat = np.from_dlpack(tensor.view(-1))
-        yield from (flat[start : start + _SWEEP_ELEMENTS] for start in range(0, flat.size, _SWEEP_ELEMENTS))
+def _sweep_pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Flat, contiguous pieces in the dtype to compute in; views where that is the tensor's own."""
+    if tensor.is_contiguous() and tensor.dtype == dtype:
+        yield from (piece for piece in tensor.view(-1).split(_SWEEP_ELEMENTS) if piece.numel())
     else:
-        for piece in value_pieces(tensor, _SWEEP_ELEMENTS):
-            yield np.from_dlpack(piece.to(dtype).contiguous())
+        yield from (piece.to(dtype).contiguous() for piece in value_pieces(tensor, _SWEEP_ELEMENTS))
 
 
-def _piece_statistics(values: np.ndarray, flags: np.ndarray) -> tuple[float, float, int, int]:
-    """One piece's four statistics. Overwrites ``flags``, of the piece's size."""
-    low, high = values.min(), values.max()
-    zeros = np.count_nonzero(np.equal(values, 0, out=flags))
-    nonfinite: int | np.integer = 0
-    if not (np.isfinite(low) and np.isfinite(high)):  # both are NaN where any value is
-        nonfinite = values.size - np.count_nonzero(np.isfinite(values, out=flags))
-    return float(np.dot(values, values)), float(np.maximum(-low, high)), int(zeros), int(nonfinite)
+def _piece_statistics(values: Tensor, magnitudes: Tensor) -> tuple[float, float, int, int]:
+    """One piece's four statistics. Overwrites ``magnitudes``, of the piece's size.
+
+    Most pieces have no zero and nothing that is not finite, which the smallest and the largest magnitude tell.
+    """
+    smallest, largest = (float(one.numpy()) for one in torch.abs(values, out=magnitudes).aminmax())
+    zeros = nonfinite = 0
+    # NumPy's comparisons and counts are vectorised where torch's are not.
+    if not smallest > 0:
+        zeros = int(np.count_nonzero(magnitudes.numpy() == 0))
+    if not math.isfinite(largest):
+        nonfinite = values.numel() - int(np.count_nonzero(np.isfinite(magnitudes.numpy())))
+    return float(torch.dot(values, values).numpy()), largest, zeros, nonfinite
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:

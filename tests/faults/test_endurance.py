@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fault_runs import MEASURED, scenario, started, steps_of
 
-STEPS, SETTLED = 2500, 1000
+STEPS, SETTLED = 1800, 800
 # Of the process's whole memory, over the 9,000 steps from 1,000 to 10,000.
 LIMIT = 5e6 / 9000
 
