@@ -211,7 +211,7 @@ def strategic_callbacks(arguments: ScriptArguments, voices: Collection[str] = ()
 
 def component_options(arguments: ScriptArguments) -> dict[str, dict[str, Any]]:
     """What single components take beyond what all do, of those that were chosen."""
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "shared_attention": {
             "layers": arguments.attention_layers,
             "text_audio_cosine": arguments.text_audio_cosine,

@@ -108,14 +108,14 @@ def _piece_statistics(values: Tensor, magnitudes: Tensor) -> tuple[float, float,
 
     Most pieces have no zero and nothing that is not finite, which the smallest and the largest magnitude tell.
     """
-    smallest, largest = (float(one.numpy()) for one in torch.abs(values, out=magnitudes).aminmax())
+    smallest, largest = (float(np.from_dlpack(one)) for one in torch.abs(values, out=magnitudes).aminmax())
     zeros = nonfinite = 0
     # NumPy's comparisons and counts are vectorised where torch's are not.
     if not smallest > 0:
-        zeros = int(np.count_nonzero(magnitudes.numpy() == 0))
+        zeros = int(np.count_nonzero(np.from_dlpack(magnitudes) == 0))
     if not math.isfinite(largest):
-        nonfinite = values.numel() - int(np.count_nonzero(np.isfinite(magnitudes.numpy())))
-    return float(torch.dot(values, values).numpy()), largest, zeros, nonfinite
+        nonfinite = values.numel() - int(np.count_nonzero(np.isfinite(np.from_dlpack(magnitudes))))
+    return float(np.from_dlpack(torch.dot(values, values))), largest, zeros, nonfinite
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
