@@ -16,6 +16,7 @@ import pytest
 from tensorboard_server import LOADERS, Server, serve
 
 from telemetry.catalogue import find
+from telemetry.charts import QUESTIONS, matcher
 from trainer.demo.prepare import Demonstration, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,23 @@ def test_every_tag_that_applies_is_served(server: Server) -> None:
     assert server.tags("audio") == {"inputs/reference", "inputs/target"} | HEARD
     assert server.tags("images") >= {f"zero_shot/clip_{i}/spectrogram" for i in CLIPS}
     assert all(find(tag) for tag in tags)
+
+
+def test_custom_scalars_have_every_question_with_data_in_every_chart(server: Server) -> None:
+    tags = server.tags("scalars")
+    declared = {question.title: {chart.title: chart for chart in question.charts} for question in QUESTIONS}
+    shown = server.json("plugin/custom_scalars/layout")["category"]
+    assert [category["title"] for category in shown] == list(declared)
+    for category in shown:
+        for chart in category["chart"]:
+            served: set[str] = set()
+            for regex in chart["multiline"]["tag"]:
+                answer = server.json("plugin/custom_scalars/scalars", run=".", tag=regex)
+                assert answer["regex_valid"]
+                served |= answer["tag_to_events"].keys()
+            patterns = declared[category["title"]][chart["title"]].tags
+            assert served == {tag for tag in tags if any(matcher(pattern).fullmatch(tag) for pattern in patterns)}
+            assert served, chart["title"]
 
 
 def test_measured_steps_are_the_due_ones(server: Server) -> None:
