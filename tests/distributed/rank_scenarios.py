@@ -99,12 +99,13 @@ def launch(scenarios: Sequence[Scenario], directory: Path, ranks: int) -> dict[s
     """Run scenarios one after the other in new processes, under torchrun for several; outcomes by name and rank."""
     torch.save(list(scenarios), directory / "scenarios")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    _finish([sys.executable, *torchrun, str(PROGRAM), str(directory)])
+    finish([sys.executable, *torchrun, str(PROGRAM), str(directory)])
     by_rank = [torch.load(directory / f"outcomes-{rank}", weights_only=False) for rank in range(ranks)]
     return {scenario.name: [outcomes[scenario.name] for outcomes in by_rank] for scenario in scenarios}
 
 
-def _finish(command: Sequence[str]) -> None:
+def finish(command: Sequence[str]) -> None:
+    """Run a program of several ranks to its end, which must be a good one and come in time."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,

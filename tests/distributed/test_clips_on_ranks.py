@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +10,9 @@ import pytest
 import soundfile
 import torch
 from clip_ranks import RANKS, SAMPLES, STEPS, Outcome
+from rank_scenarios import finish
 
 PROGRAM = Path(__file__).parent / "clip_ranks.py"
-LAUNCH_SECONDS = 200
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the trainings have run."""
     directory = tmp_path_factory.mktemp("clips")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    process = subprocess.Popen(
-        [*command, str(PROGRAM), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a hang can be ended with all of its ranks
-    )
-    try:
-        said, _ = process.communicate(timeout=LAUNCH_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        raise AssertionError(f"no end after {LAUNCH_SECONDS} s:\n{said}") from None
-    assert process.returncode == 0, said
+    finish([*command, str(PROGRAM), str(directory)])
     return directory
 
 
