@@ -88,8 +88,8 @@ def _at_most(tag: str, good: float, bad: Level) -> Judge:
 
 
 def _nonfinite(history: History) -> Verdict | None:
-    """NaN and infinity among the values of the step, or counted by one of them."""
-    now = history.now()
+    """NaN and infinity among the values of the step, or counted by one of them; not what telemetry says of itself."""
+    now = {tag: value for tag, value in history.now().items() if not tag.startswith("telemetry/")}
     if not now:
         return None
     found = {

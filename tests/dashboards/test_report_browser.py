@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python import sync_playwright as axe
+from playwright import sync_api as playwright_api
 from report_runs import HOSTILE, rich_run, write_run
 
 from dashboards.report import write_report
 from telemetry.records import Scalar
-
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,7 @@ def test_every_rule_is_tried() -> None:
 def test_a_rule_without_values_says_nothing() -> None:
     assert set(judged({"train/learning_rate": 1e-3})) == {"nonfinite"}
     assert HealthMonitor().check(1, [], due=True) == []
+    assert HealthMonitor().check(1, scalars({"telemetry/step_seconds": 0.1}), due=True) == []  # nothing of the training
 
 
 @pytest.mark.parametrize("steps", [[{GAIN: 0.0}] * 4, [{"train/loss": 1.0}] * 5 + [{"train/loss": 99.0}], [{EOS: 0.0}]])
