@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
     from telemetry.backends.trackio import TrackioBackend
     from telemetry.backends.wandb import WandbBackend
-    from telemetry.callbacks.base import StrategicCallback
-    from telemetry.callbacks.inputs import InputLoggerCallback
-    from telemetry.callbacks.outputs import OutputLoggerCallback
     from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
     from telemetry.callbacks.strategic import COMPONENTS, StrategicTelemetry
+    from telemetry.callbacks.trainer import StrategicCallback
     from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+    from telemetry.instruments.inputs import InputLoggerCallback
+    from telemetry.instruments.outputs import OutputLoggerCallback
     from telemetry.logs import setup_logging
     from telemetry.sound import SoundPolicy
 
 _HOMES = {
     "COMPONENTS": "telemetry.callbacks.strategic",
     "ConsoleBackend": "telemetry.backends.console",
-    "InputLoggerCallback": "telemetry.callbacks.inputs",
-    "OutputLoggerCallback": "telemetry.callbacks.outputs",
+    "InputLoggerCallback": "telemetry.instruments.inputs",
+    "OutputLoggerCallback": "telemetry.instruments.outputs",
     "SharedAttentionLoggerCallback": "telemetry.callbacks.shared_attention",
     "SoundPolicy": "telemetry.sound",
-    "StrategicCallback": "telemetry.callbacks.base",
+    "StrategicCallback": "telemetry.callbacks.trainer",
     "StrategicTelemetry": "telemetry.callbacks.strategic",
     "TensorBoardBackend": "telemetry.backends.tensorboard",
     "TrackioBackend": "telemetry.backends.trackio",

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from telemetry.callbacks.activation_log import ActivationLog
-from telemetry.callbacks.attention_log import DEFAULT_QUERIES, AttentionLog
-from telemetry.callbacks.base import StrategicCallback
-from telemetry.callbacks.gradient_log import GradientLog
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.instruments.activations import ActivationLog
+from telemetry.instruments.attention import DEFAULT_QUERIES, AttentionLog
+from telemetry.instruments.gradients import GradientLog
 from telemetry.probes.forward import Microbatch
 
 

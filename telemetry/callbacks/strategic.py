@@ -9,11 +9,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend
-from telemetry.callbacks.base import DEFAULT_LOGGING_STEPS, StrategicCallback, is_due
-from telemetry.callbacks.inputs import InputLoggerCallback
-from telemetry.callbacks.outputs import OutputLoggerCallback
 from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.callbacks.trainer import DEFAULT_LOGGING_STEPS, StrategicCallback, is_due
 from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.instruments.inputs import InputLoggerCallback
+from telemetry.instruments.outputs import OutputLoggerCallback
 from telemetry.sound import SoundPolicy
 
 COMPONENTS: dict[str, type[StrategicCallback]] = {

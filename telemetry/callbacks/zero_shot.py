@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from telemetry.callbacks.base import StrategicCallback
-from telemetry.callbacks.chatml_log import ChatMLLog
-from telemetry.callbacks.clip_log import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS, ClipLog
-from telemetry.callbacks.conditioning_log import ConditioningLog
-from telemetry.callbacks.reference_log import ReferenceLog
-from telemetry.callbacks.session import Session
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.instruments.chatml import ChatMLLog
+from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS, ClipLog
+from telemetry.instruments.conditioning import ConditioningLog
+from telemetry.instruments.reference import ReferenceLog
 from telemetry.probes.forward import Microbatch
+from telemetry.session import Session
 from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
@@ -36,7 +36,7 @@ class ZeroShotVerificationLoggerCallback(StrategicCallback):
         conditioning_every: measure the conditioning gain every so many due steps, beginning with the first, and at
             every evaluation: three forward passes. 0 never.
         clips, speaker_encoder, transcriber, max_new_tokens: what the model says freely at every evaluation, and what
-            listens to it: see :class:`telemetry.callbacks.clip_log.ClipLog`. 0 clips never.
+            listens to it: see :class:`telemetry.instruments.clips.ClipLog`. 0 clips never.
         clips_max_seconds: wall time that the clips of one evaluation may take.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from telemetry.reduction import all_here
+from telemetry.delivery.reduction import all_here
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import trainer as _trainer  # noqa: F401  (first: repairs what transformers impo
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.attention_log import DEFAULT_QUERIES, AttendedBatch
 from telemetry.families import HiggsAudioV2Family
+from telemetry.instruments.attention import DEFAULT_QUERIES, AttendedBatch
 from telemetry.measures.attention import QuerySample, attention_rows, sample_queries
 from telemetry.measures.attention_masks import sequence_starts
 from telemetry.probes.attention import AttentionCall, AttentionProbe

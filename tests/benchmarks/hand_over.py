@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from telemetry.backends.base import Backend, Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
-from telemetry.recorder import Recorder
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Mean, Scalar
 
 SCALARS = 1000

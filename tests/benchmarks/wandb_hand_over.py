@@ -17,7 +17,7 @@ import numpy as np
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.backends.wandb import WandbBackend
-from telemetry.recorder import Recorder
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Audio, Clip, Image, Record, Scalar, Table
 
 TESTS = Path(__file__).parents[1]

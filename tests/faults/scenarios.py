@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-import telemetry.recorder
+import telemetry.delivery.recorder
 from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
-from telemetry.callbacks.outputs import OutputLoggerCallback
+from telemetry.instruments.outputs import OutputLoggerCallback
 
 LOGS = "logs"
 BROKEN_FROM = 100
@@ -93,14 +93,14 @@ def backends_raise(directory: Path) -> None:
 
 
 def backend_blocks(directory: Path) -> None:
-    telemetry.recorder.BLOCKED_SECONDS = 0.3
-    telemetry.recorder.DRAIN_SECONDS = 5.0
+    telemetry.delivery.recorder.BLOCKED_SECONDS = 0.3
+    telemetry.delivery.recorder.DRAIN_SECONDS = 5.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 
 
 def backend_blocks_until_the_end(directory: Path) -> None:
     """It would be left out after a minute, and the training is over long before."""
-    telemetry.recorder.DRAIN_SECONDS = 4.0
+    telemetry.delivery.recorder.DRAIN_SECONDS = 4.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 
 

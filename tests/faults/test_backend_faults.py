@@ -11,7 +11,7 @@ from fault_runs import LOGGED, MEASURED, Ended, assert_every_step, run, scalars,
 from scenarios import BLOCKED_FROM, BROKEN_FROM, FREE_FROM, FULL_FROM, LEFT_OUT
 from tiny_training import Outcome, outcome, progress
 
-from telemetry.recorder import MAX_FAILURES
+from telemetry.delivery.recorder import MAX_FAILURES
 
 STEPS = 20
 MANY = 70  # two writes each, what was measured and what the Trainer logs, and in the end the Trainer's summary

@@ -32,7 +32,7 @@ from wandb_server import Fault, Server, client_environment, serve
 
 import telemetry.backends.wandb.client
 import telemetry.backends.wandb.values
-import telemetry.recorder
+import telemetry.delivery.recorder
 from telemetry.backends.base import Run
 from telemetry.backends.wandb import WandbBackend
 from telemetry.records import Audio, Clip, Mean, Table
@@ -103,7 +103,7 @@ class Training:
         logging.getLogger("telemetry").setLevel(logging.INFO)
         logging.getLogger("telemetry").addHandler(_Keeps(self.seen.said))
         began = time.perf_counter()
-        self.recorder = telemetry.recorder.Recorder([WandbBackend()])
+        self.recorder = telemetry.delivery.recorder.Recorder([WandbBackend()])
         self.recorder.open(Run(directory / "logs", name=directory.name, config={"scenario": directory.name}))
         self.seen.open_seconds = time.perf_counter() - began
 

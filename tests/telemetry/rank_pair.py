@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from telemetry import reduction
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
-from telemetry.recorder import Emitter, Recorder
+from telemetry.delivery import reduction
+from telemetry.delivery.recorder import Emitter, Recorder
+from telemetry.delivery.reduction import RankGather
 from telemetry.records import Max, Mean, Scalar, Sum, Table
-from telemetry.reduction import RankGather
 
 STEPS = 3
 

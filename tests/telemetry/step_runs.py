@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.base import StrategicCallback
+from telemetry.callbacks.trainer import StrategicCallback
 from trainer.loss import AccumulatedLoss, supervised_counts
 
 Metadata = Sequence[Mapping[str, Any]]

@@ -20,7 +20,7 @@ import logging, sys
 from telemetry.logs import setup_logging
 setup_logging()
 setup_logging()
-for name in ("telemetry.recorder", "trainer", "transformers.trainer", "another"):
+for name in ("telemetry.delivery.recorder", "trainer", "transformers.trainer", "another"):
     logger = logging.getLogger(name)
     logger.info("info of %s", name)
     logger.warning("warning of %s", name)
@@ -78,7 +78,7 @@ def test_the_rank_is_said_once_however_many_filters_there_are() -> None:
     assert line.getMessage() == "[rank 1] 50% done"
 
 
-@pytest.mark.parametrize("name", ["telemetry", "telemetry.recorder", "trainer.data", "transformers.trainer"])
+@pytest.mark.parametrize("name", ["telemetry", "telemetry.delivery.recorder", "trainer.data", "transformers.trainer"])
 def test_a_line_comes_once_on_stderr(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
         setup_logging(rank=0)
@@ -159,12 +159,12 @@ def run(rank: str | None) -> list[str]:
 
 @pytest.mark.parametrize("rank", [None, "0"])
 def test_a_process_of_rank_0_shows_what_the_levels_let_pass(rank: str | None) -> None:
-    names = ("telemetry.recorder", "trainer", "transformers.trainer")
+    names = ("telemetry.delivery.recorder", "trainer", "transformers.trainer")
     shown = [f"{level.upper()} {name}: {level} of {name}" for name in names for level in ("info", "warning")]
     shown.remove("INFO transformers.trainer: info of transformers.trainer")  # its own verbosity: warnings
     assert run(rank) == [*shown, "warning of another"]
 
 
 def test_a_process_of_another_rank_shows_warnings() -> None:
-    names = ("telemetry.recorder", "trainer", "transformers.trainer")
+    names = ("telemetry.delivery.recorder", "trainer", "transformers.trainer")
     assert run("1") == [*(f"WARNING {name}: [rank 1] warning of {name}" for name in names), "warning of another"]

@@ -14,7 +14,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
-from telemetry.recorder import Recorder
+from telemetry.delivery.recorder import Recorder
 from tests.benchmarks import step_time
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

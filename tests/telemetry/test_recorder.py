@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from slow_references import measured_records
 from torch import Tensor
 
-from telemetry import recorder as recorder_module
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
-from telemetry.recorder import MAX_FAILURES, Emitter, Recorder
+from telemetry.delivery import recorder as recorder_module
+from telemetry.delivery.recorder import MAX_FAILURES, Emitter, Recorder
 from telemetry.records import Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Table, Text, UsedFraction
 
 WRITTEN_SECONDS = 20.0  # generous: other programs share the machine

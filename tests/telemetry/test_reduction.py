@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from telemetry.delivery.reduction import RankGather, Share, merge
 from telemetry.records import Max, Mean, Min, Norm, Std, Sum
-from telemetry.reduction import RankGather, Share, merge
 
 ENDS_WITHIN = 90.0
 PROGRAM = Path(__file__).with_name("rank_pair.py")

@@ -16,7 +16,7 @@ from voice_batches import Voices
 from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, ZeroShotVerificationLoggerCallback
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
-from telemetry.recorder import Recorder
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Audio, Clip, Image, Record, Scalar, Table, Text
 
 RATE = 10

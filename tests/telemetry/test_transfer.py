@@ -16,9 +16,9 @@ from waiting import Watch
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
-from telemetry.recorder import Emitter, Recorder
+from telemetry.delivery.recorder import Emitter, Recorder
+from telemetry.delivery.transfer import Transfer
 from telemetry.records import Max, Mean, Min, Norm, Perplexity, Std, Sum, SumOfMeans, Table, UsedFraction
-from telemetry.transfer import Transfer
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetry.worker import Worker
+from telemetry.delivery.worker import Worker
 
 SOON = 20.0  # generous: other programs share the machine
 

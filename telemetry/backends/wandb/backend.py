@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from telemetry import shutdown
 from telemetry.backends.base import Run
+from telemetry.delivery import shutdown
+from telemetry.delivery.worker import Worker
 from telemetry.records import Alert, Record, Scalar, held_bytes
-from telemetry.worker import Worker
 
 if TYPE_CHECKING:
     from telemetry.backends.wandb.client import WandbClient

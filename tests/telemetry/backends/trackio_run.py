@@ -9,7 +9,7 @@ import numpy as np
 
 from telemetry import TrackioBackend
 from telemetry.backends.base import Run
-from telemetry.recorder import Recorder
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
 
 STEPS, CHECKPOINT = (1, 2, 3), 2

@@ -43,11 +43,11 @@ from wandb_server import client_environment
 import telemetry.backends.wandb.backend
 import telemetry.backends.wandb.client
 import telemetry.backends.wandb.values
-import telemetry.recorder
+import telemetry.delivery.recorder
 from telemetry import StrategicTelemetry, TensorBoardBackend, WandbBackend
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
-from telemetry.recorder import Recorder
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
 
 PATIENCE = 90.0
@@ -270,7 +270,7 @@ def in_directory(scenario: Scenario, directory: Path, url: str) -> Iterator[int]
 def main() -> None:
     # All scenarios share few cores: what is tested is what arrives, not the bounds on waiting for it.
     telemetry.backends.wandb.backend.CLOSE_SECONDS = PATIENCE
-    telemetry.recorder.DRAIN_SECONDS = telemetry.recorder.BLOCKED_SECONDS = 2 * PATIENCE
+    telemetry.delivery.recorder.DRAIN_SECONDS = telemetry.delivery.recorder.BLOCKED_SECONDS = 2 * PATIENCE
     root, url = Path(sys.argv[1]), sys.argv[2]
     children = {
         child: scenario.__name__

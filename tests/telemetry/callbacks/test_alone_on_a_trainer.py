@@ -22,9 +22,9 @@ from telemetry import (
     ZeroShotVerificationLoggerCallback,
 )
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.base import StrategicCallback
-from telemetry.callbacks.gradient_log import CLIPPED_NOTE
 from telemetry.callbacks.strategic import COMPONENTS
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.instruments.gradients import CLIPPED_NOTE
 from telemetry.records import Mean, Scalar, Table
 
 SECTIONS = {InputLoggerCallback: "inputs", OutputLoggerCallback: "outputs", SharedAttentionLoggerCallback: "gradients"}

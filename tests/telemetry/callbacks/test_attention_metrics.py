@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from voice_batches import Sample, Voices
 
-from telemetry.callbacks.attention_images import heads_image, mass_image
 from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.instruments.attention_images import heads_image, mass_image
 from telemetry.records import Image
 
 EVERY = 600
@@ -162,7 +162,7 @@ def test_a_measure_that_fails_leaves_the_rest_alone(
     def fail(*_: Any) -> None:
         raise ArithmeticError("planted")
 
-    monkeypatch.setattr("telemetry.callbacks.attention_log.attention_rows", fail)
+    monkeypatch.setattr("telemetry.instruments.attention.attention_rows", fail)
     plain = watched_step(text_models.make("llama"), [text_batch(5)], tmp_path, watch=False)
     step = watched_step(text_models.make("llama"), [text_batch(5)], tmp_path)
     assert step.losses == plain.losses

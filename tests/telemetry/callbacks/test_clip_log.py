@@ -35,9 +35,9 @@ from voice_batches import Voices
 
 from telemetry import SoundPolicy
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks import clip_log
 from telemetry.catalogue import find
 from telemetry.families import find_speech_family
+from telemetry.instruments import clips as clip_log
 from telemetry.records import Audio, Image
 from telemetry.speech.text import character_errors, word_errors
 

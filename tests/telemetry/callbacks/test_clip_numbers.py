@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.clip_numbers import HeardClip, Listener, cosine
-from telemetry.callbacks.clip_records import MeasuredClip, metrics, save, shown
 from telemetry.families.speech import Prompt, Speech
+from telemetry.instruments.clip_numbers import HeardClip, Listener, cosine
+from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
 from telemetry.records import Clip, Table
 
 RATE = 8000

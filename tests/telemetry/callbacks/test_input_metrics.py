@@ -15,7 +15,7 @@ from step_runs import hand_over, measure
 from torch import Tensor
 from voice_batches import Sample, Voices
 
-from telemetry.callbacks.inputs import SHOWN_SAMPLES, InputLoggerCallback
+from telemetry.instruments.inputs import SHOWN_SAMPLES, InputLoggerCallback
 from telemetry.records import Audio, Table
 
 

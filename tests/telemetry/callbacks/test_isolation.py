@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from telemetry import InputLoggerCallback, OutputLoggerCallback, SharedAttentionLoggerCallback, StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.base import StrategicCallback
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.delivery.recorder import MAX_FAILURES
 from telemetry.families import CausalLMFamily, Head
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import MAX_FAILURES
 
 
 class BrokenError(RuntimeError):
@@ -311,11 +311,11 @@ def test_a_callback_has_no_session_outside_training() -> None:
 @pytest.mark.parametrize(
     ("place", "doing"),
     [
-        ("telemetry.callbacks.session.find_family", "reading the model"),
-        ("telemetry.callbacks.session._run_config", "beginning a step"),
+        ("telemetry.session.find_family", "reading the model"),
+        ("telemetry.session._run_config", "beginning a step"),
         ("telemetry.probes.forward.ForwardProbe.attach", "beginning a step"),
-        ("telemetry.recorder.Recorder.flush", "sending a step on its way"),
-        ("telemetry.recorder.Recorder.write", "recording what the Trainer logs"),
+        ("telemetry.delivery.recorder.Recorder.flush", "sending a step on its way"),
+        ("telemetry.delivery.recorder.Recorder.write", "recording what the Trainer logs"),
     ],
 )
 def test_telemetry_itself_failing_ends_no_training(

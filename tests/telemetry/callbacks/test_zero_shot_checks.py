@@ -16,11 +16,11 @@ from torch import Tensor
 from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks import reference_log
-from telemetry.callbacks.chatml_log import SHOWN_ROWS
-from telemetry.callbacks.reference_log import SIGNAL
 from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
 from telemetry.families.voice_prompt import CHECKS
+from telemetry.instruments import reference as reference_log
+from telemetry.instruments.chatml import SHOWN_ROWS
+from telemetry.instruments.reference import SIGNAL
 from telemetry.records import Table
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from telemetry import catalogue
 from telemetry.backends.memory import MemoryBackend
+from telemetry.delivery.recorder import Recorder
 from telemetry.health import HealthMonitor
 from telemetry.health.rules import RULES, Level
-from telemetry.recorder import Recorder
 from telemetry.records import Alert, Record, Scalar, Sum, Table
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend
-from telemetry.callbacks.session import Session
 from telemetry.families.base import Head
 from telemetry.probes.forward import Microbatch
+from telemetry.session import Session
 from telemetry.sound import SoundPolicy
 
 DEFAULT_LOGGING_STEPS = 100

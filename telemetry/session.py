@@ -22,19 +22,19 @@ from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.backends.trackio import TrackioBackend
 from telemetry.backends.wandb import WandbBackend
 from telemetry.clock import StepClock
+from telemetry.delivery.recorder import MAX_FAILURES, Recorder
+from telemetry.delivery.reduction import RankGather
 from telemetry.families import Family, Head, find_family
 from telemetry.health import HealthMonitor
 from telemetry.probes.batches import EvaluationBatches
 from telemetry.probes.forward import ForwardProbe, Microbatch
 from telemetry.probes.lockstep import Lockstep
-from telemetry.recorder import MAX_FAILURES, Recorder
 from telemetry.records import Scalar
 from telemetry.redaction import redact, redact_arguments
-from telemetry.reduction import RankGather
 from telemetry.sound import SoundPolicy
 
 if TYPE_CHECKING:
-    from telemetry.callbacks.base import StrategicCallback
+    from telemetry.callbacks.trainer import StrategicCallback
 
 logger = logging.getLogger(__name__)
 

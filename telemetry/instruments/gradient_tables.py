@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from telemetry.delivery.recorder import Recorder
 from telemetry.probes.gradients import TrainedParameter
-from telemetry.recorder import Recorder
 from telemetry.records import Cell, Component, Metric, Table
 
 SHOWN = 10

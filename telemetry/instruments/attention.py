@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.attention_images import heads_image, mass_image
-from telemetry.callbacks.probed_layers import probed_layers
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import BatchView
+from telemetry.instruments.attention_images import heads_image, mass_image
+from telemetry.instruments.probed_layers import probed_layers
 from telemetry.measures.attention import (
     KINDS,
     REFERENCE,
@@ -26,8 +26,8 @@ from telemetry.measures.attention import (
 from telemetry.measures.attention_masks import sequence_starts
 from telemetry.probes.attention import AttentionCall, AttentionProbe, UnmeasurableError
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import Emitter
 from telemetry.records import Max, Mean, Means, PresentMean, Sum
+from telemetry.session import Session
 
 DEFAULT_QUERIES = 64
 NOT_SEEN = "its attention does not go through transformers' AttentionInterface"

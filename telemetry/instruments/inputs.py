@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.base import StrategicCallback
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, BatchView
 from telemetry.families.chat import ChatFormat
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import Emitter
 from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
 
 SHOWN_SAMPLES = 2

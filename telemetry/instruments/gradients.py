@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from telemetry.callbacks.cosine_log import CosineLog
-from telemetry.callbacks.gradient_tables import LargestGradients, MissingGradients, ParameterSums
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import Build, Emitter
+from telemetry.instruments.gradient_tables import LargestGradients, MissingGradients, ParameterSums
+from telemetry.instruments.text_audio_cosine import CosineLog
 from telemetry.measures.gradients import ABSMAX, NONFINITE, SQUARES, ZEROS, gradient_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.probes.gradients import (
@@ -23,8 +23,8 @@ from telemetry.probes.gradients import (
     trained_parameters,
 )
 from telemetry.probes.updates import UpdateProbe
-from telemetry.recorder import Build, Emitter
 from telemetry.records import Mean, Norm, NormRatio, Sum
+from telemetry.session import Session
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
 TOTAL = "gradients/total_norm"

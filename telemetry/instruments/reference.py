@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import AudioView
 from telemetry.measures.audio import clipping_fraction, level_db, silence_fraction
 from telemetry.measures.tensor_stats import tensor_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import Emitter
 from telemetry.records import Mean, Metric, Min, Std, Sum
+from telemetry.session import Session
 
 # Files are read in the background, where other things wait meanwhile.
 READ_CLIPS = 16

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from telemetry.callbacks.session import Session
 from telemetry.families.base import Layer
+from telemetry.session import Session
 
 COMPILED = "a compiled model is not watched by hooks"
 NO_LAYERS = "telemetry does not know the layers of this model"

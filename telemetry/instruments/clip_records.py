@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from telemetry.callbacks.clip_images import spectrogram_image
-from telemetry.callbacks.clip_numbers import NUMBERS, HeardClip
+from telemetry.instruments.clip_images import spectrogram_image
+from telemetry.instruments.clip_numbers import NUMBERS, HeardClip
 from telemetry.records import Audio, Cell, Clip, Image, Mean, Record, Table
 
 COLUMNS = (

@@ -24,14 +24,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from telemetry import catalogue, shutdown
+from telemetry import catalogue
 from telemetry.backends.base import Backend, Run, is_on_every_rank
 from telemetry.clock import StepClock
+from telemetry.delivery import shutdown
+from telemetry.delivery.reduction import RankGather, Share, merge
+from telemetry.delivery.transfer import Transfer
+from telemetry.delivery.worker import Worker
 from telemetry.records import Audio, Image, Max, Metric, Record, Scalar, Sum, Table, held_bytes
-from telemetry.reduction import RankGather, Share, merge
 from telemetry.sound import SoundPolicy
-from telemetry.transfer import Transfer
-from telemetry.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from telemetry.callbacks.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
-from telemetry.callbacks.clip_records import MeasuredClip, metrics, save, shown
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import Emitter
 from telemetry.families import find_speech_family
 from telemetry.families.speech import Prompt, Speech, SpeechFamily
+from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
+from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
 from telemetry.probes.company import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
-from telemetry.recorder import Emitter
 from telemetry.records import Clip
+from telemetry.session import Session
 from telemetry.speech.base import SpeakerEncoder, Transcriber
 from telemetry.speech.loading import load_speaker_encoder, load_transcriber
 

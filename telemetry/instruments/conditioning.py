@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import MAX_FAILURES, Emitter
 from telemetry.families.base import AudioView, shift_labels
 from telemetry.families.references import References, Swap, find_references, swap_references
 from telemetry.measures.conditioning import Totals, audio_nll, loss_totals
 from telemetry.probes.forward import Microbatch
 from telemetry.probes.quiet import set_aside
-from telemetry.recorder import MAX_FAILURES, Emitter
 from telemetry.records import Mean
+from telemetry.session import Session
 
 TRAINING = "zero_shot/conditioning"
 EVALUATION = "zero_shot/conditioning/eval"

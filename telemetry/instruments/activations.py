@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.probed_layers import probed_layers
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import Layer
+from telemetry.instruments.probed_layers import probed_layers
 from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows
 from telemetry.probes.activations import ActivationProbe, Role
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import Emitter
 from telemetry.records import Max, Mean, NormRatio, Sum
+from telemetry.session import Session
 
 NOT_RUN = "it did not run, or gave no tensor"
 NO_RESIDUAL = "the layer does not show the residual stream that it is added to"

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.session import Session
+from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import AudioView, BatchView
 from telemetry.families.chat import ChatFormat, Violation
 from telemetry.families.voice_prompt import CHECKS, Stream, VoicePrompt, clips_of, violations
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import Emitter
 from telemetry.records import Cell, Mean, Sum, Table
+from telemetry.session import Session
 
 SHOWN_ROWS = 50
 COLUMNS = ("sample", "speaker", "compliant", "violations")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from telemetry.callbacks.probed_layers import probed_layers
-from telemetry.callbacks.session import Session
+from telemetry.instruments.probed_layers import probed_layers
 from telemetry.probes.forward import Microbatch
 from telemetry.probes.lockstep import forwards_are_collective
 from telemetry.probes.modality_gradients import text_audio_cosine
 from telemetry.records import Mean
+from telemetry.session import Session
 
 COSINE = "gradients/text_audio_cosine"
 SPREAD = "its parameters are spread over ranks: a pass of one rank alone would wait for the others"

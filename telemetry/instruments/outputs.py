@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.base import StrategicCallback
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, AudioView, Head, shift_labels
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.recorder import Emitter
 from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table, UsedFraction
 
 SHOWN_SAMPLES = 4
