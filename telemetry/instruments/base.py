@@ -1,0 +1,111 @@
+"""What every measuring part answers to, and what it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from telemetry.delivery.recorder import Recorder
+from telemetry.families.base import Family
+from telemetry.probes.lockstep import Lockstep
+from telemetry.probes.watch import Watch
+from telemetry.sound import SoundPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from telemetry.families.base import Head
+    from telemetry.probes.forward import Microbatch
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that an instrument may use, made once for a due step and once for an evaluation.
+
+    Attributes:
+        number: the optimizer step, counted as after its update.
+        model: what is trained, without its DDP wrapper.
+        family: how the model is read; None for one that telemetry has no family for.
+        recorder: where values and records go.
+        watch: hooks on the model's modules for this step. Not usable on a compiled model.
+        lockstep: how ranks agree to run the model aside.
+        processor: the Trainer's processing class, or None.
+        tokenizer: decodes token ids: the processor's, or the processor itself.
+        sound: what may be heard.
+        rank: of this process.
+        output_dir: where the run keeps its files.
+        autocast: the precision that training computes in by autocast; None where it does not use it.
+        progress: whether progress bars are wanted.
+    """
+
+    number: int
+    model: nn.Module
+    family: Family | None
+    recorder: Recorder
+    watch: Watch
+    lockstep: Lockstep
+    processor: Any = None
+    tokenizer: Any = None
+    sound: SoundPolicy = SoundPolicy()
+    rank: int = 0
+    output_dir: Path = Path()
+    autocast: torch.dtype | None = None
+    progress: bool = True
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that shows."""
+        return self.rank == 0
+
+
+class Instrument:
+    """Measures one thing of a due step. Every verb does nothing unless it is overridden.
+
+    It keeps nothing of the run: every verb is handed the :class:`Step`. The session calls the verbs in the order of
+    their definition, on the training thread, times them, and switches an instrument off that keeps failing.
+
+    Attributes:
+        every: measure every so many due steps, beginning with the first.
+    """
+
+    every: int = 1
+
+    def begin(self, step: Step) -> None:
+        """A due step begins: forget what an interrupted one left, and watch what is to be watched."""
+
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
+        """The model is about to run on a microbatch."""
+
+    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
+        """A head has computed its logits for a microbatch."""
+
+    def gradients(self, step: Step, clipped: bool) -> None:
+        """All gradients are there; ``clipped`` says whether clipping has already touched them."""
+
+    def before_update(self, step: Step, optimizer: Any) -> None:
+        """The optimizer is about to step; gradients are clipped."""
+
+    def after_update(self, step: Step, optimizer: Any) -> None:
+        """The optimizer has stepped; gradients are still there."""
+
+    def finish(self, step: Step) -> None:
+        """The due step has ended: record what is shown once a step, and let go of everything."""
+
+    def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
+        """An evaluation has ended, or the first step of a fresh training is about to begin.
+
+        Between steps, on every rank. What is recorded is written at ``step.number``.
+
+        Args:
+            step: at which the model is evaluated.
+            batches: this rank's evaluation batches, on the model's device, metadata under ``metadata``. Reading them
+                costs what loading them costs.
+        """
+
+
+Action = Callable[..., None]
