@@ -89,8 +89,8 @@ class Instrument:
     def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
         """A head has computed its logits for a microbatch."""
 
-    def gradients(self, step: Step, clipped: bool) -> None:
-        """All gradients are there; ``clipped`` says whether clipping has already touched them."""
+    def gradients(self, step: Step, clipped: bool | None) -> None:
+        """All gradients are there; ``clipped`` says whether clipping has touched them, None where nobody knows."""
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         """The optimizer is about to step; gradients are clipped."""
