@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
+
+from telemetry.probes.sharding import fsdp2_modules
 
 
 @contextlib.contextmanager
@@ -135,7 +136,7 @@ def _put_back(config: Any, values: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _resharded(model: nn.Module) -> Iterator[None]:
     """FSDP2 keeps the root's parameters gathered after a forward pass, for a backward that does not come here."""
-    sharded: list[Any] = [module for module in model.modules() if _is_fsdp2(module)]
+    sharded = fsdp2_modules(model)
     try:
         yield
     except BaseException:
@@ -146,11 +147,3 @@ def _resharded(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
-
-
-def _is_fsdp2(module: nn.Module) -> bool:
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
