@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["higher", "lower"] | None
-Kind = Literal["scalar", "table", "text", "audio", "image"]
+Kind = Literal["scalar", "table", "alert", "audio", "image"]
 
 
 @dataclass(frozen=True)
@@ -661,7 +661,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     # health
     Entry("health/checks", "Every rule's verdict, evidence and what to do.", kind="table"),
-    Entry("health/alerts", "What a rule has just found, with its evidence and what to do.", kind="text"),
+    Entry("health/alerts", "What a rule has just found, with its evidence and what to do.", kind="alert"),
     Entry("health/<name>", "0 ok, 1 warning, 2 failing.", reduction="max", better="lower"),
     # the Trainer's own
     Entry("{train,eval}/loss", "Loss as the Trainer logs it: the mean since it last logged.", "nats", better="lower"),

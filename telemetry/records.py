@@ -253,14 +253,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A piece of plain text."""
-
-    tag: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Clip:
     """One piece of sound: ``samples`` of shape ``[samples]`` or ``[samples, channels]``.
 
@@ -290,15 +282,6 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Counts between edges: ``edges`` has one entry more than ``counts``."""
-
-    tag: str
-    edges: np.ndarray
-    counts: np.ndarray
-
-
-@dataclass(frozen=True)
 class Alert:
     """Something a person should look at now."""
 
@@ -308,7 +291,7 @@ class Alert:
     level: Literal["info", "warning", "error"] = "warning"
 
 
-Record: TypeAlias = Scalar | Table | Text | Audio | Image | Histogram | Alert
+Record: TypeAlias = Scalar | Table | Audio | Image | Alert
 
 
 def held_bytes(record: Record) -> int:
@@ -318,6 +301,6 @@ def held_bytes(record: Record) -> int:
     if isinstance(record, Table):
         # A sound or picture in a cell is recorded by itself too, and counted there.
         return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
-    clips = getattr(record, "clips", ())
-    arrays = [clip.samples for clip in clips] + [getattr(record, name, None) for name in ("pixels", "edges", "counts")]
-    return sum(int(array.nbytes) for array in arrays if array is not None) + len(getattr(record, "text", ""))
+    if isinstance(record, Audio):
+        return sum(int(clip.samples.nbytes) for clip in record.clips)
+    return int(record.pixels.nbytes) if isinstance(record, Image) else len(record.text)

@@ -21,7 +21,7 @@ from rich.tree import Tree
 
 from telemetry.backends.base import Run
 from telemetry.catalogue import SECTIONS
-from telemetry.records import Alert, Audio, Cell, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Cell, Image, Record, Scalar, Table
 
 _LOGGER = logging.getLogger("telemetry.console")
 _TRAINER_SECTIONS = ("train", "eval")  # the Trainer prints these itself
@@ -43,8 +43,8 @@ class ConsoleBackend:
     """One message for every write, at INFO on the logger ``telemetry.console``.
 
     A tree of the sections in the catalogue's order, each with the question that it answers; numbers in aligned grids,
-    non-finite ones marked with ``!`` and named in the headline; tables (their first rows), texts, alerts, and a line
-    for each clip, image and histogram. As wide as the terminal, or 120 columns where stderr is none, without colours
+    non-finite ones marked with ``!`` and named in the headline; tables (their first rows), alerts, and a line for each
+    clip and image. As wide as the terminal, or 120 columns where stderr is none, without colours
     or cursor movements, so that log files stay readable.
 
     A write that holds nothing but the scalars of ``train/`` and ``eval/`` is not shown: the Trainer prints those.
@@ -217,7 +217,7 @@ def _grid_part(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str]) ->
 
 
 def _heading(before: Sequence[str], column: str) -> str:
-    """The column's name; ``_3`` for ``codebook_3`` behind another codebook, so that all of them fit on a line."""
+    """The column's name; ``_3`` for ``codebook_3`` after another codebook, so that all of them fit on a line."""
     stem, separator, index = column.rpartition("_")
     follows = bool(before) and re.fullmatch(re.escape(stem) + "_[0-9]+", before[-1]) is not None
     return separator + index if follows and index.isdecimal() else column
@@ -235,8 +235,6 @@ def _content(record: Record) -> Iterator[RenderableType]:
     path = record.tag.partition("/")[2] or record.tag
     if isinstance(record, Table):
         yield Group(_plain(path), Padding(_table(record), (0, 0, 0, 2)), *_more_rows(record))
-    elif isinstance(record, Text):
-        yield _plain(f"{path}: {_shortened(record.text, _TEXT_CHARACTERS)}")
     elif isinstance(record, Audio):
         for clip in record.clips:
             seconds = f"{len(clip.samples) / clip.sampling_rate:.1f} s" if clip.sampling_rate > 0 else "? s"
@@ -246,8 +244,6 @@ def _content(record: Record) -> Iterator[RenderableType]:
     elif isinstance(record, Image):
         height, width = record.pixels.shape[:2]
         yield _plain(f"{path}: image of {width} × {height}" + (f", {record.caption}" if record.caption else ""))
-    elif isinstance(record, Histogram):
-        yield _plain(f"{path}: {_number(float(record.counts.sum()))} values in {len(record.counts)} bins")
 
 
 def _table(table: Table) -> RichTable:

@@ -17,7 +17,7 @@ from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, Zero
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Recorder
-from telemetry.records import Audio, Clip, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 RATE = 10
 OFF = SoundPolicy(enabled=False)
@@ -34,7 +34,7 @@ def lengths(audio: Audio) -> list[int]:
 VOICE = Audio("inputs/reference", (clip(1.0, "ann"),))
 MEL = Image("zero_shot/clip_3/spectrogram", np.zeros((2, 2), dtype=np.uint8))
 HEADS = Image("attention/heads", np.zeros((2, 2), dtype=np.uint8))
-PLAIN: list[Record] = [Scalar("a", 1.0), Text("b", "words"), Table("c", ("x",), ((1,), ("y",)))]
+PLAIN: list[Record] = [Scalar("a", 1.0), Alert("b", "", "words"), Table("c", ("x",), ((1,), ("y",)))]
 
 
 def test_what_is_allowed_stays_as_it_is() -> None:
