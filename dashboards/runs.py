@@ -28,8 +28,9 @@ from tensorboard.plugins.scalar import metadata as scalar
 from tensorboard.plugins.text import metadata as text
 from tensorboard.util import tensor_util
 
-from dashboards.event_files import DamagedError, read_event, read_events
+from dashboards.event_files import read_event, read_events
 from telemetry.records import Alert, Table
+from telemetry.tfrecord import DamagedError
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import Generic, Protocol, TypeVar
 
 import soundfile
 
-from dashboards.event_files import DamagedError
 from dashboards.report.numbers import natural
 from dashboards.runs import AUDIO, IMAGES, TEXT, Run, Stored, unescape
 from telemetry.records import Alert, Table, held_bytes
+from telemetry.tfrecord import DamagedError
 
 AUDIO_BYTES = 3 * 2**20
 IMAGE_BYTES = 3 * 2**19
