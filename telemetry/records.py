@@ -274,11 +274,15 @@ class Audio:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: ``pixels`` uint8 of shape ``[height, width, 3]`` or ``[height, width]``."""
+    """A picture: ``pixels`` uint8 of shape ``[height, width, 3]`` or ``[height, width]``.
+
+    ``voice`` says that speech could be made again from it, as from a spectrogram.
+    """
 
     tag: str
     pixels: np.ndarray
     caption: str = ""
+    voice: bool = False
 
 
 @dataclass(frozen=True)
