@@ -84,6 +84,10 @@ SECTIONS: dict[str, str] = {
     "telemetry": "What telemetry itself costs.",
 }
 
+TRAINER_SECTIONS = ("train", "eval", "test")
+"""Where what the Trainer logs goes: ``eval_`` and ``test_`` at the beginning of a name say the section, else it is the
+first."""
+
 _TOKENS = "over all positions of the step"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
@@ -686,7 +690,12 @@ def find(tag: str) -> Entry | None:
     return next((entry for entry in CATALOGUE if entry.pattern.fullmatch(tag)), None)
 
 
+def is_the_trainers(tag: str) -> bool:
+    """Whether a tag is of what the Trainer logs."""
+    return tag.split("/", 1)[0] in TRAINER_SECTIONS
+
+
 def describe(tag: str, note: str = "") -> str:
-    """One line of description for a tag, with ``note`` (how it was measured on this run) behind it."""
+    """One line of description for a tag, with ``note`` (how it was measured on this run) after it."""
     entry = find(tag)
     return " ".join(part for part in (entry.description if entry else "", note) if part)

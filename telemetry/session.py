@@ -21,6 +21,7 @@ from telemetry.backends.console import ConsoleBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.backends.trackio import TrackioBackend
 from telemetry.backends.wandb import WandbBackend
+from telemetry.catalogue import TRAINER_SECTIONS
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Recorder
 from telemetry.delivery.reduction import RankGather
@@ -402,7 +403,8 @@ def _data_summary(batches: Any) -> dict[str, Any]:
 
 
 def _trainer_tag(name: str) -> str:
-    for prefix in ("eval", "test"):
+    default, *prefixes = TRAINER_SECTIONS
+    for prefix in prefixes:
         if name.startswith(f"{prefix}_"):
             return f"{prefix}/{name[len(prefix) + 1 :]}"
-    return f"train/{name}"
+    return f"{default}/{name}"

@@ -20,11 +20,10 @@ from rich.text import Text as RichText
 from rich.tree import Tree
 
 from telemetry.backends.base import Run
-from telemetry.catalogue import SECTIONS
+from telemetry.catalogue import SECTIONS, is_the_trainers
 from telemetry.records import Alert, Audio, Cell, Image, Record, Scalar, Table
 
 _LOGGER = logging.getLogger("telemetry.console")
-_TRAINER_SECTIONS = ("train", "eval")  # the Trainer prints these itself
 _WIDTH = 120  # columns where there is no terminal
 _GUIDES = 8  # columns that the tree's lines take in front of a section's content
 _ROWS = 12
@@ -47,7 +46,7 @@ class ConsoleBackend:
     clip and image. As wide as the terminal, or 120 columns where stderr is none, without colours
     or cursor movements, so that log files stay readable.
 
-    A write that holds nothing but the scalars of ``train/`` and ``eval/`` is not shown: the Trainer prints those.
+    A write that holds nothing but scalars that the Trainer logs is not shown: the Trainer prints those.
     A scalar's note is shown with the first write that carries it. Nothing shows unless the logger lets INFO through
     (see :func:`telemetry.logs.setup_logging`).
     """
@@ -61,7 +60,8 @@ class ConsoleBackend:
         """Nothing to get ready."""
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        if _LOGGER.isEnabledFor(logging.INFO) and not all(_is_the_trainers(record) for record in records):
+        printed = all(isinstance(record, Scalar) and is_the_trainers(record.tag) for record in records)
+        if not printed and _LOGGER.isEnabledFor(logging.INFO):
             _LOGGER.info("%s", self._render(step, records))
 
     def close(self) -> None:
@@ -96,10 +96,6 @@ class ConsoleBackend:
                 yield _plain(f"note: {note}")
         for record in records:
             yield from _content(record)
-
-
-def _is_the_trainers(record: Record) -> bool:
-    return isinstance(record, Scalar) and record.tag.split("/", 1)[0] in _TRAINER_SECTIONS
 
 
 def _section_order(section: str) -> int:

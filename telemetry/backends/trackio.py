@@ -10,10 +10,10 @@ from typing import Any
 
 from telemetry.backends.base import Run
 from telemetry.backends.encoding import encode_png, encode_wav
+from telemetry.catalogue import is_the_trainers
 from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
 
 DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
-TRAINER_SECTIONS = ("train/", "eval/", "test/")
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class TrackioBackend:
             raise RuntimeError("write() before open()")
         values: dict[str, Any] = {}
         for record in records:
-            if isinstance(record, Scalar) and not self._trainer_logs and record.tag.startswith(TRAINER_SECTIONS):
+            if isinstance(record, Scalar) and not self._trainer_logs and is_the_trainers(record.tag):
                 continue
             try:
                 if isinstance(record, Alert):

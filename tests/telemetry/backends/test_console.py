@@ -181,7 +181,7 @@ def test_a_note_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_the_trainer_prints_is_not_repeated(caplog: pytest.LogCaptureFixture) -> None:
     backend = ConsoleBackend()
     backend.write(1, [])
-    backend.write(1, [Scalar("train/loss", 1.0), Scalar("eval/loss", 2.0)])
+    backend.write(1, [Scalar("train/loss", 1.0), Scalar("eval/loss", 2.0), Scalar("test/loss", 3.0)])
     assert caplog.records == []
     backend.write(1, [Alert("eval/loss", "Look", "")])
     backend.write(1, [Scalar("train/loss", 1.0), Scalar("health/x", 2.0)])
