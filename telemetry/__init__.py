@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from telemetry.backends.console import ConsoleBackend
+    from telemetry.backends.registry import DESTINATIONS, backends_for
     from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
     from telemetry.backends.trackio import TrackioBackend
     from telemetry.backends.wandb import WandbBackend
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "COMPONENTS": "telemetry.callbacks.strategic",
     "ConsoleBackend": "telemetry.backends.console",
+    "DESTINATIONS": "telemetry.backends.registry",
     "InputLoggerCallback": "telemetry.instruments.inputs",
     "OutputLoggerCallback": "telemetry.instruments.outputs",
     "SharedAttentionLoggerCallback": "telemetry.callbacks.shared_attention",
@@ -32,12 +34,14 @@ _HOMES = {
     "TrackioBackend": "telemetry.backends.trackio",
     "WandbBackend": "telemetry.backends.wandb",
     "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.zero_shot",
+    "backends_for": "telemetry.backends.registry",
     "launch_command": "telemetry.backends.tensorboard",
     "setup_logging": "telemetry.logs",
 }
 
 __all__ = [
     "COMPONENTS",
+    "DESTINATIONS",
     "ConsoleBackend",
     "InputLoggerCallback",
     "OutputLoggerCallback",
@@ -49,6 +53,7 @@ __all__ = [
     "TrackioBackend",
     "WandbBackend",
     "ZeroShotVerificationLoggerCallback",
+    "backends_for",
     "launch_command",
     "setup_logging",
 ]

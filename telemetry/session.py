@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
-from telemetry.backends.console import ConsoleBackend
-from telemetry.backends.tensorboard import TensorBoardBackend
-from telemetry.backends.trackio import TrackioBackend
-from telemetry.backends.wandb import WandbBackend
+from telemetry.backends.registry import default_backends
 from telemetry.catalogue import TRAINER_SECTIONS
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Recorder
@@ -329,7 +326,7 @@ class Session:
     def _backends(self) -> Sequence[Backend]:
         given = [backend for member in self._members for backend in member.backends or ()]
         unique = list({id(backend): backend for backend in given}.values())
-        return unique or _default_backends(self._args)
+        return unique or default_backends(self._args.report_to or ())
 
     def _run(self, gather: RankGather | None) -> Run:
         chosen = next((member.logging_dir for member in self._members if member.logging_dir), None)
@@ -362,22 +359,6 @@ def _run_name(args: TrainingArguments) -> str:
 
 def _output_dir(args: TrainingArguments) -> str:
     return args.output_dir or "."
-
-
-def _default_backends(args: TrainingArguments) -> list[Backend]:
-    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
-
-    The Trainer's own callbacks report what it logs: that is not sent a second time.
-    """
-    backends: list[Backend] = []
-    reported = args.report_to or ()
-    if "wandb" in reported:
-        backends.append(WandbBackend(trainer_logs=False))
-    if "trackio" in reported:
-        backends.append(TrackioBackend(trainer_logs=False))
-    if "tensorboard" in reported or not backends:
-        backends.insert(0, TensorBoardBackend())
-    return [ConsoleBackend(), *backends]
 
 
 def _run_config(args: TrainingArguments, model: nn.Module | None, data: Mapping[str, Any]) -> Mapping[str, Any]:
