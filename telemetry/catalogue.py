@@ -558,7 +558,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none}",
-        "Audio loss in eval mode with the own reference, with another speaker's, and with none.",
+        "Audio loss in eval mode with its own reference, with another speaker's, and with none.",
         "nats per audio token",
         reduction="mean over supervised codes of the samples that could be swapped",
         better=None,

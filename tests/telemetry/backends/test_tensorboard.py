@@ -664,7 +664,7 @@ def test_cells_are_written_for_people(cell: Cell, text: str) -> None:
     assert [[shown_text.replace("\n", "") for shown_text in row] for row in cells(page)] == [["x", text]]
 
 
-def test_wide_columns_are_broken_behind_spaces_and_narrow_ones_are_not() -> None:
+def test_wide_columns_are_broken_after_spaces_and_narrow_ones_are_not() -> None:
     words = "check that reference and target are of one speaker " * 5
     row = ("reference_ignored", "warning", words, words)
     ((check, verdict, *wide),) = cells(table_page(Table("a/b", ("a", "b", "c", "d"), (row,))))
