@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class Step:
     lockstep: Lockstep
     processor: Any = None
     tokenizer: Any = None
-    sound: SoundPolicy = SoundPolicy()
+    sound: SoundPolicy = field(default_factory=SoundPolicy)
     rank: int = 0
     output_dir: Path = Path()
     autocast: torch.dtype | None = None
@@ -70,10 +70,15 @@ class Instrument:
     their definition, on the training thread, times them, and switches an instrument off that keeps failing.
 
     Attributes:
-        every: measure every so many due steps, beginning with the first.
+        every: measure every so many due steps, beginning with the first; 0 never.
     """
 
     every: int = 1
+
+    @property
+    def name(self) -> str:
+        """What it is called where it fails."""
+        return type(self).__name__
 
     def begin(self, step: Step) -> None:
         """A due step begins: forget what an interrupted one left, and watch what is to be watched."""
@@ -84,8 +89,8 @@ class Instrument:
     def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
         """A head has computed its logits for a microbatch."""
 
-    def gradients(self, step: Step, clipped: bool) -> None:
-        """All gradients are there; ``clipped`` says whether clipping has already touched them."""
+    def gradients(self, step: Step, clipped: bool | None) -> None:
+        """All gradients are there; ``clipped`` says whether clipping has touched them, None where nobody knows."""
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         """The optimizer is about to step; gradients are clipped."""
@@ -106,6 +111,3 @@ class Instrument:
             batches: this rank's evaluation batches, on the model's device, metadata under ``metadata``. Reading them
                 costs what loading them costs.
         """
-
-
-Action = Callable[..., None]

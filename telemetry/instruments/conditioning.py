@@ -11,11 +11,11 @@ from torch import Tensor
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
 from telemetry.families.base import AudioView, shift_labels
 from telemetry.families.references import References, Swap, find_references, swap_references
+from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.conditioning import Totals, audio_nll, loss_totals
 from telemetry.probes.forward import Microbatch
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Mean
-from telemetry.session import Session
 
 TRAINING = "zero_shot/conditioning"
 EVALUATION = "zero_shot/conditioning/eval"
@@ -43,7 +43,7 @@ class _Comparison:
     note: str
 
 
-class ConditioningLog:
+class ConditioningInstrument(Instrument):
     """What swapping and hiding references does to the audio loss, on training and evaluation batches.
 
     Runs the model aside, without gradients, in eval mode, after the step's update: three forward passes over the last
@@ -60,95 +60,85 @@ class ConditioningLog:
     def __init__(self, every: int) -> None:
         if every < 0:
             raise ValueError(f"conditioning_every must not be negative, got {every}")
-        self._every = every
-        self._steps = 0
+        self.every = every
         self._refusals = 0  # in a row
-        self._session: Session | None = None
-        self._measures = False
         self._last: Microbatch | None = None
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins."""
-        self._session = session
         self._last = None
-        self._measures = self._every > 0 and self._steps % self._every == 0
-        self._steps += 1
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Keep the last microbatch of the step."""
-        if self._measures:
-            self._last = microbatch
+        self._last = microbatch
 
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """Measure the last microbatch."""
         microbatch, self._last = self._last, None
-        if self._measures and self._session is not None:
-            self._measures = False
-            with set_aside(self._session.model):
-                self._measure(self._session, TRAINING, lambda: microbatch)
+        with set_aside(step.model):
+            self._measure(step, TRAINING, lambda: microbatch)
 
-    def observe_evaluation(self, session: Session, batches: Iterable[Mapping[str, Any]]) -> None:
+    def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measure the first evaluation batch."""
-        if self._every > 0:
-            with set_aside(session.model):  # around the reading too, which takes random numbers
-                self._measure(session, EVALUATION, lambda: _first(session, batches))
+        with set_aside(step.model):  # around the reading too, which takes random numbers
+            self._measure(step, EVALUATION, lambda: _first(step, batches))
 
-    def _measure(self, session: Session, section: str, take: Callable[[], Microbatch | None]) -> None:
+    def _measure(self, step: Step, section: str, take: Callable[[], Microbatch | None]) -> None:
         """Go from forward pass to forward pass, each together with all ranks that it needs."""
-        stages = _stages(session, section, take)
+        stages = _stages(step, section, take)
         agreed, stage = True, ""
         while agreed and stage != _DONE:
             stage = ""
             try:
                 stage = next(stages, "")
             finally:  # a rank that fails in between says no, and nobody waits in a pass for it
-                agreed = session.lockstep.agree(stage != "", section)
+                agreed = step.lockstep.agree(stage != "", section)
                 self._refusals += not agreed
         if agreed:
             self._refusals = 0
         else:
-            self._say_refused(session, section, able=stage != "")
+            self._say_refused(step, section, able=stage != "")
 
-    def _say_refused(self, session: Session, section: str, able: bool) -> None:
+    def _say_refused(self, step: Step, section: str, able: bool) -> None:
         if able:
-            session.recorder.absent(f"{section}/gain", "ranks could not all run the model together")
-        if session.lockstep.needed and self._refusals >= MAX_FAILURES:
-            self._every = 0  # a rank that has failed every time is switched off by now, and would be waited for
+            step.recorder.absent(f"{section}/gain", "ranks could not all run the model together")
+        if step.lockstep.needed and self._refusals >= MAX_FAILURES:
+            self.every = 0  # a rank that has failed every time is switched off by now, and would be waited for
 
 
-def _stages(session: Session, section: str, take: Callable[[], Microbatch | None]) -> Iterator[str]:
+def _stages(step: Step, section: str, take: Callable[[], Microbatch | None]) -> Iterator[str]:
     """Measures a batch; stops in front of every forward pass, and when all is done."""
-    comparison = _compare(session, section, take())
+    comparison = _compare(step, section, take())
     if comparison is None:
         return
     losses = {}
     for name, inputs in comparison.runs.items():
         yield name
-        losses[name] = _loss(session, inputs, comparison.targets)
-    _emit(session, section, loss_totals(losses, comparison.counted), comparison)
+        losses[name] = _loss(step, inputs, comparison.targets)
+    _emit(step, section, loss_totals(losses, comparison.counted), comparison)
     yield _DONE
 
 
-def _first(session: Session, batches: Iterable[Mapping[str, Any]]) -> Microbatch | None:
+def _first(step: Step, batches: Iterable[Mapping[str, Any]]) -> Microbatch | None:
     batch = next(iter(batches), None)
-    if batch is None or session.family is None:
+    if batch is None or step.family is None:
         return None
     inputs = {name: value for name, value in batch.items() if name != "metadata"}
-    return Microbatch(inputs, session.family.view(inputs), batch.get("metadata") or ())
+    return Microbatch(inputs, step.family.view(inputs), batch.get("metadata") or ())
 
 
-def _compare(session: Session, section: str, microbatch: Microbatch | None) -> _Comparison | None:
+def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Comparison | None:
     """What is to be run; None where nothing can be measured, and the reason is said."""
-    references = find_references(session.model)
+    references = find_references(step.model)
     audio = microbatch.view.audio if microbatch is not None and microbatch.view is not None else None
     if references is None or microbatch is None or audio is None:
         reason = "the batch has no audio" if references else "references of this kind of model cannot be changed"
-        session.recorder.absent(f"{section}/gain", reason)
+        step.recorder.absent(f"{section}/gain", reason)
         return None
     speakers = _speakers(microbatch, audio.codes.shape[0])
     reason = _why_hopeless(speakers)
-    if reason and not session.lockstep.needed:  # else other ranks need this one's forward passes
-        session.recorder.absent(f"{section}/gain", reason)
+    if reason and not step.lockstep.needed:  # else other ranks need this one's forward passes
+        step.recorder.absent(f"{section}/gain", reason)
         return None
     return _comparison(references, microbatch.inputs, audio, speakers)
 
@@ -181,9 +171,9 @@ def _comparison(
     return _Comparison(runs, targets, counted, swap, NO_SPEAKERS if None in speakers else "")
 
 
-def _loss(session: Session, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
-    outputs = session.model(**inputs)
-    shown = session.family.output_logits(outputs) if session.family is not None else ()
+def _loss(step: Step, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+    outputs = step.model(**inputs)
+    shown = step.family.output_logits(outputs) if step.family is not None else ()
     logits = next((logits for head, logits in shown if head.modality == "audio"), None)
     if logits is None:
         raise ValueError("the model's output holds no audio logits")
@@ -201,7 +191,7 @@ def _metrics(totals: Totals) -> Iterator[tuple[str, Mean]]:
         yield f"loss_{name}", Mean(loss.sum(), tokens)
 
 
-def _emit(session: Session, section: str, totals: Totals, comparison: _Comparison) -> None:
+def _emit(step: Step, section: str, totals: Totals, comparison: _Comparison) -> None:
     """Values, or why there are none: only the host sees whether a sample could be swapped."""
     names, swap, note = tuple(totals.loss), comparison.swap, comparison.note
 
@@ -217,4 +207,4 @@ def _emit(session: Session, section: str, totals: Totals, comparison: _Compariso
 
     tensors = {f"loss/{name}": total for name, total in totals.loss.items()} | {"tokens": totals.count}
     samples = {"samples/present": swap.present.sum(), "samples/swapped": swap.swapped.sum()}
-    session.recorder.defer({**tensors, **samples}, build)
+    step.recorder.defer({**tensors, **samples}, build)

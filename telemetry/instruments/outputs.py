@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.trainer import StrategicCallback
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, AudioView, Head, shift_labels
+from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table, UsedFraction
@@ -23,21 +23,20 @@ NOT_SHOWN = "a compiled model does not show its logits for it"
 COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
 
 
-class OutputLoggerCallback(StrategicCallback):
+class OutputInstrument(Instrument):
     """Everything under ``outputs/``, reduced on the device as soon as a head has computed its logits.
 
     Scalars cover every microbatch of the step; the table shows its last one.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self) -> None:
         self._last: Microbatch | None = None
         self._predictions: dict[str, tuple[Tensor, TokenStats]] = {}
         self._modalities: set[str] = set()
         self._labelled: set[str] = set()
         self._total: SumOfMeans | None = None
 
-    def begin_step(self) -> None:
+    def begin(self, step: Step) -> None:
         """Begin with nothing."""
         self._last = None
         self._predictions.clear()
@@ -45,7 +44,7 @@ class OutputLoggerCallback(StrategicCallback):
         self._labelled.clear()
         self._total = None
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
         self._last = microbatch
         self._predictions.clear()
@@ -55,51 +54,51 @@ class OutputLoggerCallback(StrategicCallback):
             self._labelled.add("text")
         if microbatch.view.audio is not None:
             self._labelled.add("audio")
-            self.session.recorder.metric("outputs/eos/supervised", _supervised_ends(microbatch.view.audio))
+            step.recorder.metric("outputs/eos/supervised", _supervised_ends(microbatch.view.audio))
 
-    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
+    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
         """Measure one head's logits of one microbatch."""
         self._modalities.add(head.modality)
-        view, labels, family = microbatch.view, _labels(microbatch, head), self.session.family
+        view, labels, family = microbatch.view, _labels(microbatch, head), step.family
         if view is None or labels is None or family is None:
             return
         targets = shift_labels(labels)
         rows = family.rows(view, head, logits)
         if rows is None and targets.shape[:2] != logits.shape[:2]:
-            self.session.recorder.absent(f"outputs/loss/{head.modality}", "the logits do not cover every position")
+            step.recorder.absent(f"outputs/loss/{head.modality}", "the logits do not cover every position")
             return
         audio = view.audio if head.modality == "audio" else None
         targets, stats = _statistics(logits, targets, rows, None if audio is None else audio.eos_id)
         self._predictions[head.modality] = (targets, stats)
         vocabulary = logits.shape[-1] // head.codebooks
-        for tag, value in self._metrics(head, targets, stats, audio, vocabulary):
-            self.session.recorder.metric(f"outputs/{tag}", value)
+        for tag, value in self._metrics(step, head, targets, stats, audio, vocabulary):
+            step.recorder.metric(f"outputs/{tag}", value)
 
-    def finish_step(self) -> None:
+    def finish(self, step: Step) -> None:
         """Show the last microbatch's predictions; say which modality was not seen."""
-        missing = self._expected_modalities() - self._modalities
+        missing = self._expected_modalities(step) - self._modalities
         for modality in missing:
-            reason = NO_LOGITS if self.session.hooked else NOT_SHOWN
-            self.session.recorder.absent(f"outputs/loss/{modality}", reason)
-        self._emit_total(partial=bool(missing & self._labelled))
+            reason = NO_LOGITS if step.watch.usable else NOT_SHOWN
+            step.recorder.absent(f"outputs/loss/{modality}", reason)
+        self._emit_total(step, partial=bool(missing & self._labelled))
         microbatch, predictions = self._last, dict(self._predictions)
-        self.begin_step()
+        self.begin(step)
         if microbatch is not None and predictions:
-            self._show(microbatch, predictions)
+            self._show(step, microbatch, predictions)
 
-    def _emit_total(self, partial: bool) -> None:
+    def _emit_total(self, step: Step, partial: bool) -> None:
         """The trained loss, unless a part of it was not seen: a sum of the rest would be mistaken for it."""
         if partial:
-            self.session.recorder.absent("outputs/loss/total", "a part of it could not be measured")
+            step.recorder.absent("outputs/loss/total", "a part of it could not be measured")
         elif self._total is not None:
-            self.session.recorder.metric("outputs/loss/total", self._total)
+            step.recorder.metric("outputs/loss/total", self._total)
 
-    def _expected_modalities(self) -> set[str]:
-        family = self.session.family
+    def _expected_modalities(self, step: Step) -> set[str]:
+        family = step.family
         return {head.modality for head in family.heads()} if family is not None else set()
 
     def _metrics(
-        self, head: Head, targets: Tensor, stats: TokenStats, audio: AudioView | None, vocabulary: int
+        self, step: Step, head: Head, targets: Tensor, stats: TokenStats, audio: AudioView | None, vocabulary: int
     ) -> Iterator[tuple[str, Metric]]:
         mask = (targets >= 0) & (targets < vocabulary)  # a label outside is a data fault, counted in inputs/invalid_ids
         columns = {
@@ -112,7 +111,7 @@ class OutputLoggerCallback(StrategicCallback):
             total, count = masked_totals(_by_codebook(values, head), _by_codebook(mask, head))
             yield f"{name}/{head.modality}", Mean(total.sum(), count.sum())
             if name == "loss":
-                term = self._term(head, total, count)
+                term = self._term(step, head, total, count)
                 self._total = term if self._total is None else self._total.merge(term)
             if head.modality == "audio" and name != "entropy":
                 for k in range(head.codebooks):
@@ -120,16 +119,16 @@ class OutputLoggerCallback(StrategicCallback):
         if audio is not None:
             yield from _audio_metrics(targets, stats, audio, mask)
 
-    def _term(self, head: Head, total: Tensor, count: Tensor) -> SumOfMeans:
+    def _term(self, step: Step, head: Head, total: Tensor, count: Tensor) -> SumOfMeans:
         """One head's terms of the trained loss, at their places among all heads' terms."""
-        heads = self.session.family.heads() if self.session.family is not None else [head]
+        heads = step.family.heads() if step.family is not None else [head]
         before = sum(other.codebooks for other in _until(heads, head))
         behind = sum(other.codebooks for other in heads) - before - head.codebooks
         padded = [torch.nn.functional.pad(vector, (before, behind)) for vector in (total, count)]
         return SumOfMeans(*padded)
 
-    def _show(self, microbatch: Microbatch, predictions: Mapping[str, tuple[Tensor, TokenStats]]) -> None:
-        tokenizer = self.session.tokenizer
+    def _show(self, step: Step, microbatch: Microbatch, predictions: Mapping[str, tuple[Tensor, TokenStats]]) -> None:
+        tokenizer = step.tokenizer
         tensors: dict[str, Tensor] = {}
         samples: list[str] = []
         for modality, (targets, stats) in predictions.items():
@@ -146,7 +145,7 @@ class OutputLoggerCallback(StrategicCallback):
             )
             emit.record(Table("outputs/predictions", COLUMNS, rows))
 
-        self.session.recorder.show(tensors, build)
+        step.recorder.show(tensors, build)
 
 
 def _labels(microbatch: Microbatch, head: Head) -> Tensor | None:

@@ -1,18 +1,18 @@
-"""Catches what a forward pass is given and the logits that it computes, with hooks that live for one step."""
+"""Reads the passes of a step: what the model is given, and the logits that it computes."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from telemetry.clock import StepClock
 from telemetry.families.base import BatchView, Family, Head
+from telemetry.probes.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -40,80 +40,73 @@ class Microbatch:
         return str(known) if known is not None else f"row {row}"
 
 
-class ForwardListener(Protocol):
-    """What is told about a forward pass. Called on the training thread, without gradients."""
-
-    def observe_inputs(self, microbatch: Microbatch) -> None:
-        """The model is about to run on a microbatch."""
-
-    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """A head has just computed its logits ``[batch, sequence, codebooks × vocabulary]`` (detached)."""
-
-
-class ForwardProbe:
-    """Hooks on a model and its heads between :meth:`attach` and :meth:`detach`; none outside.
+class PassReader:
+    """Reads every pass of a due step, watched or handed over.
 
     Args:
-        model: what the Trainer calls, without its DDP or FSDP wrapper.
-        family: names the heads and reads the batch.
-        listener: told about every forward pass.
+        family: reads the batch and names the heads; None for a model that telemetry has no family for.
+        inputs: told of a microbatch that the model is about to run on.
+        outputs: told of a microbatch, a head and the logits that it has computed (detached).
     """
 
-    def __init__(self, model: nn.Module, family: Family, listener: ForwardListener) -> None:
-        self._model = model
+    def __init__(
+        self,
+        family: Family | None,
+        inputs: Callable[[Microbatch], None],
+        outputs: Callable[[Microbatch, Head, Tensor], None],
+    ) -> None:
         self._family = family
-        self._listener = listener
-        self._handles: list[RemovableHandle] = []
+        self._inputs = inputs
+        self._outputs = outputs
         self._microbatch: Microbatch | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
         self._unreadable_said = False
-        self._clock = StepClock()
-        self.forwards = 0
+        self.passes = 0
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Say what the next forward pass's samples are, where the batch itself no longer does."""
+        """Say what the next pass's samples are, where the batch itself no longer does."""
         self._metadata = metadata
 
-    def attach(self, clock: StepClock, hooks: bool = True) -> None:
-        """Start watching; forward passes are counted from here, and the time that watching takes goes to ``clock``.
+    def attach(self, watch: Watch) -> None:
+        """Begin to read; passes are counted from here."""
+        self.forget()
+        self.passes = 0
+        watch.passes(self, self._begin, self._end)
+        for head in self._family.heads() if self._family is not None else ():
+            watch.after(self, head.module, functools.partial(self._see, head))
 
-        Without ``hooks`` the forward passes have to be handed over: see :meth:`replay`.
-        """
-        self.detach()
-        self._clock = clock
-        self.forwards = 0
-        if not hooks:
-            return
-        self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        for head in self._family.heads():
-            self._handles.append(head.module.register_forward_hook(self._after_head(head)))
-
-    def detach(self) -> None:
-        """Stop watching and let go of the last microbatch."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def forget(self) -> None:
+        """Let go of the last microbatch."""
         self._microbatch = None
         self._metadata = ()
 
     @torch.no_grad()
     def replay(self, inputs: Mapping[str, Any], outputs: Any) -> None:
-        """Tell the listener about a forward pass that was handed over instead of watched."""
+        """Read a pass that was handed over instead of watched."""
         inputs = dict(inputs)
         self.announce(inputs.pop("metadata", None) or self._metadata)
-        microbatch = self._begin(inputs)
-        for head, logits in self._family.output_logits(outputs):
-            self._listener.observe_logits(microbatch, head, logits.detach())
+        self._begin(inputs)
+        for head, logits in self._family.output_logits(outputs) if self._family is not None else ():
+            self._see(head, logits)
+        self._end(outputs)
 
-    def _begin(self, inputs: Mapping[str, Any]) -> Microbatch:
-        self.forwards += 1
+    def _begin(self, inputs: Mapping[str, Any]) -> None:
+        self.passes += 1
         metadata, self._metadata = self._metadata, ()
-        microbatch = Microbatch(inputs, self._view(inputs), metadata)
-        self._listener.observe_inputs(microbatch)
-        return microbatch
+        self._microbatch = Microbatch(inputs, self._view(inputs), metadata)
+        self._inputs(self._microbatch)
+
+    def _see(self, head: Head, logits: Tensor) -> None:
+        if self._microbatch is not None:
+            self._outputs(self._microbatch, head, logits.detach())
+
+    def _end(self, _outputs: Any) -> None:
+        self._microbatch = None
 
     def _view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """How the family reads a batch; None for one that it cannot, which the model may still be able to."""
+        if self._family is None:
+            return None
         try:
             return self._family.view(inputs)
         except Exception:
@@ -121,18 +114,3 @@ class ForwardProbe:
                 logger.exception("family %s cannot read a batch; training goes on", self._family.name)
             self._unreadable_said = True
             return None
-
-    @torch.no_grad()
-    def _before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with self._clock.running():
-            self._microbatch = self._begin(kwargs)
-
-    def _after_head(self, head: Head) -> Any:
-        @torch.no_grad()
-        def hook(_module: nn.Module, _args: tuple[Any, ...], logits: Tensor) -> None:
-            if self._microbatch is None:
-                return
-            with self._clock.running():
-                self._listener.observe_logits(self._microbatch, head, logits.detach())
-
-        return hook

@@ -34,7 +34,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_random_states(model))
         stack.callback(_restorer(model))
         stack.enter_context(_resharded(model))
-        if _is_compiled(model):
+        if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Not inference_mode: buffers and FSDP2's gathered parameters made inside would be inference tensors for good,
         # which autograd refuses to save in the next training step.
@@ -45,7 +45,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether calling the model may run what ``torch.compile`` has made or would make of any part of it."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
