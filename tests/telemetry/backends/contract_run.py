@@ -12,6 +12,7 @@ import numpy as np
 
 from telemetry.backends.base import Run
 from telemetry.backends.registry import BACKENDS, make_backend
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 MARKS = ("scalar-mark", "table-mark", "alert-mark")
@@ -34,14 +35,15 @@ def every_kind(step: int) -> Sequence[Record]:
 
 
 def run(name: str, directory: Path) -> int:
-    """Open, write and close; returns how many records the backend says that it lost or could not show."""
+    """Open, write and close, as the recorder does; returns how many records were lost or could not be shown."""
     backend = make_backend(name)
-    backend.open(Run(directory / "logs", name="contract", config={"lr": 0.1}, output_dir=directory))
+    recorder = Recorder([backend])
+    recorder.open(Run(directory / "logs", name="contract", config={"lr": 0.1}, output_dir=directory))
     for step in (1, 1, 2):  # a step may be written more than once
-        backend.write(step, every_kind(step))
-    backend.close()
+        recorder.write(step, every_kind(step))
+    recorder.close()
     (directory / "memory").write_text(str(getattr(backend, "records", "")))
-    return sum(getattr(backend, count, 0) for count in ("dropped_records", "unshown_records", "lost_steps"))
+    return recorder.dropped_records + getattr(backend, "unshown_records", 0)
 
 
 def main(root: Path) -> None:
