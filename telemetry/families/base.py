@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -128,16 +128,6 @@ class Layer:
     index: int
     attention: nn.Module
     feed_forward: Mapping[str, FeedForward]
-
-
-@dataclass(frozen=True)
-class ChatTokens:
-    """Ids of the tokens that give a ChatML sequence its structure; None where the tokenizer has no such token."""
-
-    header_start: int | None
-    header_end: int | None
-    turn_end: int | None
-    audio: frozenset[int] = field(default_factory=frozenset)
 
 
 class Family(Protocol):
