@@ -9,6 +9,8 @@ from typing import Any
 from telemetry.backends.base import Backend
 from telemetry.callbacks.trainer import StrategicCallback, TrainerDoor
 from telemetry.instruments import questions
+from telemetry.instruments.attention import DEFAULT_QUERIES
+from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session
 from telemetry.sound import SoundPolicy
 from telemetry.speech.base import SpeakerEncoder, Transcriber
@@ -47,7 +49,7 @@ class SharedAttentionLoggerCallback(StrategicCallback):
         self,
         *args: Any,
         layers: Sequence[int] | None = None,
-        queries: int = questions.DEFAULT_QUERIES,
+        queries: int = DEFAULT_QUERIES,
         text_audio_cosine: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -66,11 +68,11 @@ class ZeroShotVerificationLoggerCallback(StrategicCallback):
         self,
         *args: Any,
         conditioning_every: int = 5,
-        clips: int = questions.DEFAULT_CLIPS,
+        clips: int = DEFAULT_CLIPS,
         speaker_encoder: SpeakerEncoder | str | None = None,
         transcriber: Transcriber | str | None = None,
-        max_new_tokens: int = questions.MAX_NEW_TOKENS,
-        clips_max_seconds: float = questions.MAX_SECONDS,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        clips_max_seconds: float = MAX_SECONDS,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
