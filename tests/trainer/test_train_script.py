@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainer.train_v2_ddp
-from trainer.arguments import ScriptArguments
+from trainer.arguments import FineTuningArguments, ScriptArguments
 from trainer.chatml import Message, Sample, Source, TextContent
 from trainer.demo.prepare import Demonstration
 from trainer.train_v2_ddp import find_checkpoint, main, split_samples, strategic_callbacks
@@ -234,8 +234,12 @@ def test_what_is_not_there_is_said_without_a_traceback(
     assert said in caught.value.code
 
 
-def script_arguments(tmp_path: Path, **more: Any) -> ScriptArguments:
-    return ScriptArguments(model_path="m", train_data_file="t", output_dir=str(tmp_path / "output"), **more)
+def script_arguments(**more: Any) -> ScriptArguments:
+    return ScriptArguments(model_path="m", train_data_file="t", **more)
+
+
+def callbacks(tmp_path: Path, **more: Any) -> list[Any]:
+    return strategic_callbacks(script_arguments(**more), FineTuningArguments(output_dir=str(tmp_path / "output")))
 
 
 def test_which_checkpoint_is_resumed_from(tmp_path: Path) -> None:
@@ -243,7 +247,7 @@ def test_which_checkpoint_is_resumed_from(tmp_path: Path) -> None:
         (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
 
     def found(asked: str | None) -> str | None:
-        return find_checkpoint(script_arguments(tmp_path, resume_from_checkpoint=asked))
+        return find_checkpoint(asked, str(tmp_path / "output"))
 
     newest = str(tmp_path / "output" / "checkpoint-10")
     assert found("last") == found("True") == newest
@@ -252,14 +256,12 @@ def test_which_checkpoint_is_resumed_from(tmp_path: Path) -> None:
 
 
 def test_telemetry_is_made_only_when_asked_for(tmp_path: Path) -> None:
-    assert strategic_callbacks(script_arguments(tmp_path)) == []
-    [made] = strategic_callbacks(
-        script_arguments(
-            tmp_path,
-            enable_strategic_logging=True,
-            strategic_logging_steps=5,
-            strategic_logging_components=["outputs", "inputs"],
-        )
+    assert callbacks(tmp_path) == []
+    [made] = callbacks(
+        tmp_path,
+        enable_strategic_logging=True,
+        strategic_logging_steps=5,
+        strategic_logging_components=["outputs", "inputs"],
     )
     assert [type(member).__name__ for member in made.members] == ["OutputLoggerCallback", "InputLoggerCallback"]
     assert [step for step in range(1, 12) if made.is_due(step)] == [1, 5, 10]
@@ -267,7 +269,7 @@ def test_telemetry_is_made_only_when_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("said", "enabled"), [({}, True), ({"telemetry_audio": "off"}, False)])
 def test_sound_is_off_where_it_is_not_wanted(said: dict[str, str], enabled: bool, tmp_path: Path) -> None:
-    [made] = strategic_callbacks(script_arguments(tmp_path, enable_strategic_logging=True, **said))
+    [made] = callbacks(tmp_path, enable_strategic_logging=True, **said)
     assert [member.sound.enabled for member in made.members] == [enabled] * 4
 
 
@@ -319,16 +321,14 @@ def test_a_split_of_everything_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("rank", "level"), [(None, logging.INFO), ("0", logging.INFO), ("1", logging.WARNING)])
-def test_without_telemetry_too_only_rank_0_talks(
-    rank: str | None, level: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_telemetry_too_only_rank_0_talks(rank: str | None, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("trainer")
     before = logger.level
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     try:
-        trainer.train_v2_ddp.set_up_logging(script_arguments(tmp_path))
+        trainer.train_v2_ddp.set_up_logging(script_arguments())
         assert logger.level == level
     finally:
         logger.setLevel(before)
