@@ -58,7 +58,8 @@ class HiggsAudioTrainer(Trainer):
     callbacks) see metadata, inputs, outputs and unclipped gradients of the steps that they ask for.
 
     Raises:
-        ValueError: for another model, or when one process would drive several GPUs (start one per GPU with torchrun).
+        ValueError: for another model, for label smoothing, or when one process would drive several GPUs (start one per
+            GPU with torchrun).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,6 +68,11 @@ class HiggsAudioTrainer(Trainer):
             raise ValueError(
                 f"one process would split its batches over {self.args.n_gpu} GPUs: start one process per GPU with "
                 f"torchrun --nproc_per_node={self.args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"--label_smoothing_factor {self.args.label_smoothing_factor}: the Trainer smooths one sequence of "
+                "labels, and this loss is a sum over text and every codebook. Leave it at 0"
             )
         base = find_higgs(cast(nn.Module, self.model))
         self._num_codebooks = base.config.num_codebooks

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(script)
         trainer = build_trainer(script, training)
         resume = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -214,6 +215,8 @@ def test_a_bad_data_file_ends_the_program_with_one_clear_message(
             {"--enable_strategic_logging": "true", "--transcriber": "no/such/model"},
             "error: cannot load the transcriber 'no/such/model'",
         ),
+        ({"--label_smoothing_factor": "0.1"}, "error: --label_smoothing_factor 0.1: "),
+        ({"--fsdp": "true", "--fsdp_config": "nowhere.json"}, "nowhere.json"),
         ({"--validation_split": "0.99"}, "error: --validation_split 0.99 of 8 samples leaves nothing to train on"),
     ],
 )
@@ -232,6 +235,25 @@ def test_what_is_not_there_is_said_without_a_traceback(
     assert isinstance(caught.value.code, str)
     assert caught.value.code.startswith("error: ")
     assert said in caught.value.code
+
+
+def test_the_trainers_own_arguments_do_what_they_say(
+    tiny_model_path: Path, data_file: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))  # put back afterwards: the script sets it
+    output = tmp_path / "output"
+    given = {"--model_path": tiny_model_path, "--train_data_file": data_file, "--output_dir": output}
+    steps = {"--max_steps": 4, "--save_steps": 2, "--logging_steps": 1, "--report_to": "none", "--learning_rate": 1e-3}
+    asked = {"--optim": "adafactor", "--lr_scheduler_type": "cosine", "--save_total_limit": 1}
+    options = [str(part) for option in (given | steps | asked).items() for part in option]
+    main([*options, "--activation_checkpointing"])
+
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    for step, rate in logged_steps(output, 4, "learning_rate").items():
+        assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * (step - 1) / 4)) / 2)
+    moments = torch.load(output / "checkpoint-4" / "optimizer.pt")["state"]
+    assert any("exp_avg_sq_row" in state for state in moments.values())
+    assert torch.load(output / "training_args.bin", weights_only=False).activation_checkpointing is True
 
 
 def script_arguments(**more: Any) -> ScriptArguments:
