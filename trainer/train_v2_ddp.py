@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,30 +144,18 @@ def strategic_callbacks(script: ScriptArguments, training: FineTuningArguments) 
     """The telemetry that was asked for; nothing of it is imported otherwise."""
     if not script.enable_strategic_logging:
         return []
-    from telemetry import SoundPolicy, StrategicTelemetry
+    from telemetry import SoundPolicy, StrategicTelemetry, backends_for
 
     return [
         StrategicTelemetry(
             components=script.strategic_logging_components,
             logging_steps=script.strategic_logging_steps,
-            backends=make_backends(training.destinations, script.wandb_all_ranks),
+            backends=backends_for(training.destinations, every_rank=script.wandb_all_ranks),
             logging_dir=training.logs,
             options=component_options(script),
             sound=SoundPolicy(enabled=script.telemetry_audio == "on"),
         )
     ]
-
-
-def make_backends(destinations: Collection[str], wandb_all_ranks: bool) -> list[Any]:
-    """The console and a backend for every destination."""
-    from telemetry import ConsoleBackend, TensorBoardBackend, TrackioBackend, WandbBackend
-
-    made: dict[str, Callable[[], Any]] = {
-        "tensorboard": TensorBoardBackend,
-        "trackio": TrackioBackend,
-        "wandb": functools.partial(WandbBackend, every_rank=wandb_all_ranks),
-    }
-    return [ConsoleBackend(), *(make() for name, make in made.items() if name in destinations)]
 
 
 def component_options(script: ScriptArguments) -> dict[str, dict[str, Any]]:
