@@ -26,7 +26,7 @@ from telemetry.backends.registry import default_backends
 from telemetry.instruments.questions import QUESTIONS, choose
 from telemetry.probes.quiet import is_compiled
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
-from telemetry.setting import Setting, default_logging_dir, run_config
+from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
 
 
@@ -71,7 +71,7 @@ class Telemetry:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
         self.logging_steps = logging_steps
         self.backends = backends
-        self.logging_dir = logging_dir
+        self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
         self.sound = sound
         chosen = choose(components, options)
         self.instruments = [one for name, given in chosen.items() for one in QUESTIONS[name](**given)]
@@ -80,7 +80,9 @@ class Telemetry:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the one that steps
         if self._optimizer is not None and not isinstance(self._optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self._setting = self._of_run(model, Path(output_dir), processing_class, config or {}, name)
+        self._setting = self._of_run(
+            model, local_directory(output_dir, "output_dir"), processing_class, config or {}, name
+        )
         self._session: Session | None = None
         self._handles: list[RemovableHandle] = []
         self._gradients_seen = False

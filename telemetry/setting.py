@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,25 @@ class Setting:
 def default_logging_dir(output_dir: Path) -> Path:
     """Return ``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same after a resume."""
     chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    return Path(chosen).expanduser() if chosen else output_dir / "runs" / "telemetry"
+    return local_directory(chosen, "TENSORBOARD_LOGGING_DIR") if chosen else output_dir / "runs" / "telemetry"
+
+
+def local_directory(path: str | Path, named: str) -> Path:
+    """Return a directory of this machine.
+
+    Args:
+        path: may begin with ``~``.
+        named: what the user has set, for the message.
+
+    Raises:
+        ValueError: for a URL: a place elsewhere would be a local folder of that name.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path), re.IGNORECASE) and not Path(path).drive:
+        raise ValueError(
+            f"{named}={path}: telemetry writes to directories of this machine. Give it one, and copy it as it grows "
+            "(`gsutil rsync`, `aws s3 sync`, `hf upload`), or mount the bucket"
+        )
+    return Path(path).expanduser()
 
 
 def run_config(arguments: Mapping[str, Any], model: nn.Module, loaders: Mapping[str, Any]) -> Mapping[str, Any]:

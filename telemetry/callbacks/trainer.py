@@ -18,7 +18,7 @@ from telemetry.probes.forward import Microbatch
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
-from telemetry.setting import Setting, default_logging_dir, run_config
+from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
 
 
@@ -209,7 +209,7 @@ class StrategicCallback(TrainerDoor):
         instruments: further ones of one's own.
 
     Raises:
-        ValueError: when ``logging_steps`` is below 1.
+        ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class StrategicCallback(TrainerDoor):
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
         self.logging_steps = logging_steps
         self.backends = backends
-        self.logging_dir = logging_dir
+        self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
         self.sound = sound
         self.members = (self,)
         self.instruments: list[Instrument] = [*instruments]
@@ -326,7 +326,7 @@ def _setting(
     args: TrainingArguments, state: TrainerState, model: nn.Module, processor: Any, loaders: Mapping[str, Any]
 ) -> Setting:
     """What a Trainer says of the run."""
-    output_dir = Path(args.output_dir or ".")
+    output_dir = local_directory(args.output_dir or ".", "output_dir")
     return Setting(
         output_dir=output_dir,
         logging_dir=default_logging_dir(output_dir),

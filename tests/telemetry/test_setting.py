@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from telemetry.setting import logged_numbers, run_config
+from telemetry import StrategicTelemetry, Telemetry
+from telemetry.setting import default_logging_dir, local_directory, logged_numbers, run_config
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,26 @@ def test_a_configuration_of_any_kinds_is_shown_as_text(llama: LlamaForCausalLM, 
     assert sorted(found["model"]["odd"]) == [1, 2]
     assert found["model"]["kind"] == "torch.float32"
     assert found["command"].endswith("'a\\udcff'")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/voice", "gs://bucket", "hf://buckets/me/voice", "memory://x", "gs:/b/c"])
+def test_a_place_elsewhere_is_refused_before_training(
+    url: str, llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"logging_dir=.*directories of this machine"):
+        StrategicTelemetry(logging_dir=url)
+    with pytest.raises(ValueError, match=r"output_dir=.*directories of this machine"):
+        Telemetry(llama, url)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", url)
+    with pytest.raises(ValueError, match=r"TENSORBOARD_LOGGING_DIR=.*directories of this machine"):
+        default_logging_dir(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["runs/voice", "/tmp/a:b/c", "./s3:x", "voice:2"])
+def test_any_name_of_a_local_directory_is_taken(path: str) -> None:
+    assert local_directory(path, "logging_dir") == Path(path)
+
+
+def test_a_home_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert local_directory("~/logs", "logging_dir") == Path("/home/ann/logs")
