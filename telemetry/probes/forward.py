@@ -1,20 +1,22 @@
-"""Catches what a forward pass is given and the logits that it computes, with hooks that live for one step."""
+"""Reads the passes of a due step: what each is given, the streams that it predicts, and the model's own loss."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from telemetry.clock import StepClock
-from telemetry.families.base import BatchView, Family, Head
+from telemetry.families.base import Absent, BatchView, Declared, Family, LossPart, Seen, Stream, output
+from telemetry.probes.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+NOT_SHOWN = "a compiled model does not show its logits for it"
 
 
 @dataclass(frozen=True)
@@ -40,99 +42,168 @@ class Microbatch:
         return str(known) if known is not None else f"row {row}"
 
 
-class ForwardListener(Protocol):
-    """What is told about a forward pass. Called on the training thread, without gradients."""
+@dataclass(frozen=True)
+class Reading:
+    """What a pass has given.
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
-        """The model is about to run on a microbatch."""
-
-    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """A head has just computed its logits ``[batch, sequence, codebooks × vocabulary]`` (detached)."""
-
-
-class ForwardProbe:
-    """Hooks on a model and its heads between :meth:`attach` and :meth:`detach`; none outside.
-
-    Args:
-        model: what the Trainer calls, without its DDP or FSDP wrapper.
-        family: names the heads and reads the batch.
-        listener: told about every forward pass.
+    Attributes:
+        streams: what it has predicted; every one fits together.
+        parts: what else its loss consists of.
+        absent: what of it cannot be read, and why.
+        loss: as the model returned it, 0-d; None where it returned none.
+        watched: whether the pass was watched: one that was handed over may round its logits otherwise than its loss.
     """
 
-    def __init__(self, model: nn.Module, family: Family, listener: ForwardListener) -> None:
-        self._model = model
+    streams: Sequence[Stream] = ()
+    parts: Sequence[LossPart] = ()
+    absent: Sequence[Absent] = ()
+    loss: Tensor | None = None
+    watched: bool = True
+
+
+@dataclass
+class _Pass:
+    microbatch: Microbatch
+    modules: dict[str, Any] = field(default_factory=dict)
+
+
+class PassReader:
+    """Reads every pass of a due step, watched or handed over.
+
+    Args:
+        family: reads batches and outputs; None where there is none, and only the model's own loss is read.
+        inputs: told of a microbatch that the model is about to run on.
+        outputs: told of a microbatch that the model has run on, and what that has given.
+
+    Attributes:
+        passes: read since :meth:`attach`.
+    """
+
+    def __init__(
+        self,
+        family: Family | None,
+        inputs: Callable[[Microbatch], None],
+        outputs: Callable[[Microbatch, Reading], None],
+    ) -> None:
         self._family = family
-        self._listener = listener
-        self._handles: list[RemovableHandle] = []
-        self._microbatch: Microbatch | None = None
+        self._inputs = inputs
+        self._outputs = outputs
+        self._pass: _Pass | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
-        self._unreadable_said = False
-        self._clock = StepClock()
-        self.forwards = 0
+        self._faults: dict[Hashable, str] = {}
+        self._said: set[str] = set()
+        self.passes = 0
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Say what the next forward pass's samples are, where the batch itself no longer does."""
+        """Say what the next pass's samples are, where the batch itself no longer does."""
         self._metadata = metadata
 
-    def attach(self, clock: StepClock, hooks: bool = True) -> None:
-        """Start watching; forward passes are counted from here, and the time that watching takes goes to ``clock``.
+    def attach(self, watch: Watch) -> None:
+        """Begin to read; passes are counted from here."""
+        self.forget()
+        self.passes = 0
+        if watch.usable:
+            watch.passes(self, self._begin, self._end)
+            for name, module in self._watched().items():
+                watch.after(self, module, functools.partial(self._keep, name))
 
-        Without ``hooks`` the forward passes have to be handed over: see :meth:`replay`.
-        """
-        self.detach()
-        self._clock = clock
-        self.forwards = 0
-        if not hooks:
-            return
-        self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        for head in self._family.heads():
-            self._handles.append(head.module.register_forward_hook(self._after_head(head)))
-
-    def detach(self) -> None:
-        """Stop watching and let go of the last microbatch."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._microbatch = None
+    def forget(self) -> None:
+        """Let go of the last pass, and of what has been announced."""
+        self._pass = None
         self._metadata = ()
 
     @torch.no_grad()
     def replay(self, inputs: Mapping[str, Any], outputs: Any) -> None:
-        """Tell the listener about a forward pass that was handed over instead of watched."""
+        """Read a pass that was handed over instead of watched."""
         inputs = dict(inputs)
         self.announce(inputs.pop("metadata", None) or self._metadata)
-        microbatch = self._begin(inputs)
-        for head, logits in self._family.output_logits(outputs):
-            self._listener.observe_logits(microbatch, head, logits.detach())
+        self._begin(inputs)
+        self._end(outputs, watched=False)
 
-    def _begin(self, inputs: Mapping[str, Any]) -> Microbatch:
-        self.forwards += 1
+    def _begin(self, inputs: Mapping[str, Any]) -> None:
+        self.passes += 1
         metadata, self._metadata = self._metadata, ()
-        microbatch = Microbatch(inputs, self._view(inputs), metadata)
-        self._listener.observe_inputs(microbatch)
-        return microbatch
+        self._pass = _Pass(Microbatch(inputs, self._view(inputs), metadata))
+        self._inputs(self._pass.microbatch)
+
+    def _keep(self, name: str, output: Any) -> None:
+        if self._pass is not None:
+            self._pass.modules[name] = output
+
+    def _end(self, outputs: Any, watched: bool = True) -> None:
+        ended, self._pass = self._pass, None
+        if ended is not None and outputs is not None:
+            self._outputs(ended.microbatch, self._reading(ended, outputs, watched))
+
+    def _reading(self, ended: _Pass, outputs: Any, watched: bool) -> Reading:
+        inputs = ended.microbatch.inputs
+        loss = model_loss(inputs, outputs)
+        seen = Seen(ended.microbatch.view, ended.modules)
+        if not watched:
+            seen = Seen(ended.microbatch.view, missing=NOT_SHOWN)
+        declared = [self._checked(one) for one in self._declared(inputs, outputs, seen)]
+        return Reading(
+            streams=[one for one in declared if isinstance(one, Stream)],
+            parts=[one for one in declared if isinstance(one, LossPart)],
+            absent=[one for one in declared if isinstance(one, Absent)],
+            loss=loss,
+            watched=watched,
+        )
+
+    def _checked(self, declared: Declared) -> Declared:
+        """The same, or for a stream whose parts do not fit together why it is absent."""
+        if not isinstance(declared, Stream) or self._family is None:
+            return declared
+        tensors = (declared.logits, declared.labels, *([] if declared.rows is None else [declared.rows]))
+        key = (declared.name, *((tensor.shape, tensor.dtype) for tensor in tensors))
+        if key not in self._faults:
+            fault = declared.fault()
+            self._faults[key] = fault and f"{fault} (family {self._family.name})"
+        fault = self._faults[key]
+        return Absent(declared.group, fault) if fault else declared
+
+    def _watched(self) -> Mapping[str, Any]:
+        return self._attempt("name modules to watch", self._family.watched, {}) if self._family is not None else {}
 
     def _view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """How the family reads a batch; None for one that it cannot, which the model may still be able to."""
-        try:
-            return self._family.view(inputs)
-        except Exception:
-            if not self._unreadable_said:
-                logger.exception("family %s cannot read a batch; training goes on", self._family.name)
-            self._unreadable_said = True
+        if self._family is None:
             return None
+        return self._attempt("read a batch", functools.partial(self._family.view, inputs), None)
 
-    @torch.no_grad()
-    def _before_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with self._clock.running():
-            self._microbatch = self._begin(kwargs)
+    def _declared(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Sequence[Declared]:
+        family = self._family
+        if family is None:
+            return ()
+        failed = Absent("text", f"family {family.name} cannot read what the model returned")
+        return self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
 
-    def _after_head(self, head: Head) -> Any:
-        @torch.no_grad()
-        def hook(_module: nn.Module, _args: tuple[Any, ...], logits: Tensor) -> None:
-            if self._microbatch is None:
-                return
-            with self._clock.running():
-                self._listener.observe_logits(self._microbatch, head, logits.detach())
+    def _attempt(self, doing: str, action: Any, otherwise: Any) -> Any:
+        """What a family gives; where it raises, which is said once, something else."""
+        try:
+            return action()
+        except Exception:
+            if doing not in self._said:
+                self._said.add(doing)
+                name = self._family.name if self._family is not None else ""
+                logger.exception("family %s cannot %s; training goes on", name, doing)
+            return otherwise
 
-        return hook
+
+def model_loss(inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:
+    """The loss that a model returned, cut from the graph, as a tensor of its own; None where it returned none.
+
+    A tuple's first part is one where it has no dimension and the model was given labels.
+    """
+    loss = output(outputs, "loss")
+    if isinstance(outputs, tuple) and loss is None and outputs and any("label" in name for name in inputs):
+        loss = outputs[0]
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        return None
+    return loss.detach().clone()  # the Trainer scales its loss in place
+
+
+def streams_of(family: Family, microbatch: Microbatch, outputs: Any, modules: Mapping[str, Any]) -> Iterable[Stream]:
+    """The streams of a pass that is run aside, in which nothing is said about the rest."""
+    declared = family.streams(microbatch.inputs, outputs, Seen(microbatch.view, modules))
+    return (one for one in declared if isinstance(one, Stream) and not one.fault())
