@@ -10,28 +10,34 @@ if TYPE_CHECKING:
     from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
     from telemetry.backends.trackio import TrackioBackend
     from telemetry.backends.wandb import WandbBackend
-    from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
-    from telemetry.callbacks.strategic import COMPONENTS, StrategicTelemetry
+    from telemetry.callbacks.questions import (
+        COMPONENTS,
+        InputLoggerCallback,
+        OutputLoggerCallback,
+        SharedAttentionLoggerCallback,
+        StrategicTelemetry,
+        ZeroShotVerificationLoggerCallback,
+    )
     from telemetry.callbacks.trainer import StrategicCallback
-    from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
-    from telemetry.instruments.inputs import InputLoggerCallback
-    from telemetry.instruments.outputs import OutputLoggerCallback
+    from telemetry.instruments.base import Instrument, Step
     from telemetry.logs import setup_logging
     from telemetry.sound import SoundPolicy
 
 _HOMES = {
-    "COMPONENTS": "telemetry.callbacks.strategic",
+    "COMPONENTS": "telemetry.callbacks.questions",
     "ConsoleBackend": "telemetry.backends.console",
-    "InputLoggerCallback": "telemetry.instruments.inputs",
-    "OutputLoggerCallback": "telemetry.instruments.outputs",
-    "SharedAttentionLoggerCallback": "telemetry.callbacks.shared_attention",
+    "InputLoggerCallback": "telemetry.callbacks.questions",
+    "Instrument": "telemetry.instruments.base",
+    "OutputLoggerCallback": "telemetry.callbacks.questions",
+    "SharedAttentionLoggerCallback": "telemetry.callbacks.questions",
     "SoundPolicy": "telemetry.sound",
+    "Step": "telemetry.instruments.base",
     "StrategicCallback": "telemetry.callbacks.trainer",
-    "StrategicTelemetry": "telemetry.callbacks.strategic",
+    "StrategicTelemetry": "telemetry.callbacks.questions",
     "TensorBoardBackend": "telemetry.backends.tensorboard",
     "TrackioBackend": "telemetry.backends.trackio",
     "WandbBackend": "telemetry.backends.wandb",
-    "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.zero_shot",
+    "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.questions",
     "launch_command": "telemetry.backends.tensorboard",
     "setup_logging": "telemetry.logs",
 }
@@ -40,9 +46,11 @@ __all__ = [
     "COMPONENTS",
     "ConsoleBackend",
     "InputLoggerCallback",
+    "Instrument",
     "OutputLoggerCallback",
     "SharedAttentionLoggerCallback",
     "SoundPolicy",
+    "Step",
     "StrategicCallback",
     "StrategicTelemetry",
     "TensorBoardBackend",

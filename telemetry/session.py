@@ -1,122 +1,173 @@
-"""What the callbacks of one training run share: the recorder, the model's family, the probe of the due step."""
+"""One run being watched: what is due, who is told, and what has failed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import shlex
-import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
+import torch
+from torch import nn
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
-from telemetry.backends.console import ConsoleBackend
-from telemetry.backends.tensorboard import TensorBoardBackend
-from telemetry.backends.trackio import TrackioBackend
-from telemetry.backends.wandb import WandbBackend
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Recorder
 from telemetry.delivery.reduction import RankGather
-from telemetry.families import Family, Head, find_family
+from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor
+from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.batches import EvaluationBatches
-from telemetry.probes.forward import ForwardProbe, Microbatch
+from telemetry.probes.forward import Microbatch, PassReader, Reading
 from telemetry.probes.lockstep import Lockstep
+from telemetry.probes.watch import Watch
 from telemetry.records import Scalar
-from telemetry.redaction import redact, redact_arguments
 from telemetry.sound import SoundPolicy
-
-if TYPE_CHECKING:
-    from telemetry.callbacks.trainer import StrategicCallback
 
 logger = logging.getLogger(__name__)
 
+NO_FAMILY = (
+    "telemetry knows no family for this model: it shows tensors, gradients and the model's own loss, and no tokens"
+)
+
+
+class Member(Protocol):
+    """What brings instruments to a run."""
+
+    @property
+    def instruments(self) -> Sequence[Instrument]:
+        """What measures."""
+
+    @property
+    def backends(self) -> Sequence[Backend] | None:
+        """Where to show; None for the run's own."""
+
+    @property
+    def logging_dir(self) -> str | Path | None:
+        """Where files go; None for the run's own."""
+
+    @property
+    def sound(self) -> SoundPolicy | None:
+        """What may be heard, where it has a say."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether its instruments measure an optimizer step, counted as after its update."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a door knows of a run before it begins.
+
+    Attributes:
+        output_dir: where the run keeps its files.
+        logging_dir: where files for readers go, unless a member says otherwise.
+        default_backends: makes the backends of a run whose members name none.
+        config: makes what is shown of the run's configuration, as plain JSON values without secrets.
+        name: of the run.
+        starting_step: optimizer steps made before, by an earlier attempt.
+        rank, world_size: of this process, and of how many.
+        device: where batches go.
+        compiled: whether the model is compiled, so that hooks would become part of its graph.
+        autocast: the precision that training computes in by autocast.
+        progress: whether progress bars are wanted.
+        tokens_across_ranks: whether losses that are divided by a count of tokens are divided by that of all ranks.
+        processor: decodes token ids, itself or by its ``tokenizer``.
+    """
+
+    output_dir: Path
+    logging_dir: Path
+    default_backends: Callable[[], Sequence[Backend]]
+    config: Callable[[], Mapping[str, Any]]
+    name: str = ""
+    starting_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compiled: bool = False
+    autocast: torch.dtype | None = None
+    progress: bool = True
+    tokens_across_ranks: bool = True
+    processor: Any = None
+
 
 class Session:
-    """One training run seen by the callbacks that watch it.
+    """One training run seen by those that watch it: the one place that times, isolates, says once and switches off.
 
-    Callbacks of one Trainer find the same session by its model, so that they share one probe, one recorder and one
-    writer, whether they were added one by one or through ``StrategicTelemetry``.
+    Members of one training find the same session by its model, so that they share one reader, one recorder and one
+    writer, whether they were added one by one or together. The member whose door opens a due step leads it: what the
+    others' doors hear of it comes a second time.
 
     Args:
-        model: the Trainer's model, without its DDP or FSDP wrapper.
-        args: the Trainer's arguments.
-        state: the Trainer's state at the beginning of training.
-        processing_class: the Trainer's; decodes token ids.
+        model: what is trained, without its DDP or FSDP wrapper.
+        setting: what is known of the run.
     """
 
     _by_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, Session]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, state: TrainerState, processing_class: Any) -> None:
+    def __init__(self, model: nn.Module, setting: Setting) -> None:
         self._said: set[str] = set()
         self.family: Family | None = None
         with self._isolated("reading the model"):
             self.family = find_family(model)
-        self.processing_class = processing_class
-        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self.is_main = state.is_world_process_zero
+        self.setting = setting
+        self.processing_class = setting.processor
+        self.tokenizer = getattr(setting.processor, "tokenizer", setting.processor)
+        self._training: object = None
         self._model = weakref.ref(model)
-        self._args = args
-        self._starting_step = state.global_step
-        self._state = state
-        self._members: list[StrategicCallback] = []
-        self._failures: dict[object, int] = {}
+        self._members: list[Member] = []
+        self._failures: Counter[object] = Counter()
+        self._turns: Counter[Instrument] = Counter()
         self._recorder: Recorder | None = None
-        self._data: dict[str, Any] = {}
         self._lockstep: Lockstep | None = None
         self._sound: SoundPolicy | None = None
-        self._probe = ForwardProbe(model, self.family, self) if self.family is not None else None
-        self.hooked = not _is_compiled(model, args)
-        self._stepping = False
-        self._watching = False
-        self._baseline_seen = False
+        self._watch = Watch(model, self._measure, usable=not setting.compiled)
+        self._reader = PassReader(self.family, self._inputs, self._outputs)
         self._clock = StepClock()
-        self.step = 0  # the due step, counted as after its update
+        self._step: Step | None = None
+        self._due: list[Instrument] = []
+        self._leader: object = None
+        self._evaluated = False
+        self._logged: object = None
 
     @classmethod
     def join(
-        cls,
-        member: StrategicCallback,
-        model: nn.Module,
-        args: TrainingArguments,
-        state: TrainerState,
-        processing_class: Any,
+        cls, members: Sequence[Member], model: nn.Module, training: object, setting: Callable[[], Setting]
     ) -> Session:
-        """The session of a model's training, made by the first callback that asks."""
+        """Return the session of a model's training, made by the first door that asks.
+
+        Args:
+            members: what joins.
+            model: what is trained.
+            training: names this training of the model: another one closes what an interrupted one has left.
+            setting: makes what is known of the run.
+        """
         session = cls._by_model.get(model)
-        if session is not None and session._state is not state:  # left over from a training that ended in an exception
+        if session is not None and session._training is not training:
             session.close()
             session = None
         if session is None:
-            session = cls._by_model[model] = cls(model, args, state, processing_class)
-        session._members.append(member)
-        session._heed(member.sound)
+            session = cls._by_model[model] = cls(model, setting())
+            session._training = training
+        session._members += members
+        for member in members:
+            session._sound = session._sound or member.sound
+        if session._recorder is not None:  # opened by a member that joined earlier
+            session._recorder.sound = session.sound
         return session
 
-    def know_data(self, **batches: Any) -> None:
-        """Data loaders by their use (``train``, ``eval``), for the run's configuration."""
-        for use, loader in batches.items():
-            if loader is not None and use not in self._data:
-                with self._isolated("reading what data there is"):
-                    self._data[use] = _data_summary(loader)
-
-    def leave(self, member: StrategicCallback) -> None:
-        """Training has ended for a callback; the last one to leave closes the backends."""
-        if member in self._members:
-            self._members.remove(member)
+    def leave(self, members: Sequence[Member]) -> None:
+        """Let members go when training has ended for them; the last ones close the backends."""
+        self._members = [member for member in self._members if member not in members]
         if not self._members:
             self.close()
 
     def close(self) -> None:
         """Let go of hooks and close the backends."""
-        self._end_step()
+        self._end()
         model = self._model()
         if model is not None:
             self._by_model.pop(model, None)
@@ -125,29 +176,25 @@ class Session:
             self._recorder = None
 
     @property
-    def sound(self) -> SoundPolicy:
-        """What may be heard of this run, by the first callback that says it."""
-        return self._sound or SoundPolicy()
+    def is_main(self) -> bool:
+        """Whether this process is the one that shows."""
+        return self.setting.rank == 0
 
-    def _heed(self, sound: SoundPolicy | None) -> None:
-        self._sound = self._sound or sound
-        if self._recorder is not None:  # opened by a callback that joined earlier
-            self._recorder.sound = self.sound
+    @property
+    def sound(self) -> SoundPolicy:
+        """What may be heard of this run, by the first member that says it."""
+        return self._sound or SoundPolicy()
 
     @property
     def recorder(self) -> Recorder:
-        """Opened at its first use, when every callback has joined and brought its backends."""
+        """Opened at its first use, when all members have joined and brought their backends."""
         if self._recorder is None:
             gather = RankGather.join()
-            backends = [
-                backend
-                for backend in self._backends()
-                if self.is_main or (gather is not None and is_on_every_rank(backend))
-            ]
-            self._recorder = Recorder(
-                backends, gather, judge=HealthMonitor(), sound=self.sound, rank=self._args.process_index
-            )
-            self._recorder.open(self._run(gather))
+            backends = self._backends()
+            own = [one for one in backends if self.is_main or (gather is not None and is_on_every_rank(one))]
+            self._recorder = Recorder(own, gather, judge=HealthMonitor(), sound=self.sound, rank=self.setting.rank)
+            shared = gather is not None and any(map(is_on_every_rank, backends))
+            self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
             _ = self.lockstep  # every rank comes by here
         return self._recorder
 
@@ -158,96 +205,9 @@ class Session:
             self._lockstep = Lockstep.join(self.model)
         return self._lockstep
 
-    def begin_step(self) -> None:
-        """A due step begins: forget what an unfinished one left behind and watch the model."""
-        if self._stepping:
-            return
-        self._stepping = self._watching = True
-        with self._isolated("beginning a step"):
-            self._begin(self.recorder)
-
-    def _begin(self, recorder: Recorder) -> None:
-        self._clock = StepClock()
-        self.step = self._state.global_step + 1
-        with self._clock.running():
-            recorder.discard()
-            if self._probe is None:
-                recorder.say_once("family", "telemetry knows no family for this model: inputs and outputs are absent")
-            else:
-                self._probe.attach(self._clock, hooks=self.hooked)
-
-    def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
-        """What the next microbatch's samples are, from trainers that take it out of the batch."""
-        if self._stepping and self._probe is not None:
-            self._probe.announce(metadata)
-
-    def hand_over(self, member: StrategicCallback, inputs: Mapping[str, Any], outputs: Any) -> None:
-        """A microbatch's forward pass, from trainers that show it: used where the model is compiled.
-
-        Hooks on a compiled model would become part of its graph, or never run.
-        """
-        if self._stepping and not self.hooked and self._probe is not None and member is self._stepping_members()[0]:
-            with self._clock.running(), self._isolated("reading what a trainer handed over"):
-                self._probe.replay(inputs, outputs)
-
-    def finish(self, member: StrategicCallback, step: int, inputs: Mapping[str, Any] | None, outputs: Any) -> None:
-        """One callback's due step ends; the last one's writes the step."""
-        if not self._stepping:
-            return
-        with self._clock.running():
-            if self._probe is not None and self._probe.forwards == 0 and inputs is not None:
-                with self._isolated("reading what a trainer handed over"):
-                    self._probe.replay(inputs, outputs)
-            self._unwatch()
-            self.guard(member, member.finish_step)
-            member.stepping = False
-            last = not self._stepping_members()
-            if last:
-                self._end_step()
-        if last:
-            with self._isolated("sending a step on its way"):
-                self.recorder.flush(step, self._clock)
-
-    def gradients(self, member: StrategicCallback, model: nn.Module, clipped: bool) -> None:
-        """All gradients are there: let a callback see them."""
-        with self._clock.running():
-            self.guard(member, member.observe_gradients, model, clipped)
-
-    def update(
-        self, member: StrategicCallback, look: Callable[[nn.Module, Any], None], model: nn.Module, optimizer: Any
-    ) -> None:
-        """The optimizer is about to step, or has: let a callback see it."""
-        with self._clock.running():
-            self.guard(member, look, model, optimizer)
-
-    def baseline(self, batches: Any) -> None:
-        """The first step is about to begin: let every callback see evaluation batches, before any watches the model."""
-        if self._baseline_seen:  # with eval_on_start the Trainer has evaluated already
-            return
-        for member in self._members:
-            member.see_evaluation(0, batches)
-
-    def evaluation(self, member: StrategicCallback, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
-        """An evaluation has ended, or training begins: let a callback see its batches, and write what it records."""
-        self._baseline_seen = True
-        with self._isolated("watching an evaluation"):
-            self.recorder.discard()
-            self.guard(member, member.observe_evaluation, EvaluationBatches(batches, self._args.device))
-            self.recorder.flush(step, own_state=False)
-
-    @property
-    def arguments(self) -> TrainingArguments:
-        """The Trainer's arguments."""
-        return self._args
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps that the Trainer has made."""
-        return self._state.global_step
-
     @property
     def model(self) -> nn.Module:
-        """The Trainer's model, without its DDP wrapper.
+        """What is trained, without its DDP wrapper.
 
         Raises:
             RuntimeError: when it is gone.
@@ -257,18 +217,143 @@ class Session:
             raise RuntimeError("the model is gone")
         return model
 
-    def trainer_logs(self, member: StrategicCallback, step: int, logs: Mapping[str, Any]) -> None:
-        """Record what the Trainer logs, once however many callbacks hear of it."""
-        if not self._members or member is not self._members[0]:
+    # -- a due step ---------------------------------------------------------------------------------------------------
+
+    def leads(self, door: object) -> bool:
+        """Return whether a due step is under way that a door has opened."""
+        return self._step is not None and self._leader is door
+
+    def begin_step(self, door: object, number: int, evaluation_batches: Any = None) -> None:
+        """Watch the model for a due step, led by a door; nothing where another has opened it.
+
+        Before the first step of a fresh training all members see evaluation batches, where there are any: the baseline.
+        """
+        if self._step is not None and self._step.number == number:
             return
-        numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name != "step"}
+        self._end()
+        if number == 1 and not self._evaluated:  # with eval_on_start the Trainer has evaluated already
+            for member in self._members:
+                self.evaluation(member, 0, evaluation_batches)
+        with self._isolated("beginning a step"):
+            recorder = self.recorder
+            self._clock = StepClock()
+            with self._clock.running():
+                recorder.discard()
+                if self.family is None:
+                    recorder.say_once("family", NO_FAMILY)
+                due = [one for member in self._members if member.is_due(number) for one in member.instruments]
+                self._due = [instrument for instrument in due if self._is_its_turn(instrument)]
+                self._step, self._leader = self._make_step(number), door
+                self._watch.open()
+                self._reader.attach(self._watch)
+                self._tell("begin")
+
+    def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Say what the next microbatch's samples are, from trainers that take it out of the batch."""
+        self._reader.announce(metadata)
+
+    def hand_over(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+        """Take a microbatch's pass from a trainer that shows it: read where the model cannot be watched."""
+        if not self._watch.usable:
+            self._replay(inputs, outputs)
+
+    def gradients(self, clipped: bool) -> None:
+        """All gradients are there."""
+        self._timed("gradients", clipped)
+
+    def before_update(self, optimizer: Any) -> None:
+        """The optimizer is about to step."""
+        self._timed("before_update", optimizer)
+
+    def after_update(self, optimizer: Any) -> None:
+        """The optimizer has stepped."""
+        self._timed("after_update", optimizer)
+
+    def end_step(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> None:
+        """Finish the due step and send it on its way.
+
+        Args:
+            inputs, outputs: of its last pass, from a trainer that hands them over: read where no pass was seen.
+        """
+        step = self._step
+        if step is None:
+            return
+        if self._reader.passes == 0 and inputs is not None:
+            self._replay(inputs, outputs)
+        with self._clock.running():
+            self._unwatch()
+            self._tell("finish")
+            self._end()
+        with self._isolated("sending a step on its way"):
+            self.recorder.flush(step.number, self._clock)
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+
+    def evaluation(self, member: Member, number: int, batches: Any) -> None:
+        """Let a member's instruments look at evaluation batches, and write what they record.
+
+        An evaluation inside of a due step is left alone: the step goes on.
+        """
+        looking = [one for one in member.instruments if type(one).evaluation is not Instrument.evaluation and one.every]
+        if batches is None or not looking or self._step is not None:
+            return
+        self._evaluated = True
+        with self._isolated("watching an evaluation"):
+            self.recorder.discard()
+            step = self._make_step(number)
+            seen: Iterable[Mapping[str, Any]] = EvaluationBatches(batches, self.setting.device)
+            for instrument in looking:
+                self._guard(instrument, instrument.evaluation, step, seen)
+            self.recorder.flush(number, own_state=False)
+
+    def log(self, number: int, tagged: Mapping[str, float], logs: object) -> None:
+        """Record numbers that a trainer logs, once however many doors hear of ``logs``."""
+        if logs is self._logged:
+            return
+        self._logged = logs
         # Past the step that is being collected: a trainer may log in the middle of one.
         with self._isolated("recording what the Trainer logs"):
-            self.recorder.write(step, [Scalar(_trainer_tag(name), float(value)) for name, value in numbers.items()])
+            self.recorder.write(number, [Scalar(tag, value) for tag, value in tagged.items()])
+
+    # -- how instruments are called -----------------------------------------------------------------------------------
+
+    def _tell(self, verb: str, *args: Any) -> None:
+        """Call a verb of every instrument that is due."""
+        for instrument in self._due:
+            self._guard(instrument, getattr(instrument, verb), self._step, *args)
+
+    def _timed(self, verb: str, *args: Any) -> None:
+        with self._clock.running():
+            self._tell(verb, *args)
+
+    def _inputs(self, microbatch: Microbatch) -> None:
+        self._tell("inputs", microbatch)
+
+    def _outputs(self, microbatch: Microbatch, reading: Reading) -> None:
+        self._tell("outputs", microbatch, reading)
+
+    def _measure(self, owner: object, action: Callable[..., None], *args: Any) -> None:
+        """Do what a hook is there for, on the clock."""
+        with self._clock.running():
+            self._guard(owner, action, *args)
+
+    def _guard(self, owner: object, action: Callable[..., None], *args: Any) -> None:
+        """Have an owner do something; one that raises is reported and, after repeated failures, switched off."""
+        if self._failures[owner] >= MAX_FAILURES:
+            return
+        try:
+            action(*args)
+        except Exception:
+            self._failures[owner] += 1
+            name = getattr(owner, "name", type(owner).__name__)
+            if self._failures[owner] == 1:
+                logger.exception("%s failed; training goes on", name)
+            if self._failures[owner] == MAX_FAILURES:
+                logger.error("%s failed %d times: switched off", name, MAX_FAILURES)
 
     @contextlib.contextmanager
     def _isolated(self, doing: str) -> Iterator[None]:
-        """Whatever goes wrong inside is said once with its traceback; training goes on."""
+        """Say once, with its traceback, what goes wrong inside; training goes on."""
         try:
             yield
         except Exception:
@@ -276,133 +361,59 @@ class Session:
                 self._said.add(doing)
                 logger.exception("telemetry failed while %s; training goes on", doing)
 
-    def measure(self, member: object, action: Callable[..., None], *args: Any) -> None:
-        """Run what a hook of a callback's own does: as :meth:`guard`, and the time it takes counts as telemetry's."""
-        with self._clock.running():
-            self.guard(member, action, *args)
+    def _is_its_turn(self, instrument: Instrument) -> bool:
+        turn = self._turns[instrument]
+        self._turns[instrument] += 1
+        return instrument.every > 0 and turn % instrument.every == 0
 
-    def guard(self, member: object, action: Callable[..., None], *args: Any) -> None:
-        """Run a measure of a callback, or of a part of one; one that raises is reported and, after repeated failures,
-        switched off."""
-        failures = self._failures.get(member, 0)
-        if failures >= MAX_FAILURES:
-            return
-        try:
-            action(*args)
-        except Exception:
-            self._failures[member] = failures + 1
-            name = type(member).__name__
-            if failures == 0:
-                logger.exception("%s failed; training goes on", name)
-            if failures + 1 == MAX_FAILURES:
-                logger.error("%s failed %d times: switched off", name, MAX_FAILURES)
-
-    def observe_inputs(self, microbatch: Microbatch) -> None:
-        """From the probe: pass it on to every callback whose step is due."""
-        for member in self._stepping_members():
-            self.guard(member, member.observe_inputs, microbatch)
-
-    def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """From the probe: pass it on to every callback whose step is due."""
-        for member in self._stepping_members():
-            self.guard(member, member.observe_logits, microbatch, head, logits)
-
-    def _stepping_members(self) -> list[StrategicCallback]:
-        return [member for member in self._members if member.stepping]
+    def _replay(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+        with self._clock.running(), self._isolated("reading what a trainer handed over"):
+            self._reader.replay(inputs, outputs)
 
     def _unwatch(self) -> None:
-        """Take all hooks off: nothing more of the step is observed, and models may be run without being watched."""
-        if not self._watching:
-            return
-        self._watching = False
-        if self._probe is not None:
-            self._probe.detach()
-        for member in self._members:
-            with self._isolated(f"taking the hooks of {type(member).__name__} off"):
-                member.release()
+        """Take all hooks off: nothing more of the step is seen, and the model may be run aside."""
+        self._watch.close()
+        self._reader.forget()
 
-    def _end_step(self) -> None:
-        self._stepping = False
+    def _end(self) -> None:
         self._unwatch()
+        self._step = self._leader = None
+        self._due = []
+
+    def _make_step(self, number: int) -> Step:
+        setting = self.setting
+        return Step(
+            number=number,
+            model=self.model,
+            family=self.family,
+            recorder=self.recorder,
+            watch=self._watch,
+            lockstep=self.lockstep,
+            processor=setting.processor,
+            tokenizer=self.tokenizer,
+            sound=self.sound,
+            rank=setting.rank,
+            output_dir=setting.output_dir,
+            autocast=setting.autocast,
+            progress=setting.progress,
+            world_size=setting.world_size,
+            tokens_across_ranks=setting.tokens_across_ranks,
+        )
 
     def _backends(self) -> Sequence[Backend]:
         given = [backend for member in self._members for backend in member.backends or ()]
         unique = list({id(backend): backend for backend in given}.values())
-        return unique or _default_backends(self._args)
+        return unique or self.setting.default_backends()
 
-    def _run(self, gather: RankGather | None) -> Run:
+    def _run(self, launch_id: str) -> Run:
+        setting = self.setting
         chosen = next((member.logging_dir for member in self._members if member.logging_dir), None)
-        on_every_rank = gather is not None and any(map(is_on_every_rank, self._backends()))
         return Run(
-            logging_dir=Path(chosen or default_logging_dir(self._args)),
-            starting_step=self._starting_step,
-            name=_run_name(self._args),
-            config=_run_config(self._args, self._model(), self._data),
-            output_dir=Path(_output_dir(self._args)),
-            rank=self._args.process_index,
-            launch_id=gather.launch_id() if gather is not None and on_every_rank else "",
+            logging_dir=Path(chosen or setting.logging_dir),
+            starting_step=setting.starting_step,
+            name=setting.name,
+            config=setting.config(),
+            output_dir=setting.output_dir,
+            rank=setting.rank,
+            launch_id=launch_id,
         )
-
-
-def _is_compiled(model: nn.Module, args: TrainingArguments) -> bool:
-    compiled = bool(args.torch_compile) or getattr(model, "_compiled_call_impl", None) is not None
-    return compiled or any(hasattr(module, "_orig_mod") for module in model.modules())
-
-
-def default_logging_dir(args: TrainingArguments) -> Path:
-    """``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same place after a resume."""
-    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    return Path(chosen).expanduser() if chosen else Path(_output_dir(args)) / "runs" / "telemetry"
-
-
-def _run_name(args: TrainingArguments) -> str:
-    return redact(getattr(args, "run_name", None) or Path(_output_dir(args)).name)
-
-
-def _output_dir(args: TrainingArguments) -> str:
-    return args.output_dir or "."
-
-
-def _default_backends(args: TrainingArguments) -> list[Backend]:
-    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
-
-    The Trainer's own callbacks report what it logs: that is not sent a second time.
-    """
-    backends: list[Backend] = []
-    reported = args.report_to or ()
-    if "wandb" in reported:
-        backends.append(WandbBackend(trainer_logs=False))
-    if "trackio" in reported:
-        backends.append(TrackioBackend(trainer_logs=False))
-    if "tensorboard" in reported or not backends:
-        backends.insert(0, TensorBoardBackend())
-    return [ConsoleBackend(), *backends]
-
-
-def _run_config(args: TrainingArguments, model: nn.Module | None, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Training arguments, the command line, the model's configuration and what data there is, without secrets."""
-    config: dict[str, Any] = dict(args.to_sanitized_dict())
-    config["command"] = shlex.join(redact_arguments(sys.argv))
-    model_config = getattr(model, "config", None)
-    if model_config is not None and hasattr(model_config, "to_json_string"):
-        config["model"] = json.loads(model_config.to_json_string())
-    if data:
-        config["data"] = dict(data)
-    return redact(config)
-
-
-def _data_summary(batches: Any) -> dict[str, Any]:
-    """What kind of data set stands behind a data loader, and how many samples and batches a rank it has."""
-    dataset = getattr(batches, "dataset", None)
-    summary: dict[str, Any] = {"dataset": type(dataset).__name__}
-    for name, of in (("samples", dataset), ("batches", batches)):
-        with contextlib.suppress(TypeError):  # a stream has no length
-            summary[name] = len(of)  # type: ignore[arg-type]
-    return summary
-
-
-def _trainer_tag(name: str) -> str:
-    for prefix in ("eval", "test"):
-        if name.startswith(f"{prefix}_"):
-            return f"{prefix}/{name[len(prefix) + 1 :]}"
-    return f"train/{name}"

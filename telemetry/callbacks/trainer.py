@@ -1,35 +1,214 @@
-"""What every strategic callback shares: when a step is due, and how it hears of inputs, logits and gradients."""
+"""The door for the Hugging Face Trainer: its events, handed to the run being watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend
+from telemetry.backends.console import ConsoleBackend
+from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.backends.trackio import TrackioBackend
+from telemetry.backends.wandb import WandbBackend
 from telemetry.families.base import Head
+from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.forward import Microbatch
-from telemetry.session import Session
+from telemetry.redaction import redact, redact_arguments
+from telemetry.session import Session, Setting
 from telemetry.sound import SoundPolicy
 
 DEFAULT_LOGGING_STEPS = 100
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether an optimizer step, counted as the Trainer counts it after the update, is measured."""
-    return step == 1 or step % every == 0
+class TrainerDoor(TrainerCallback):
+    """Passes a Trainer's events on to the run being watched. Off a due step it costs one comparison.
+
+    A trainer may also hand ``inputs=`` and ``outputs=`` to :meth:`on_step_end`, and call :meth:`on_microbatch` before a
+    forward pass, :meth:`on_outputs` after one and :meth:`on_gradients` before clipping.
+
+    A callback that is added while training runs joins at its next due step.
+    """
+
+    members: Sequence[StrategicCallback] = ()
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._gradients_seen = False
+
+    def is_due(self, step: int) -> bool:
+        """Return whether an optimizer step is measured."""
+        return any(member.is_due(step) for member in self.members)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._watch(None)  # a training that ended in an exception may have left it
+        self._join(args, state, **kwargs)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.is_due(state.global_step + 1):
+            return
+        if self._session is None:
+            self._join(args, state, **kwargs)
+        if self._session is not None:
+            self._gradients_seen = False
+            self._session.begin_step(self, state.global_step + 1, kwargs.get("eval_dataloader"))
+
+    def on_microbatch(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metadata: Sequence[Mapping[str, Any]] = (),
+        **kwargs: Any,
+    ) -> None:
+        """Not an event of the Trainer's: for trainers that take metadata out of a batch before the forward pass.
+
+        See :class:`telemetry.probes.forward.Microbatch` for the keys of ``metadata``.
+        """
+        if (session := self._led()) is not None:
+            session.announce(metadata)
+
+    def on_outputs(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        inputs: Mapping[str, Any] | None = None,
+        outputs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Not an event of the Trainer's: for trainers that show every microbatch's forward pass (tensors detached).
+
+        Used where the model is compiled, and hooks cannot watch it.
+        """
+        if (session := self._led()) is not None and inputs is not None:
+            session.hand_over(inputs, outputs)
+
+    def on_gradients(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Not an event of the Trainer's: for trainers that offer the gradients before clipping."""
+        self._see_gradients(clipped=False)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if (session := self._led()) is not None:
+            self._see_gradients(clipped=(args.max_grad_norm or 0) > 0)
+            session.before_update(optimizer)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if (session := self._led()) is not None:
+            session.after_update(optimizer)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        inputs: Mapping[str, Any] | None = None,
+        outputs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if (session := self._led()) is not None:
+            session.end_step(inputs, outputs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._session is not None and logs:
+            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+            tagged = {_trainer_tag(name): float(value) for name, value in numbers.items() if name != "step"}
+            self._session.log(state.global_step, tagged, logs)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._session is not None:
+            for member in self.members:
+                self._session.evaluation(member, state.global_step, eval_dataloader)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        session = self._session
+        self._watch(None)
+        if session is not None:
+            session.leave(self.members)
+
+    def _join(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is None:
+            return
+
+        def setting() -> Setting:
+            return _setting(args, state, model, processing_class, {"train": train_dataloader, "eval": eval_dataloader})
+
+        self._watch(Session.join(self.members, model, state, setting))
+
+    def _watch(self, session: Session | None) -> None:
+        self._session = session
+
+    def _led(self) -> Session | None:
+        """The run, while a due step is under way that this door has opened."""
+        session = self._session
+        return session if session is not None and session.leads(self) else None
+
+    def _see_gradients(self, clipped: bool) -> None:
+        if not self._gradients_seen and (session := self._led()) is not None:
+            self._gradients_seen = True
+            session.gradients(clipped)
 
 
-class StrategicCallback(TrainerCallback):
+class StrategicCallback(TrainerDoor):
     """A callback for one question, at step 1 and every ``logging_steps`` optimizer steps.
 
     Works alone on any Trainer: ``trainer.add_callback(InputLoggerCallback())``. It watches the model with hooks that
-    live for the due step only. A trainer may also hand ``inputs=`` and ``outputs=`` to :meth:`on_step_end`, and call
-    :meth:`on_microbatch` before a forward pass and :meth:`on_gradients` before clipping. Off a due step it costs one
-    comparison.
+    live for the due step only. What measures is its ``instruments``; a subclass may also override the methods from
+    :meth:`begin_step` to :meth:`observe_evaluation`.
 
     Args:
         logging_steps: N, at least 1.
@@ -37,6 +216,7 @@ class StrategicCallback(TrainerCallback):
         logging_dir: where files go; by default ``TENSORBOARD_LOGGING_DIR`` or ``<output_dir>/runs/telemetry``.
         sound: what may be heard (voice clips are personal data); by default a few clips a tag. The first callback of
             a Trainer that says it speaks for all.
+        instruments: further ones of one's own.
 
     Raises:
         ValueError: when ``logging_steps`` is below 1.
@@ -48,16 +228,19 @@ class StrategicCallback(TrainerCallback):
         backends: Sequence[Backend] | None = None,
         logging_dir: str | Path | None = None,
         sound: SoundPolicy | None = None,
+        instruments: Sequence[Instrument] = (),
     ) -> None:
+        super().__init__()
         if logging_steps < 1:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
         self.logging_steps = logging_steps
         self.backends = backends
         self.logging_dir = logging_dir
         self.sound = sound
-        self._session: Session | None = None
-        self.stepping = False
-        self._gradients_seen = False
+        self.members = (self,)
+        self.instruments: list[Instrument] = [*instruments]
+        if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
+            self.instruments.append(_Overridden(self))
 
     @property
     def session(self) -> Session:
@@ -71,13 +254,13 @@ class StrategicCallback(TrainerCallback):
         return self._session
 
     def is_due(self, step: int) -> bool:
-        """Whether this callback measures a step."""
-        return is_due(step, self.logging_steps)
+        """Return whether an optimizer step, counted as the Trainer counts it after the update, is measured."""
+        return step == 1 or step % self.logging_steps == 0
 
-    # -- what a question overrides ------------------------------------------------------------------------------------
+    # -- what a subclass may override ---------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """A due step begins: forget what one that was interrupted left behind."""
+        """A due step begins: forget what one that was interrupted left."""
 
     def observe_inputs(self, microbatch: Microbatch) -> None:
         """The model is about to run on a microbatch of a due step."""
@@ -95,7 +278,7 @@ class StrategicCallback(TrainerCallback):
         """The optimizer has stepped on a due step; gradients are still there."""
 
     def release(self) -> None:
-        """Watching ends, however the due step ends: take own hooks off. No more is observed of the step."""
+        """Watching ends: take own hooks off. No more is observed of the step."""
 
     def finish_step(self) -> None:
         """The due step has ended: add what is shown once a step, and let go of everything."""
@@ -103,160 +286,127 @@ class StrategicCallback(TrainerCallback):
     def observe_evaluation(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """An evaluation has ended, or the first step of a fresh training is about to begin.
 
-        Between steps, on every rank. What is recorded here is written at the current step.
-
-        Args:
-            batches: this rank's evaluation batches, on the model's device, metadata (:class:`Microbatch`) under
-                ``metadata``. Reading them costs what loading them costs.
+        See :meth:`telemetry.instruments.base.Instrument.evaluation`.
         """
 
-    # -- the Trainer's events -----------------------------------------------------------------------------------------
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self.stepping = False  # a training that ended in an exception may have left it on
-        if model is not None:
-            self._session = Session.join(self, model, args, state, processing_class)
-            self._session.know_data(train=kwargs.get("train_dataloader"), eval=kwargs.get("eval_dataloader"))
+_VERBS = (
+    "begin_step", "observe_inputs", "observe_logits", "observe_gradients", "before_update", "after_update", "release",
+    "finish_step", "observe_evaluation",
+)  # fmt: skip
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not is_due(state.global_step + 1, self.logging_steps) or self._session is None:
-            return
-        if state.global_step == 0:
-            self._session.baseline(kwargs.get("eval_dataloader"))
-        self.stepping = True
-        self._gradients_seen = False
-        self._session.guard(self, self.begin_step)
-        self._session.begin_step()
 
-    def on_microbatch(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metadata: Sequence[Mapping[str, Any]] = (),
-        **kwargs: Any,
-    ) -> None:
-        """Not an event of the Trainer's: for trainers that take metadata out of a batch before the forward pass.
+class _Overridden(Instrument):
+    """Calls the methods that a subclass of :class:`StrategicCallback` has overridden."""
 
-        See :class:`telemetry.probes.forward.Microbatch` for the keys of ``metadata``.
-        """
-        if self.stepping and self._session is not None:
-            self._session.announce(metadata)
+    def __init__(self, callback: StrategicCallback) -> None:
+        self._callback = callback
 
-    def on_outputs(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        inputs: Mapping[str, Any] | None = None,
-        outputs: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Not an event of the Trainer's: for trainers that show every microbatch's forward pass (tensors detached).
+    @property
+    def name(self) -> str:
+        return type(self._callback).__name__
 
-        Used where the model is compiled, and hooks cannot watch it.
-        """
-        if self.stepping and self._session is not None and inputs is not None:
-            self._session.hand_over(self, inputs, outputs)
+    def begin(self, step: Step) -> None:
+        self._callback.begin_step()
 
-    def on_gradients(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Not an event of the Trainer's: for trainers that offer the gradients before clipping."""
-        if self.stepping:
-            self._see_gradients(model, clipped=False)
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
+        self._callback.observe_inputs(microbatch)
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.stepping:
-            self._see_gradients(model, clipped=(args.max_grad_norm or 0) > 0)
-            self._see_update(self.before_update, model, optimizer)
+    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
+        self._callback.observe_logits(microbatch, head, logits)
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.stepping:
-            self._see_update(self.after_update, model, optimizer)
+    def gradients(self, step: Step, clipped: bool) -> None:
+        self._callback.observe_gradients(step.model, clipped)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        inputs: Mapping[str, Any] | None = None,
-        outputs: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.stepping and self._session is not None:
-            self._session.finish(self, state.global_step, inputs, outputs)
+    def before_update(self, step: Step, optimizer: Any) -> None:
+        self._callback.before_update(step.model, optimizer)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._session is not None and logs:
-            self._session.trainer_logs(self, state.global_step, logs)
+    def after_update(self, step: Step, optimizer: Any) -> None:
+        self._callback.after_update(step.model, optimizer)
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self.see_evaluation(state.global_step, eval_dataloader)
+    def finish(self, step: Step) -> None:
+        self._callback.release()
+        self._callback.finish_step()
 
-    def see_evaluation(self, step: int, batches: Any) -> None:
-        """Look at evaluation batches, if this callback does."""
-        looks = type(self).observe_evaluation is not StrategicCallback.observe_evaluation
-        if looks and batches is not None and self._session is not None:
-            self._session.evaluation(self, step, batches)
+    def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
+        self._callback.observe_evaluation(batches)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._session is not None:
-            self._session.leave(self)
-            self._session = None
 
-    def _see_gradients(self, model: nn.Module | None, clipped: bool) -> None:
-        if not self._gradients_seen and model is not None and self._session is not None:
-            self._gradients_seen = True
-            self._session.gradients(self, model, clipped)
+def default_logging_dir(args: TrainingArguments) -> Path:
+    """Return ``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same after a resume."""
+    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    return Path(chosen).expanduser() if chosen else Path(args.output_dir or ".") / "runs" / "telemetry"
 
-    def _see_update(self, look: Callable[[nn.Module, Any], None], model: nn.Module | None, optimizer: Any) -> None:
-        if model is not None and self._session is not None:
-            self._session.update(self, look, model, optimizer)
+
+def _setting(
+    args: TrainingArguments, state: TrainerState, model: nn.Module, processor: Any, loaders: Mapping[str, Any]
+) -> Setting:
+    """What a Trainer says of the run."""
+    output_dir = Path(args.output_dir or ".")
+    return Setting(
+        output_dir=output_dir,
+        logging_dir=default_logging_dir(args),
+        default_backends=lambda: _default_backends(args),
+        config=lambda: _config(args, model, loaders),
+        name=redact(getattr(args, "run_name", None) or output_dir.name),
+        starting_step=state.global_step,
+        rank=args.process_index,
+        world_size=args.world_size,
+        device=args.device,
+        compiled=_is_compiled(model, args),
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        progress=not args.disable_tqdm,
+        tokens_across_ranks=bool(args.average_tokens_across_devices),
+        processor=processor,
+    )
+
+
+def _is_compiled(model: nn.Module, args: TrainingArguments) -> bool:
+    compiled = bool(args.torch_compile) or getattr(model, "_compiled_call_impl", None) is not None
+    return compiled or any(hasattr(module, "_orig_mod") for module in model.modules())
+
+
+def _default_backends(args: TrainingArguments) -> list[Backend]:
+    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
+
+    The Trainer's own callbacks report what it logs: that is not sent a second time.
+    """
+    backends: list[Backend] = []
+    reported = args.report_to or ()
+    if "wandb" in reported:
+        backends.append(WandbBackend(trainer_logs=False))
+    if "trackio" in reported:
+        backends.append(TrackioBackend(trainer_logs=False))
+    if "tensorboard" in reported or not backends:
+        backends.insert(0, TensorBoardBackend())
+    return [ConsoleBackend(), *backends]
+
+
+def _config(args: TrainingArguments, model: nn.Module, loaders: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Training arguments, the command line, the model's configuration and what data there is, without secrets."""
+    config: dict[str, Any] = dict(args.to_sanitized_dict())
+    config["command"] = shlex.join(redact_arguments(sys.argv))
+    model_config = getattr(model, "config", None)
+    if model_config is not None and hasattr(model_config, "to_json_string"):
+        config["model"] = json.loads(model_config.to_json_string())
+    data = {use: _data_summary(loader) for use, loader in loaders.items() if loader is not None}
+    if data:
+        config["data"] = data
+    return redact(config)
+
+
+def _data_summary(batches: Any) -> dict[str, Any]:
+    """What kind of data set stands behind a data loader, and how many samples and batches a rank it has."""
+    dataset = getattr(batches, "dataset", None)
+    summary: dict[str, Any] = {"dataset": type(dataset).__name__}
+    for name, of in (("samples", dataset), ("batches", batches)):
+        with contextlib.suppress(TypeError):  # a stream has no length
+            summary[name] = len(of)  # type: ignore[arg-type]
+    return summary
+
+
+def _trainer_tag(name: str) -> str:
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name[len(prefix) + 1 :]}"
+    return f"train/{name}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 NO_LOGITS = "the model computed no logits for it (a fused loss, or no such head)"
+NO_LABELS = "the model was given no labels for it"
 
 Group = Literal["text", "audio"]
 Alignment = Literal["shifted", "aligned", "given_shifted"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import (
+    NO_LABELS,
     NO_LOGITS,
     Absent,
     Alignment,
@@ -67,6 +68,8 @@ class CausalLMFamily(Family):
             yield Stream("text", logits, shifted, "text", "given_shifted", denominator=items)
         elif isinstance(labels, Tensor):
             yield Stream("text", logits, labels, "text", self._alignment, denominator=items)
+        else:
+            yield Absent("text", NO_LABELS, in_loss=False)
         router, weight = output(outputs, "aux_loss"), self._router_weight
         if labels is not None and isinstance(router, Tensor) and weight is not None:
             yield LossPart("router", router * weight)
@@ -85,7 +88,9 @@ class CausalLMFamily(Family):
     def _router_weight(self) -> float | None:
         config = self.model.config
         holders = (self.model, config, getattr(config, "text_config", None))
-        return next((holder.router_aux_loss_coef for holder in holders if hasattr(holder, "router_aux_loss_coef")), None)
+        return next(
+            (holder.router_aux_loss_coef for holder in holders if hasattr(holder, "router_aux_loss_coef")), None
+        )
 
     def layers(self) -> Sequence[Layer]:
         """Every decoder layer, with its one feed-forward network."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from telemetry.families.base import (
     IGNORE_INDEX,
+    NO_LABELS,
     NO_LOGITS,
     Absent,
     AudioView,
@@ -100,6 +101,8 @@ class HiggsAudioV2Family(Family):
                 bos_id=config.audio_stream_bos_id,
                 eos_id=config.audio_stream_eos_id,
             )
+        else:
+            yield Absent("audio", NO_LABELS, in_loss=False)
 
     def layers(self) -> Sequence[Layer]:
         """Every decoder layer, with a feed-forward network for text and one for audio."""

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import Layer
+from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.probed_layers import probed_layers
 from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows
-from telemetry.probes.activations import ActivationProbe, Role
+from telemetry.probes.activations import Role, watch_networks
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Max, Mean, NormRatio, Sum
-from telemetry.session import Session
 
 NOT_RUN = "it did not run, or gave no tensor"
 NO_RESIDUAL = "the layer does not show the residual stream that it is added to"
@@ -22,8 +22,8 @@ NO_RESIDUAL = "the layer does not show the residual stream that it is added to"
 _Network = tuple[int, str]
 
 
-class ActivationLog:
-    """Everything under ``activations/``, over the positions that each network really serves. Part of a callback.
+class ActivationInstrument(Instrument):
+    """Everything under ``activations/``, over the positions that each network really serves.
 
     Args:
         layers: indices of the layers to look into; by default the first, the middle and the last.
@@ -31,8 +31,6 @@ class ActivationLog:
 
     def __init__(self, layers: Sequence[int] | None = None) -> None:
         self._layers = layers
-        self._session: Session | None = None
-        self._probe: ActivationProbe | None = None
         self._watched: Sequence[Layer] = ()
         self._served: Mapping[str, Tensor] = {}
         self._real: Tensor | None = None
@@ -40,52 +38,35 @@ class ActivationLog:
         self._totals: dict[_Network, ActivationTotals] = {}
         self._squares: dict[tuple[_Network, Role], Tensor] = {}
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins: watch the networks."""
-        self.release()
-        self._session = session
-        self._totals.clear()
-        self._squares.clear()
-        self._watched = probed_layers(session, self._layers, "activations")
-        if self._watched:
-            self._probe = ActivationProbe(session.model, self._watched, self._observe)
-            self._probe.attach()
+        self._forget()
+        self._watched = probed_layers(step, self._layers, "activations")
+        watch_networks(step.watch, self, self._watched, self._observe)
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """The model is about to run: note which positions each network serves."""
         self._forget_batch()
-        if self._session is None or self._session.family is None or microbatch.view is None:
+        if step.family is None or microbatch.view is None:
             return
-        self._served = self._session.family.served(microbatch.view)
+        self._served = step.family.served(microbatch.view)
         self._real = microbatch.view.real
 
-    def release(self) -> None:
-        """Take the hooks off."""
-        if self._probe is not None:
-            self._probe.detach()
-        self._probe = None
-        self._forget_batch()
-
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
-        session, totals, squares = self._session, dict(self._totals), dict(self._squares)
-        watched, self._watched, self._session = self._watched, (), None
-        self._totals.clear()
-        self._squares.clear()
-        if session is None:
-            return
-        for layer in watched:
+        for layer in self._watched:
             for name, network in layer.feed_forward.items():
-                if (layer.index, name) not in totals:
-                    session.recorder.absent(_prefix((layer.index, name)), NOT_RUN)
+                if (layer.index, name) not in self._totals:
+                    step.recorder.absent(_prefix((layer.index, name)), NOT_RUN)
                 elif network.residual is None:
-                    session.recorder.absent(f"{_prefix((layer.index, name))}/residual_share", NO_RESIDUAL)
-        if totals:
-            session.recorder.defer(_packed(totals, squares), _add_metrics)
+                    step.recorder.absent(f"{_prefix((layer.index, name))}/residual_share", NO_RESIDUAL)
+        if self._totals:
+            step.recorder.defer(_packed(self._totals, self._squares), _add_metrics)
+        self._forget()
 
     def _observe(self, layer: int, name: str, role: Role, tensor: Tensor) -> None:
-        if self._session is not None and self._real is not None and name in self._served:
-            self._session.measure(self, self._measure, (layer, name), role, tensor)
+        if self._real is not None and name in self._served:
+            self._measure((layer, name), role, tensor)
 
     def _measure(self, network: _Network, role: Role, tensor: Tensor) -> None:
         rows, counts = self._counted(network[1], tensor)
@@ -107,6 +88,12 @@ class ActivationLog:
         if key not in self._rows:
             self._rows[key] = served_rows(self._served[name], self._real, rows.shape[0])
         return rows, self._rows[key]
+
+    def _forget(self) -> None:
+        self._watched = ()
+        self._totals.clear()
+        self._squares.clear()
+        self._forget_batch()
 
     def _forget_batch(self) -> None:
         self._served = {}

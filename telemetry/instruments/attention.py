@@ -12,6 +12,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import BatchView
 from telemetry.instruments.attention_images import heads_image, mass_image
+from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.probed_layers import probed_layers
 from telemetry.measures.attention import (
     KINDS,
@@ -24,17 +25,16 @@ from telemetry.measures.attention import (
     sample_queries,
 )
 from telemetry.measures.attention_masks import sequence_starts
-from telemetry.probes.attention import AttentionCall, AttentionProbe, UnmeasurableError
+from telemetry.probes.attention import AttentionCall, UnmeasurableError, watch_attention
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Max, Mean, Means, PresentMean, Sum
-from telemetry.session import Session
 
 DEFAULT_QUERIES = 64
 NOT_SEEN = "its attention does not go through transformers' AttentionInterface"
 
 
-class AttentionLog:
-    """Everything under ``attention/``, from a sample of each sequence's queries. Part of a callback.
+class AttentionInstrument(Instrument):
+    """Everything under ``attention/``, from a sample of each sequence's queries.
 
     Args:
         layers: indices of the layers to look into; by default the first, the middle and the last.
@@ -51,58 +51,41 @@ class AttentionLog:
             raise ValueError(f"queries must be at least 1, got {queries}")
         self._layers = layers
         self._queries = queries
-        self._session: Session | None = None
-        self._probe: AttentionProbe | None = None
         self._generator: torch.Generator | None = None
         self._batch: AttendedBatch | None = None
         self._expected: set[int] = set()
         self._failed: set[int] = set()
         self._totals: dict[int, AttentionTotals] = {}
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins: watch the layers."""
-        self.release()
-        self._session = session
-        self._totals.clear()
-        self._failed.clear()
-        self._generator = None
-        layers = probed_layers(session, self._layers, "attention")
+        self._forget()
+        layers = probed_layers(step, self._layers, "attention")
         self._expected = {layer.index for layer in layers}
         if layers:
-            self._probe = AttentionProbe(session.model, layers, self._observe)
-            self._probe.attach()
+            watch_attention(step.watch, self, layers, lambda call: self._observe(step, call))
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """The model is about to run: choose the queries to look at."""
         self._batch = None
-        if self._session is None or self._probe is None or microbatch.view is None:
+        if not self._expected or microbatch.view is None:
             return
         if self._generator is None or self._generator.device != microbatch.view.real.device:
             # One of its own, on the device: numbers drawn on the host would have to be waited for.
-            self._generator = torch.Generator(microbatch.view.real.device).manual_seed(self._session.step)
-        kinds = _kinds(microbatch.view, _hears(self._session))
+            self._generator = torch.Generator(microbatch.view.real.device).manual_seed(step.number)
+        kinds = _kinds(microbatch.view, _hears(step))
         sample = sample_queries(kinds, self._queries, self._generator)
         self._batch = AttendedBatch(sample, kinds, _starts(microbatch, microbatch.view.real).gather(1, sample.rows))
 
-    def release(self) -> None:
-        """Stop watching."""
-        if self._probe is not None:
-            self._probe.detach()
-        self._probe = None
-        self._batch = None
-
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
-        session, totals = self._session, dict(self._totals)
-        self._session = None
-        self._totals.clear()
-        if session is None:
-            return
+        totals = dict(self._totals)
         for layer in self._expected - totals.keys() - self._failed:
-            session.recorder.absent(f"attention/layer_{layer}", NOT_SEEN)
+            step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN)
+        self._forget()
         if totals:
             packed = {str(layer): totals[layer].packed() for layer in sorted(totals)}
-            kinds = KINDS if _hears(session) else KINDS[:1]
+            kinds = KINDS if _hears(step) else KINDS[:1]
 
             def add_metrics(host: Mapping[str, Tensor], emit: Emitter) -> None:
                 _add_metrics(host, emit, kinds)
@@ -110,19 +93,23 @@ class AttentionLog:
             def show_images(_host: Mapping[str, Tensor], emit: Emitter) -> None:
                 _show_images(sorted(totals), emit)
 
-            session.recorder.defer(packed, add_metrics)
-            session.recorder.show({}, show_images)
+            step.recorder.defer(packed, add_metrics)
+            step.recorder.show({}, show_images)
 
-    def _observe(self, call: AttentionCall) -> None:
-        if self._session is not None and self._batch is not None:
-            self._session.measure(self, self._measure, self._session, self._batch, call)
+    def _forget(self) -> None:
+        self._batch = self._generator = None
+        self._expected = set()
+        self._failed.clear()
+        self._totals.clear()
 
-    def _measure(self, session: Session, batch: AttendedBatch, call: AttentionCall) -> None:
+    def _observe(self, step: Step, call: AttentionCall) -> None:
+        if self._batch is None:
+            return
         try:
-            totals = batch.totals(call)
+            totals = self._batch.totals(call)
         except UnmeasurableError as reason:
             self._failed.add(call.layer)
-            session.recorder.absent(f"attention/layer_{call.layer}", str(reason))
+            step.recorder.absent(f"attention/layer_{call.layer}", str(reason))
             return
         held = self._totals.get(call.layer)
         self._totals[call.layer] = totals if held is None else held.merge(totals)
@@ -157,8 +144,8 @@ class AttendedBatch:
         return attention_totals(values, self._sample, self._kinds)
 
 
-def _hears(session: Session) -> bool:
-    return session.family is not None and any(head.modality == "audio" for head in session.family.heads())
+def _hears(step: Step) -> bool:
+    return step.family is not None and "audio" in step.family.modalities
 
 
 def _kinds(view: BatchView, hears: bool) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class Step:
     lockstep: Lockstep
     processor: Any = None
     tokenizer: Any = None
-    sound: SoundPolicy = SoundPolicy()
+    sound: SoundPolicy = field(default_factory=SoundPolicy)
     rank: int = 0
     output_dir: Path = Path()
     autocast: torch.dtype | None = None
@@ -71,10 +71,15 @@ class Instrument:
     their definition, on the training thread, times them, and switches an instrument off that keeps failing.
 
     Attributes:
-        every: measure every so many due steps, beginning with the first.
+        every: measure every so many due steps, beginning with the first; 0 never.
     """
 
     every: int = 1
+
+    @property
+    def name(self) -> str:
+        """What it is called where it fails."""
+        return type(self).__name__
 
     def begin(self, step: Step) -> None:
         """A due step begins: forget what an interrupted one left, and watch what is to be watched."""
@@ -107,6 +112,3 @@ class Instrument:
             batches: this rank's evaluation batches, on the model's device, metadata under ``metadata``. Reading them
                 costs what loading them costs.
         """
-
-
-Action = Callable[..., None]

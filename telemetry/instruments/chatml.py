@@ -13,9 +13,9 @@ from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import AudioView, BatchView
 from telemetry.families.chat import ChatFormat, Violation
 from telemetry.families.voice_prompt import CHECKS, ClipLayout, VoicePrompt, clips_of, violations
+from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Cell, Mean, Sum, Table
-from telemetry.session import Session
 
 SHOWN_ROWS = 50
 COLUMNS = ("sample", "speaker", "compliant", "violations")
@@ -27,32 +27,28 @@ UNCHECKED = {
 }
 
 
-class ChatMLLog:
-    """Compliance of every sample of a step, violations by kind, and a table of them. Part of a callback."""
+class ChatMLInstrument(Instrument):
+    """Compliance of every sample of a step, violations by kind, and a table of them."""
 
     def __init__(self) -> None:
-        self._session: Session | None = None
         self._rows: list[tuple[Cell, ...]] = []
         self._languages_named = False
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins."""
-        self._session = session
         self._rows = []
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Have one microbatch checked in the background."""
-        if self._session is None:
-            return
-        view, chat = microbatch.view, ChatFormat.of(self._session.tokenizer)
+        view, chat = microbatch.view, ChatFormat.of(step.tokenizer)
         if view is None or view.audio is None:
-            self._session.recorder.absent(COMPLIANCE, "the batch has no audio")
+            step.recorder.absent(COMPLIANCE, "the batch has no audio")
         elif chat is None:
-            self._session.recorder.absent(COMPLIANCE, "the tokenizer has no ChatML header tokens")
+            step.recorder.absent(COMPLIANCE, "the tokenizer has no ChatML header tokens")
         else:
-            self._check(self._session, microbatch, view, view.audio, chat)
+            self._check(step, microbatch, view, view.audio, chat)
 
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """Show what the checks of all microbatches found, the violations first."""
         rows, self._rows = self._rows, []
 
@@ -61,16 +57,13 @@ class ChatMLLog:
                 shown = sorted(rows, key=lambda row: row[2] == "yes")[:SHOWN_ROWS]
                 emit.record(Table("zero_shot/chatml", COLUMNS, tuple(shown)))
 
-        if self._session is not None:
-            self._session.recorder.show({}, build)
+        step.recorder.show({}, build)
 
-    def _check(
-        self, session: Session, microbatch: Microbatch, view: BatchView, audio: AudioView, chat: ChatFormat
-    ) -> None:
+    def _check(self, step: Step, microbatch: Microbatch, view: BatchView, audio: AudioView, chat: ChatFormat) -> None:
         size = view.input_ids.shape[0]
         names = [microbatch.sample_id(row) for row in range(size)]
         metadata = [microbatch.metadata[row] if row < len(microbatch.metadata) else {} for row in range(size)]
-        rows, tokenizer = self._rows, session.tokenizer
+        rows, tokenizer = self._rows, step.tokenizer
         layout = ClipLayout(audio.bos_id, audio.eos_id, audio.delay)
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
@@ -86,7 +79,7 @@ class ChatMLLog:
                 listed = "; ".join(str(violation) for of_kind in by_kind.values() for violation in of_kind or ())
                 rows.append((name, sample.get("speaker"), "yes" if kept else "no", listed))
 
-        session.recorder.defer(_tensors(view, audio), build)
+        step.recorder.defer(_tensors(view, audio), build)
 
     def _violations(self, prompt: VoicePrompt) -> dict[str, list[Violation] | None]:
         found = violations(prompt)
@@ -121,7 +114,12 @@ def _tensors(view: BatchView, audio: AudioView) -> dict[str, Tensor]:
 
 
 def _prompt(
-    host: Mapping[str, Tensor], row: int, metadata: Mapping[str, Any], chat: ChatFormat, tokenizer: Any, layout: ClipLayout
+    host: Mapping[str, Tensor],
+    row: int,
+    metadata: Mapping[str, Any],
+    chat: ChatFormat,
+    tokenizer: Any,
+    layout: ClipLayout,
 ) -> VoicePrompt:
     real = host["real"][row].numpy()
 

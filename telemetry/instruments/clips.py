@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from telemetry.delivery.recorder import Emitter
-from telemetry.families import find_speech_family
-from telemetry.families.speech import Prompt, Speech, SpeechFamily
+from telemetry.delivery.recorder import Emitter, Recorder
+from telemetry.families.speech import Prompt, Speaker, Speech
+from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
 from telemetry.probes.company import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Clip
-from telemetry.session import Session
 from telemetry.speech.base import SpeakerEncoder, Transcriber
 from telemetry.speech.loading import load_speaker_encoder, load_transcriber
 
@@ -56,8 +54,8 @@ class _Spoken:
     teacher_forced: Tensor
 
 
-class ClipLog:
-    """Lets the model speak the first samples of this rank's evaluation data. Part of a callback.
+class ClipInstrument(Instrument):
+    """Lets the model speak the first samples of this rank's evaluation data.
 
     The same samples at every evaluation, and before the first step: prompted with everything up to the target audio,
     with the model's own generation settings and a fixed seed. Beside it the reference, the target, and what the model
@@ -97,21 +95,21 @@ class ClipLog:
         self._max_seconds = max_seconds
         self._forget()
 
-    def observe_evaluation(self, session: Session, batches: Iterable[Mapping[str, Any]]) -> None:
+    def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
         """An evaluation has ended, or training is about to begin: let the model speak and record what it says."""
-        if not self._clips or not self._first_at_this_step(session):
+        if not self._clips or not self._first_at_this_step(step):
             return
-        speech = find_speech_family(session.model)
-        codec = getattr(session.processing_class, "audio_tokenizer", None)
+        speaker = step.family.speaker if step.family is not None else None
+        codec = getattr(step.processor, "audio_tokenizer", None)
         with contextlib.ExitStack() as aside:
-            for module in (session.model, codec):
+            for module in (step.model, codec):
                 if isinstance(module, nn.Module):
                     aside.enter_context(set_aside(module))
-            if speech is None or codec is None:
-                missing = "telemetry knows no way to make this model speak" if speech is None else "there is no codec"
-                session.recorder.absent("zero_shot/clips", f"{missing} (the processor's audio_tokenizer)")
+            if speaker is None or codec is None:
+                missing = "telemetry knows no way to make this model speak" if speaker is None else "there is no codec"
+                step.recorder.absent("zero_shot/clips", f"{missing} (the processor's audio_tokenizer)")
                 return
-            _Evaluation(session, speech, codec, self).run(self._fixed_samples(session, speech, batches))
+            _Evaluation(step, speaker, codec, self).run(self._fixed_samples(step, speaker, batches))
 
     @property
     def clips(self) -> int:
@@ -123,47 +121,45 @@ class ClipLog:
         """Wall time of one evaluation's clips."""
         return self._max_seconds
 
-    def token_limit(self, speech: SpeechFamily, prompt: Prompt) -> int:
+    def token_limit(self, speaker: Speaker, prompt: Prompt) -> int:
         """How many tokens a clip may have."""
-        return min(self._max_new_tokens, speech.frames_for(prompt, LENGTH_RATIO))
+        return min(self._max_new_tokens, speaker.frames_for(prompt, LENGTH_RATIO))
 
-    def listener(self, session: Session) -> Listener:
+    def listener(self, recorder: Recorder) -> Listener:
         """What measures, and says once what it cannot."""
         if self._encoder is None:
             for name in NEEDS_ENCODER:
-                session.recorder.absent(f"zero_shot/{name}", "no speaker encoder was given")
+                recorder.absent(f"zero_shot/{name}", "no speaker encoder was given")
         if self._transcriber is None:
             for name in NEEDS_TRANSCRIBER:
-                session.recorder.absent(f"zero_shot/{name}", "no transcriber was given")
+                recorder.absent(f"zero_shot/{name}", "no transcriber was given")
         return Listener(
             self._encoder,
             self._transcriber,
-            lambda name, reason: session.recorder.say_once(f"clip:{name}", "zero_shot/%s of a clip: %s", name, reason),
+            lambda name, reason: recorder.say_once(f"clip:{name}", "zero_shot/%s of a clip: %s", name, reason),
         )
 
     def _forget(self) -> None:
-        self._session: weakref.ref[Session] | None = None
+        self._run: weakref.ref[Recorder] | None = None
         self._samples: list[_Sample] | None = None
         self._last_step = -1
         self.failed: set[str] = set()
 
-    def _first_at_this_step(self, session: Session) -> bool:
-        """Once a step, whatever the number of evaluation sets; a new training begins anew."""
-        if self._session is None or self._session() is not session:
+    def _first_at_this_step(self, step: Step) -> bool:
+        """Once a step, whatever the number of evaluation sets; a new training (another recorder) begins anew."""
+        if self._run is None or self._run() is not step.recorder:
             self._forget()
-            self._session = weakref.ref(session)
-        first, self._last_step = session.global_step != self._last_step, session.global_step
+            self._run = weakref.ref(step.recorder)
+        first, self._last_step = step.number != self._last_step, step.number
         return first
 
-    def _fixed_samples(
-        self, session: Session, speech: SpeechFamily, batches: Iterable[Mapping[str, Any]]
-    ) -> list[_Sample]:
+    def _fixed_samples(self, step: Step, speaker: Speaker, batches: Iterable[Mapping[str, Any]]) -> list[_Sample]:
         """Never raises: a rank without samples keeps the others company."""
         try:
             if self._samples is None:
-                self._samples = list(_cut(speech, batches, self._clips))
+                self._samples = list(_cut(speaker, batches, self._clips))
             if not self._samples:
-                session.recorder.absent("zero_shot/clips", "no evaluation sample has target audio")
+                step.recorder.absent("zero_shot/clips", "no evaluation sample has target audio")
         except Exception:
             logger.exception("evaluation samples could not be read; training goes on without clips")
         return self._samples or []
@@ -172,9 +168,9 @@ class ClipLog:
 class _Evaluation:
     """The clips of one evaluation."""
 
-    def __init__(self, session: Session, speech: SpeechFamily, codec: Any, log: ClipLog) -> None:
-        self._session = session
-        self._speech = speech
+    def __init__(self, step: Step, speaker: Speaker, codec: Any, log: ClipInstrument) -> None:
+        self._step = step
+        self._speaker = speaker
         self._codec = codec
         self._log = log
         self._began = time.monotonic()
@@ -183,7 +179,7 @@ class _Evaluation:
         """Generate, listen, record."""
         clips = list(self._heard(self._spoken(samples)))
         for tag, value in metrics(clips):
-            self._session.recorder.metric(tag, value)
+            self._step.recorder.metric(tag, value)
         if clips:
             self._show(clips)
 
@@ -191,25 +187,25 @@ class _Evaluation:
         with self._in_step() as ready:
             if not ready:
                 return []
-            with _autocast(self._session):
+            with _autocast(self._step):
                 return list(self._generated(samples))
 
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[bool]:
         """Whether the model may be run; where ranks wait for each other's forward passes, with all of them."""
-        model, speech, lockstep = self._session.model, self._speech, self._session.lockstep
+        model, speaker, lockstep = self._step.model, self._speaker, self._step.lockstep
         if not lockstep.needed:
             yield True
             return
-        able = speech.model is model and can_keep_company(model, speech.runs_always())
+        able = speaker.model is model and can_keep_company(model, speaker.runs_always())
         if not lockstep.agree(able, what="clips"):
-            self._session.recorder.absent("zero_shot/clips", "ranks cannot generate side by side with this sharding")
+            self._step.recorder.absent("zero_shot/clips", "ranks cannot generate side by side with this sharding")
             yield False
             return
 
         def idle() -> None:
-            with _autocast(self._session):
-                speech.idle()
+            with _autocast(self._step):
+                speaker.idle()
 
         with in_company(model, lockstep, idle):
             yield True
@@ -222,12 +218,12 @@ class _Evaluation:
                 self._out_of_time(sample.sample_id)
                 continue
             with self._isolated(sample.sample_id, "generated"):
-                limit = self._log.token_limit(self._speech, sample.prompt)
-                speech = self._speech.generate(sample.prompt, limit, left / (len(samples) - index), _SEED)
-                yield _Spoken(sample, speech, self._speech.teacher_forced(sample.prompt))
+                limit = self._log.token_limit(self._speaker, sample.prompt)
+                speech = self._speaker.generate(sample.prompt, limit, left / (len(samples) - index), _SEED)
+                yield _Spoken(sample, speech, self._speaker.teacher_forced(sample.prompt))
 
     def _heard(self, spoken: Sequence[_Spoken]) -> Iterator[MeasuredClip]:
-        listener = self._log.listener(self._session)
+        listener = self._log.listener(self._step.recorder)
         clips = []
         for one in spoken:
             with self._isolated(one.sample.sample_id, "decoded"):
@@ -273,24 +269,22 @@ class _Evaluation:
         return Clip(values.float().cpu().numpy().reshape(-1), rate)
 
     def _show(self, clips: Sequence[MeasuredClip]) -> None:
-        session = self._session
-        directory = Path(session.arguments.output_dir or ".") / "clips"
-        step, rank, heard = session.global_step, session.arguments.process_index, session.sound.enabled
+        step, directory, heard = self._step, self._step.output_dir / "clips", self._step.sound.enabled
 
         def keep(_host: Mapping[str, Tensor], _emit: Emitter) -> None:
-            save([measured.clip for measured in clips], directory, step, rank)
+            save([measured.clip for measured in clips], directory, step.number, step.rank)
 
         def show(_host: Mapping[str, Tensor], emit: Emitter) -> None:
             for record in shown(clips, with_media=heard):
                 emit.record(record)
 
         if heard:
-            session.recorder.defer({}, keep)
-        if session.is_main:
-            session.recorder.show({}, show)
+            step.recorder.defer({}, keep)
+        if step.is_main:
+            step.recorder.show({}, show)
 
     def _progress(self, items: Sequence[Any], doing: str) -> Iterable[Any]:
-        shown = self._session.is_main and not self._session.arguments.disable_tqdm
+        shown = self._step.is_main and self._step.progress
         return tqdm(items, desc=doing, unit="clip", leave=False, disable=not shown)
 
     @contextlib.contextmanager
@@ -304,7 +298,7 @@ class _Evaluation:
                 logger.exception("clip %s could not be %s and is left out; training goes on", sample_id, verb)
 
     def _out_of_time(self, sample_id: str) -> None:
-        self._session.recorder.say_once(
+        self._step.recorder.say_once(
             "clip:time",
             "no time is left for clip %s: an evaluation's may take %.0f s",
             sample_id,
@@ -312,19 +306,17 @@ class _Evaluation:
         )
 
 
-def _cut(speech: SpeechFamily, batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[_Sample]:
+def _cut(speaker: Speaker, batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[_Sample]:
     rows = ((batch, row) for batch in batches for row in range(len(batch.get("input_ids", ()))))
     for index, (batch, row) in enumerate(islice(rows, count)):
-        prompt, metadata = speech.prompt(batch, row), batch.get("metadata") or ()
+        prompt, metadata = speaker.prompt(batch, row), batch.get("metadata") or ()
         known = metadata[row] if row < len(metadata) else {}
         if prompt is not None:
             yield _Sample(prompt, known, str(known.get("sample_id") or f"sample {index}"))
 
 
-def _autocast(session: Session) -> contextlib.AbstractContextManager[None]:
+def _autocast(step: Step) -> contextlib.AbstractContextManager[None]:
     """The precision of training: a part of a wrapped model does not come by it through the Trainer."""
-    arguments = session.arguments
-    if not (arguments.bf16 or arguments.fp16):
+    if step.autocast is None:
         return contextlib.nullcontext()
-    device = next(session.model.parameters()).device.type
-    return torch.autocast(device, torch.bfloat16 if arguments.bf16 else torch.float16)
+    return torch.autocast(next(step.model.parameters()).device.type, step.autocast)

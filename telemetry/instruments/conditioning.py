@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
-from telemetry.families.base import AudioView, shift_labels
-from telemetry.families.references import References, Swap, find_references, swap_references
-from telemetry.measures.conditioning import Totals, audio_nll, loss_totals
-from telemetry.probes.forward import Microbatch
+from telemetry.families.base import AudioView, Family, shift_labels
+from telemetry.families.references import Swap, swap_references
+from telemetry.instruments.base import Instrument, Step
+from telemetry.measures.conditioning import Totals, loss_totals
+from telemetry.measures.token_stats import token_statistics
+from telemetry.probes.forward import Microbatch, streams_of
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Mean
-from telemetry.session import Session
 
 TRAINING = "zero_shot/conditioning"
 EVALUATION = "zero_shot/conditioning/eval"
@@ -29,21 +30,22 @@ class _Comparison:
     """A batch under its own references, under swapped ones, and under none.
 
     Attributes:
+        family, microbatch: how the runs' outputs are read.
         runs: name of the loss → keyword arguments for the model.
-        targets: int64 ``[batch, sequence, C]``, shifted.
         counted: bool ``[batch, sequence, C]``: targets that every run predicts from what it may see.
         swap: which samples could be swapped.
         note: what speakers were told apart by.
     """
 
+    family: Family
+    microbatch: Microbatch
     runs: Mapping[str, Mapping[str, Any]]
-    targets: Tensor
     counted: Tensor
     swap: Swap
     note: str
 
 
-class ConditioningLog:
+class ConditioningInstrument(Instrument):
     """What swapping and hiding references does to the audio loss, on training and evaluation batches.
 
     Runs the model aside, without gradients, in eval mode, after the step's update: three forward passes over the last
@@ -60,97 +62,88 @@ class ConditioningLog:
     def __init__(self, every: int) -> None:
         if every < 0:
             raise ValueError(f"conditioning_every must not be negative, got {every}")
-        self._every = every
-        self._steps = 0
+        self.every = every
         self._refusals = 0  # in a row
-        self._session: Session | None = None
-        self._measures = False
         self._last: Microbatch | None = None
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins."""
-        self._session = session
         self._last = None
-        self._measures = self._every > 0 and self._steps % self._every == 0
-        self._steps += 1
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Keep the last microbatch of the step."""
-        if self._measures:
-            self._last = microbatch
+        self._last = microbatch
 
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """Measure the last microbatch."""
         microbatch, self._last = self._last, None
-        if self._measures and self._session is not None:
-            self._measures = False
-            with set_aside(self._session.model):
-                self._measure(self._session, TRAINING, lambda: microbatch)
+        with set_aside(step.model):
+            self._measure(step, TRAINING, lambda: microbatch)
 
-    def observe_evaluation(self, session: Session, batches: Iterable[Mapping[str, Any]]) -> None:
+    def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measure the first evaluation batch."""
-        if self._every > 0:
-            with set_aside(session.model):  # around the reading too, which takes random numbers
-                self._measure(session, EVALUATION, lambda: _first(session, batches))
+        with set_aside(step.model):  # around the reading too, which takes random numbers
+            self._measure(step, EVALUATION, lambda: _first(step, batches))
 
-    def _measure(self, session: Session, section: str, take: Callable[[], Microbatch | None]) -> None:
+    def _measure(self, step: Step, section: str, take: Callable[[], Microbatch | None]) -> None:
         """Go from forward pass to forward pass, each together with all ranks that it needs."""
-        stages = _stages(session, section, take)
+        stages = _stages(step, section, take)
         agreed, stage = True, ""
         while agreed and stage != _DONE:
             stage = ""
             try:
                 stage = next(stages, "")
             finally:  # a rank that fails in between says no, and nobody waits in a pass for it
-                agreed = session.lockstep.agree(stage != "", section)
+                agreed = step.lockstep.agree(stage != "", section)
                 self._refusals += not agreed
         if agreed:
             self._refusals = 0
         else:
-            self._say_refused(session, section, able=stage != "")
+            self._say_refused(step, section, able=stage != "")
 
-    def _say_refused(self, session: Session, section: str, able: bool) -> None:
+    def _say_refused(self, step: Step, section: str, able: bool) -> None:
         if able:
-            session.recorder.absent(f"{section}/gain", "ranks could not all run the model together")
-        if session.lockstep.needed and self._refusals >= MAX_FAILURES:
-            self._every = 0  # a rank that has failed every time is switched off by now, and would be waited for
+            step.recorder.absent(f"{section}/gain", "ranks could not all run the model together")
+        if step.lockstep.needed and self._refusals >= MAX_FAILURES:
+            self.every = 0  # a rank that has failed every time is switched off by now, and would be waited for
 
 
-def _stages(session: Session, section: str, take: Callable[[], Microbatch | None]) -> Iterator[str]:
+def _stages(step: Step, section: str, take: Callable[[], Microbatch | None]) -> Iterator[str]:
     """Measures a batch; stops in front of every forward pass, and when all is done."""
-    comparison = _compare(session, section, take())
+    comparison = _compare(step, section, take())
     if comparison is None:
         return
     losses = {}
     for name, inputs in comparison.runs.items():
         yield name
-        losses[name] = _loss(session, inputs, comparison.targets)
-    _emit(session, section, loss_totals(losses, comparison.counted), comparison)
+        losses[name] = _loss(step, comparison, inputs)
+    _emit(step, section, loss_totals(losses, comparison.counted), comparison)
     yield _DONE
 
 
-def _first(session: Session, batches: Iterable[Mapping[str, Any]]) -> Microbatch | None:
+def _first(step: Step, batches: Iterable[Mapping[str, Any]]) -> Microbatch | None:
     batch = next(iter(batches), None)
-    if batch is None or session.family is None:
+    if batch is None or step.family is None:
         return None
     inputs = {name: value for name, value in batch.items() if name != "metadata"}
-    return Microbatch(inputs, session.family.view(inputs), batch.get("metadata") or ())
+    return Microbatch(inputs, step.family.view(inputs), batch.get("metadata") or ())
 
 
-def _compare(session: Session, section: str, microbatch: Microbatch | None) -> _Comparison | None:
+def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Comparison | None:
     """What is to be run; None where nothing can be measured, and the reason is said."""
-    references = find_references(session.model)
+    family = step.family
     audio = microbatch.view.audio if microbatch is not None and microbatch.view is not None else None
-    if references is None or microbatch is None or audio is None:
-        reason = "the batch has no audio" if references else "references of this kind of model cannot be changed"
-        session.recorder.absent(f"{section}/gain", reason)
+    if family is None or not family.swaps_references or microbatch is None or audio is None:
+        can = family is not None and family.swaps_references
+        reason = "the batch has no audio" if can else "references of this kind of model cannot be changed"
+        step.recorder.absent(f"{section}/gain", reason)
         return None
     speakers = _speakers(microbatch, audio.codes.shape[0])
     reason = _why_hopeless(speakers)
-    if reason and not session.lockstep.needed:  # else other ranks need this one's forward passes
-        session.recorder.absent(f"{section}/gain", reason)
+    if reason and not step.lockstep.needed:  # else other ranks need this one's forward passes
+        step.recorder.absent(f"{section}/gain", reason)
         return None
-    return _comparison(references, microbatch.inputs, audio, speakers)
+    return _comparison(family, microbatch, audio, speakers)
 
 
 def _speakers(microbatch: Microbatch, batch: int) -> list[object]:
@@ -165,29 +158,31 @@ def _why_hopeless(speakers: list[object]) -> str:
     return "all samples of the batch have one speaker" if None not in speakers and len(set(speakers)) == 1 else ""
 
 
-def _comparison(
-    references: References, inputs: Mapping[str, Any], audio: AudioView, speakers: list[object]
-) -> _Comparison:
-    swap = swap_references(audio, speakers)
+def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speakers: list[object]) -> _Comparison:
+    swap, inputs = swap_references(audio, speakers), microbatch.inputs
     targets = shift_labels(audio.labels)
     predicted = (targets >= 0) & (targets < audio.vocabulary)
     # Hidden from all others, a position still carries its own code on: what it predicts is not without the reference.
     counted = predicted & swap.swapped[:, None, None] & ~audio.reference.unsqueeze(-1)
     runs = {
-        "own": references.own(inputs),
-        "swapped": references.replaced(inputs, swap.codes),
-        "none": references.hidden(inputs, audio.reference),
+        "own": family.swap_reference(inputs, None),
+        "swapped": family.swap_reference(inputs, swap.codes),
+        "none": family.hide_reference(inputs, audio.reference),
     }
-    return _Comparison(runs, targets, counted, swap, NO_SPEAKERS if None in speakers else "")
+    return _Comparison(family, microbatch, runs, counted, swap, NO_SPEAKERS if None in speakers else "")
 
 
-def _loss(session: Session, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
-    outputs = session.model(**inputs)
-    shown = session.family.output_logits(outputs) if session.family is not None else ()
-    logits = next((logits for head, logits in shown if head.modality == "audio"), None)
-    if logits is None:
-        raise ValueError("the model's output holds no audio logits")
-    return audio_nll(logits, targets)
+def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> Tensor:
+    """float32 ``[batch, sequence, C]``, nats, of every target code.
+
+    Raises:
+        ValueError: when the model's output holds no logits of the codes.
+    """
+    outputs = step.model(**inputs)
+    for stream in streams_of(comparison.family, comparison.microbatch, outputs):
+        if stream.group == "audio" and stream.targets.shape == comparison.counted.shape and stream.rows is None:
+            return token_statistics(stream.logits, stream.targets).nll
+    raise ValueError("the model's output holds no audio logits")
 
 
 def _metrics(totals: Totals) -> Iterator[tuple[str, Mean]]:
@@ -201,7 +196,7 @@ def _metrics(totals: Totals) -> Iterator[tuple[str, Mean]]:
         yield f"loss_{name}", Mean(loss.sum(), tokens)
 
 
-def _emit(session: Session, section: str, totals: Totals, comparison: _Comparison) -> None:
+def _emit(step: Step, section: str, totals: Totals, comparison: _Comparison) -> None:
     """Values, or why there are none: only the host sees whether a sample could be swapped."""
     names, swap, note = tuple(totals.loss), comparison.swap, comparison.note
 
@@ -217,4 +212,4 @@ def _emit(session: Session, section: str, totals: Totals, comparison: _Compariso
 
     tensors = {f"loss/{name}": total for name, total in totals.loss.items()} | {"tokens": totals.count}
     samples = {"samples/present": swap.present.sum(), "samples/swapped": swap.swapped.sum()}
-    session.recorder.defer({**tensors, **samples}, build)
+    step.recorder.defer({**tensors, **samples}, build)

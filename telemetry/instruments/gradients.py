@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from telemetry.delivery.recorder import Build, Emitter
+from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.gradient_tables import LargestGradients, MissingGradients, ParameterSums
-from telemetry.instruments.text_audio_cosine import CosineLog
 from telemetry.measures.gradients import ABSMAX, NONFINITE, SQUARES, ZEROS, gradient_statistics
-from telemetry.probes.forward import Microbatch
 from telemetry.probes.gradients import (
     TrainedParameter,
     out_of_reach,
@@ -24,7 +23,6 @@ from telemetry.probes.gradients import (
 )
 from telemetry.probes.updates import UpdateProbe
 from telemetry.records import Mean, Norm, NormRatio, Sum
-from telemetry.session import Session
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
 TOTAL = "gradients/total_norm"
@@ -54,76 +52,58 @@ class _Sweep:
     scale: Tensor | None = None
 
 
-class GradientLog:
+class GradientInstrument(Instrument):
     """Measures the gradients of a due step once, before clipping where the trainer offers that.
 
     Numbers are those of all ranks; the table of missing gradients is rank 0's. Of a loss that a ``GradScaler`` has
     scaled the gradients are taken back to the loss's own size: offer them (``on_gradients``) before unscaling.
-
-    Args:
-        text_audio_cosine: also measure ``gradients/text_audio_cosine``, for the cost of a forward and two backward
-            passes of the last microbatch on every due step.
     """
 
-    def __init__(self, text_audio_cosine: bool = False) -> None:
-        self._cosine = CosineLog() if text_audio_cosine else None
+    def __init__(self) -> None:
         self._largest = LargestGradients()
         self._missing = MissingGradients()
-        self._session: Session | None = None
         self._sweep: _Sweep | None = None
         self._update: UpdateProbe | None = None
         self._parameters: Sequence[TrainedParameter] = ()
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins: with nothing of the one before."""
-        self._session = session
         self._sweep = self._update = None
         self._parameters = ()
-        if self._cosine is not None:
-            self._cosine.begin(session)
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
-        """A microbatch is about to run."""
-        if self._cosine is not None:
-            self._cosine.observe_inputs(microbatch)
-
-    def observe_gradients(self, model: nn.Module, clipped: bool) -> None:
+    def gradients(self, step: Step, clipped: bool) -> None:
         """Sweep over all gradients, once."""
-        session = self._session
-        if session is None or session.family is None:
-            return
-        reason = out_of_reach(model)
+        reason = out_of_reach(step.model)
         if reason is not None:
-            session.recorder.absent(TOTAL, reason)
+            step.recorder.absent(TOTAL, reason)
             return
         if clipped:
-            session.recorder.say_once("clipped", "gradient norms are measured after clipping on this Trainer")
-        self._parameters = trained_parameters(model, session.family)
-        found = own_gradients(self._parameters, session.is_main)
+            step.recorder.say_once("clipped", "gradient norms are measured after clipping on this Trainer")
+        self._parameters = trained_parameters(step.model, step.family)
+        found = own_gradients(self._parameters, step.is_main)
         if found:
             values = [part.numel() for part in found.values()]
             statistics = gradient_statistics(list(found.values()))
             self._sweep = _Sweep(self._parameters, list(found), statistics, values, clipped)
-        if session.is_main:
-            self._look_for_missing(session, bool(found))
+        if step.is_main:
+            self._look_for_missing(step, bool(found))
 
-    def before_update(self, model: nn.Module, optimizer: Any) -> None:
+    def before_update(self, step: Step, optimizer: Any) -> None:
         """Copy some values of every parameter; see which the optimizer holds."""
-        session = self._session
-        if session is None or not self._parameters or optimizer is None:
+        if not self._parameters or optimizer is None:
             return
         self._note_scale(optimizer)
         if steps_by_itself(self._parameters):
-            session.recorder.absent("gradients/<group>/update_ratio", STEPPED_BY_ITSELF)
+            step.recorder.absent("gradients/<group>/update_ratio", STEPPED_BY_ITSELF)
             return
-        if session.is_main:
-            self._missing.see_optimizer(session.step, self._parameters, optimizer, session.recorder)
-        self._update = UpdateProbe(dict(enumerate(self._parameters)), session.is_main)
+        if step.is_main:
+            self._missing.see_optimizer(step.number, self._parameters, optimizer, step.recorder)
+        self._update = UpdateProbe(dict(enumerate(self._parameters)), step.is_main)
 
-    def after_update(self, model: nn.Module, optimizer: Any) -> None:
+    def after_update(self, step: Step, optimizer: Any) -> None:
         """Compare, and let go of the copies."""
         probe, self._update = self._update, None
-        if probe is None or self._session is None:
+        if probe is None:
             return
         weights, norms = probe.compare()
         if not weights:
@@ -131,32 +111,28 @@ class GradientLog:
         shares = [(self._parameters[index].group, weight) for index, weight in weights.items()]
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
-            for (group, weight), (step, before) in zip(shares, host["norms"].tolist(), strict=True):
-                emit.metric(f"gradients/{group}/update_ratio", NormRatio(step * weight, before * weight))
+            for (group, weight), (moved, before) in zip(shares, host["norms"].tolist(), strict=True):
+                emit.metric(f"gradients/{group}/update_ratio", NormRatio(moved * weight, before * weight))
 
-        self._session.recorder.defer({"norms": norms}, build)
+        step.recorder.defer({"norms": norms}, build)
 
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """Send the sweep on its way, and let go of everything."""
-        session, sweep, parameters = self._session, self._sweep, self._parameters
-        self._sweep, self._update, self._parameters = None, None, ()
-        if session is None:
-            return
+        sweep, parameters = self._sweep, self._parameters
+        self.begin(step)
         if sweep is not None:
-            self._send(session, sweep)
-        if session.is_main:
+            self._send(step, sweep)
+        if step.is_main:
             missing = self._missing.table(parameters)
             if missing is not None:
-                session.recorder.record(missing)
-        if self._cosine is not None:
-            session.guard(self._cosine, self._cosine.finish)
+                step.recorder.record(missing)
 
-    def _look_for_missing(self, session: Session, found: bool) -> None:
+    def _look_for_missing(self, step: Step, found: bool) -> None:
         if found:
-            self._missing.see_gradients(session.step, self._parameters, session.recorder)
+            self._missing.see_gradients(step.number, self._parameters, step.recorder)
         else:
             stepped = steps_by_itself(self._parameters)
-            session.recorder.absent(TOTAL, STEPPED_BY_ITSELF if stepped else "no parameter has a gradient")
+            step.recorder.absent(TOTAL, STEPPED_BY_ITSELF if stepped else "no parameter has a gradient")
 
     def _note_scale(self, optimizer: Any) -> None:
         """Clipping takes the scale out; without it, gradients carry it until the optimizer steps."""
@@ -164,7 +140,7 @@ class GradientLog:
         if self._sweep is not None and not self._sweep.clipped and isinstance(scale, Tensor):
             self._sweep.scale = scale.detach().clone()  # the scaler changes it in place
 
-    def _send(self, session: Session, sweep: _Sweep) -> None:
+    def _send(self, step: Step, sweep: _Sweep) -> None:
         names = [(one.name, one.group) for one in sweep.parameters]
         largest = self._largest
 
@@ -176,9 +152,9 @@ class GradientLog:
         tensors = {"statistics": sweep.statistics}
         if sweep.scale is not None:
             tensors["scale"] = sweep.scale
-        session.recorder.defer(tensors, _metrics(sweep))
-        if session.is_main:
-            session.recorder.show({}, show)
+        step.recorder.defer(tensors, _metrics(sweep))
+        if step.is_main:
+            step.recorder.show({}, show)
 
 
 def _metrics(sweep: _Sweep) -> Build:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.callbacks.trainer import StrategicCallback
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, BatchView
 from telemetry.families.chat import ChatFormat
+from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
@@ -27,7 +27,7 @@ TENSOR_COLUMNS = (
 SEQUENCE_COLUMNS = ("sample", "span", "tokens", "supervised", "text")
 
 
-class InputLoggerCallback(StrategicCallback):
+class InputInstrument(Instrument):
     """Everything under ``inputs/``: token shares, supervision, invalid ids, tensor statistics, spans and sound.
 
     Scalars cover every microbatch of the step; tables and audio show its last one.
@@ -35,10 +35,14 @@ class InputLoggerCallback(StrategicCallback):
 
     _last: Microbatch | None = None
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def begin(self, step: Step) -> None:
+        """Begin with nothing."""
+        self._last = None
+
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Measure one microbatch."""
         self._last = microbatch
-        recorder = self.session.recorder
+        recorder = step.recorder
         if microbatch.view is not None:
             for tag, value in _view_metrics(microbatch.view):
                 recorder.metric(f"inputs/{tag}", value)
@@ -46,17 +50,17 @@ class InputLoggerCallback(StrategicCallback):
             for kind, value in _tensor_metrics(tensor_statistics(tensor)):
                 recorder.metric(f"inputs/tensor/{name}/{kind}", value)
 
-    def finish_step(self) -> None:
+    def finish(self, step: Step) -> None:
         """Show the last microbatch."""
         microbatch, self._last = self._last, None
         if microbatch is None:
             return
-        self._show_tensors(microbatch)
-        self._show_sequences(microbatch)
+        self._show_tensors(step, microbatch)
+        self._show_sequences(step, microbatch)
         for kind in ("reference", "target"):
-            self._show_audio(microbatch, kind)
+            self._show_audio(step, microbatch, kind)
 
-    def _show_tensors(self, microbatch: Microbatch) -> None:
+    def _show_tensors(self, step: Step, microbatch: Microbatch) -> None:
         named = list(_tensors(microbatch.inputs))
         statics = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), str(t.device)) for name, t in named]
         tensors: dict[str, Tensor] = {}
@@ -68,23 +72,23 @@ class InputLoggerCallback(StrategicCallback):
             rows = tuple((*static, *_tensor_row(host, static[0])) for static in statics)
             emit.record(Table("inputs/tensors", TENSOR_COLUMNS, rows))
 
-        self.session.recorder.show(tensors, build)
+        step.recorder.show(tensors, build)
 
-    def _show_sequences(self, microbatch: Microbatch) -> None:
+    def _show_sequences(self, step: Step, microbatch: Microbatch) -> None:
         view = microbatch.view
         if view is None:
-            self.session.recorder.absent("inputs/sequence", "the batch has no token ids")
+            step.recorder.absent("inputs/sequence", "the batch has no token ids")
             return
-        tokenizer = self.session.tokenizer
+        tokenizer = step.tokenizer
         samples = [microbatch.sample_id(row) for row in range(min(SHOWN_SAMPLES, view.input_ids.shape[0]))]
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             rows = tuple((sample, *span) for row, sample in enumerate(samples) for span in _spans(host, row, tokenizer))
             emit.record(Table("inputs/sequence", SEQUENCE_COLUMNS, rows))
 
-        self.session.recorder.show(_span_tensors(view, len(samples)), build)
+        step.recorder.show(_span_tensors(view, len(samples)), build)
 
-    def _show_audio(self, microbatch: Microbatch, kind: str) -> None:
+    def _show_audio(self, step: Step, microbatch: Microbatch, kind: str) -> None:
         tag = f"inputs/{kind}"
         # One clip a sample: a sample without one keeps its place, so that a player shows the same row at every step.
         sources = [
@@ -92,13 +96,13 @@ class InputLoggerCallback(StrategicCallback):
             for row, metadata in enumerate(microbatch.metadata[:SHOWN_CLIPS])
         ]
         present = [waveform for _, waveform in sources if waveform is not None]
-        if not self.session.is_main:
+        if not step.is_main:
             return
-        if not self.session.sound.enabled:
-            self.session.recorder.absent(tag, "sound is off")
+        if not step.sound.enabled:
+            step.recorder.absent(tag, "sound is off")
             return
         if not present:
-            self.session.recorder.absent(tag, f"the batch carries no {kind} waveform")
+            step.recorder.absent(tag, f"the batch carries no {kind} waveform")
             return
         silence = np.zeros(0, dtype=np.float32)
         rate = present[0].sampling_rate
@@ -110,7 +114,7 @@ class InputLoggerCallback(StrategicCallback):
             )
             emit.record(Audio(tag, clips))
 
-        self.session.recorder.show({}, build)
+        step.recorder.show({}, build)
 
 
 def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.delivery.recorder import Emitter
+from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.families.base import AudioView
+from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.audio import clipping_fraction, level_db, silence_fraction
 from telemetry.measures.tensor_stats import tensor_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Mean, Metric, Min, Std, Sum
-from telemetry.session import Session
 
 # Files are read in the background, where other things wait meanwhile.
 READ_CLIPS = 16
@@ -27,23 +27,19 @@ NO_METADATA = "the batch does not say how long the reference audio is"
 NO_ENCODER = "the model has no audio encoder (Whisper) that reference audio goes through"
 
 
-class ReferenceLog:
-    """Presence, length and signal of reference audio, and what an audio encoder is given of it. Part of a callback."""
+class ReferenceInstrument(Instrument):
+    """Presence, length and signal of reference audio, and what an audio encoder is given of it."""
 
     def __init__(self) -> None:
-        self._session: Session | None = None
         self._budget = _Budget()
 
-    def begin(self, session: Session) -> None:
+    def begin(self, step: Step) -> None:
         """A due step begins."""
-        self._session = session
         self._budget = _Budget()
 
-    def observe_inputs(self, microbatch: Microbatch) -> None:
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Measure one microbatch: tensors here, files in the background."""
-        if self._session is None:
-            return
-        recorder = self._session.recorder
+        recorder = step.recorder
         if microbatch.view is None or microbatch.view.audio is None:
             recorder.absent("zero_shot/reference/present_fraction", "the batch has no audio")
             return
@@ -54,14 +50,11 @@ class ReferenceLog:
         for name, value in _feature_metrics(audio):
             recorder.metric(f"zero_shot/reference/{name}", value)
         if microbatch.metadata:
-            self._measure_clips(self._session, microbatch)
+            self._measure_clips(recorder, microbatch)
         else:
             recorder.absent("zero_shot/reference/seconds", NO_METADATA)
 
-    def finish(self) -> None:
-        """The due step has ended; what was measured shows without more."""
-
-    def _measure_clips(self, session: Session, microbatch: Microbatch) -> None:
+    def _measure_clips(self, recorder: Recorder, microbatch: Microbatch) -> None:
         named = [
             (microbatch.sample_id(row), list(sample.get("reference") or ()))
             for row, sample in enumerate(microbatch.metadata)
@@ -72,7 +65,7 @@ class ReferenceLog:
             lengths = [sum(clip.seconds for clip in clips) for _, clips in named]
             present = [length for length in lengths if length > 0]
             emit.metric("zero_shot/reference/seconds", Mean(sum(present), len(present)))
-            measured = list(_measured(named, budget, session))
+            measured = list(_measured(named, budget, recorder))
             note = f"Over the first {budget.read} clips of a rank." if budget.spent else ""
             for index, name in enumerate(SIGNAL):
                 values = [signal[index] for signal, _ in measured]
@@ -80,7 +73,7 @@ class ReferenceLog:
             for _, rate in measured:
                 emit.metric("zero_shot/reference/sampling_rate", Min(rate), note)
 
-        session.recorder.defer({}, build)
+        recorder.defer({}, build)
 
 
 class _Budget:
@@ -103,7 +96,7 @@ class _Budget:
 
 
 def _measured(
-    named: Sequence[tuple[str, Sequence[Any]]], budget: _Budget, session: Session
+    named: Sequence[tuple[str, Sequence[Any]]], budget: _Budget, recorder: Recorder
 ) -> Iterator[tuple[tuple[float, float, float], int]]:
     """Signal measures and the file's sampling rate of every clip that can be read within the budget."""
     for sample, clip in ((sample, clip) for sample, clips in named for clip in clips):
@@ -113,7 +106,7 @@ def _measured(
         try:
             yield _signal(clip), int(getattr(clip, "file_sampling_rate", clip.sampling_rate))
         except Exception as error:  # noqa: BLE001  (one file must not hide the others)
-            session.recorder.say_once(
+            recorder.say_once(
                 "reference", "the reference audio of sample %s cannot be measured, and is left out: %s", sample, error
             )
         budget.pay(time.monotonic() - began)

@@ -21,7 +21,7 @@ from telemetry.measures.attention_masks import (
     segments_of_lengths,
     segments_of_positions,
 )
-from telemetry.probes.window import ForwardWindow, unseen
+from telemetry.probes.watch import Watch
 
 Kernel = Literal["eager", "sdpa", "flash"]
 # What changes the logits or the softmax in ways that are not worked out here.
@@ -143,44 +143,28 @@ class AttentionCall:
 Sink = Callable[[AttentionCall], None]
 
 
-class AttentionProbe:
-    """Watches the attention of some layers while the model runs, between :meth:`attach` and :meth:`detach`.
+def watch_attention(watch: Watch, owner: Any, layers: Sequence[Layer], sink: Sink) -> None:
+    """Have ``sink`` told of every call of the attention function by some layers.
 
     Whatever kernel is used, its function is called with its own arguments, and what it gives goes on untouched.
-
-    Args:
-        model: what the Trainer calls, without its DDP or FSDP wrapper.
-        layers: those to watch.
-        sink: told of every call on the training thread, without gradients. Must not raise.
     """
+    indices = {layer.attention: layer.index for layer in layers}
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], sink: Sink) -> None:
-        self._indices = {layer.attention: layer.index for layer in layers}
-        self._sink = sink
-        self._window = ForwardWindow(model, self._begin, self._end)
-
-    def attach(self) -> None:
-        """Start watching forward passes."""
-        self._window.attach()
-
-    def detach(self) -> None:
-        """Stop, and put everything back."""
-        self._window.detach()
-
-    def _begin(self) -> None:
-        _Interception.begin(dict.fromkeys(self._indices, self._observe))
-
-    def _end(self) -> None:
-        _Interception.end(self._indices)
-
-    def _observe(self, function: Callable[..., Any], eager: bool, arguments: tuple[Any, ...], options: Any) -> None:
+    def observe(function: Callable[..., Any], eager: bool, arguments: tuple[Any, ...], options: Any) -> None:
         given = dict(zip(_PARAMETERS, arguments, strict=False)) | dict(options)
         module, query, key, _, mask = (given.pop(name, None) for name in _PARAMETERS)
-        if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
-            return
-        kernel = "eager" if eager else next((known for other, known in _KERNELS if other is function), None)
-        with unseen():
-            self._sink(AttentionCall(self._indices[module], query, key, mask, module, kernel, given))
+        if isinstance(query, Tensor) and isinstance(key, Tensor):
+            kernel = "eager" if eager else next((known for other, known in _KERNELS if other is function), None)
+            sink(AttentionCall(indices[module], query, key, mask, module, kernel, given))
+
+    def observed(*call: Any) -> None:
+        watch.see(owner, observe, *call)
+
+    watch.passes(
+        owner,
+        lambda _inputs: _Interception.begin(dict.fromkeys(indices, observed)),
+        lambda _outputs: _Interception.end(indices),
+    )
 
 
 _PARAMETERS = ("module", "query", "key", "value", "attention_mask")

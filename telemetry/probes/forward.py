@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -203,7 +204,10 @@ def model_loss(inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:
     return loss.detach().clone()  # the Trainer scales its loss in place
 
 
-def streams_of(family: Family, microbatch: Microbatch, outputs: Any, modules: Mapping[str, Any]) -> Iterable[Stream]:
-    """The streams of a pass that is run aside, in which nothing is said about the rest."""
-    declared = family.streams(microbatch.inputs, outputs, Seen(microbatch.view, modules))
-    return (one for one in declared if isinstance(one, Stream) and not one.fault())
+def streams_of(
+    family: Family, microbatch: Microbatch, outputs: Any, modules: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Stream]:
+    """Return the streams of a pass that is run aside, with what watched modules gave; nothing is said of the rest."""
+    for declared in family.streams(microbatch.inputs, outputs, Seen(microbatch.view, modules)):
+        if isinstance(declared, Stream) and not declared.fault():
+            yield declared

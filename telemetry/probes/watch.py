@@ -49,9 +49,11 @@ class Watch:
     Args:
         model: what is called, without its DDP or FSDP wrapper.
         guard: calls ``guard(owner, function, *args)``: isolates and times what an owner does.
+        usable: False for a compiled model, whose graph hooks would become part of: nothing is watched.
     """
 
-    def __init__(self, model: nn.Module, guard: Guard) -> None:
+    def __init__(self, model: nn.Module, guard: Guard, usable: bool = True) -> None:
+        self.usable = usable
         self._model = model
         self._guard = guard
         self._handles: list[RemovableHandle] = []
@@ -67,6 +69,8 @@ class Watch:
     def open(self) -> None:
         """Start watching the model itself."""
         self.close()
+        if not self.usable:
+            return
         self._handles = [
             self._model.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
             self._model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),

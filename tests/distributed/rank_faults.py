@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from telemetry.callbacks.questions import InputLoggerCallback
 from telemetry.instruments import chatml as chatml_log
 from telemetry.instruments import conditioning as conditioning_log
-from telemetry.instruments.inputs import InputLoggerCallback
 
 FAULTY_RANK = 1
 POISONED_STEP = 7

@@ -15,7 +15,7 @@ from rank_scenarios import Batch, Outcome, Scenario, launch
 from step_runs import StepRun
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 
 RANKS = 2
 STEPS = 4
@@ -106,7 +106,7 @@ def test_a_rank_that_raises_between_forward_passes_keeps_nobody_waiting(
     for ours, theirs in zip(sound, broken, strict=True):
         assert differing(ours, theirs) == []
     assert list(broken[0].backend.scalars("outputs/loss/total")) == EVERY_STEP
-    [said] = [line for line in broken[FAULTY_RANK].log if "ConditioningLog failed; training goes on" in line]
+    [said] = [line for line in broken[FAULTY_RANK].log if "ConditioningInstrument failed; training goes on" in line]
     assert "this measure is broken" in said
     alone = "ranks could not all run the model together"
     assert sum(alone in line for line in broken[0].log) == (kind == "sharded")

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 import telemetry.delivery.recorder
 from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
-from telemetry.instruments.outputs import OutputLoggerCallback
+from telemetry.callbacks.questions import OutputLoggerCallback
 
 LOGS = "logs"
 BROKEN_FROM = 100

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.callbacks.questions import SharedAttentionLoggerCallback
 
 KINDS = ("text", "reference", "target")
 Kinds = Sequence[Sequence[str]]

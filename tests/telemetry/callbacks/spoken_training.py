@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 from telemetry.records import Audio, Table
 from trainer.higgs_trainer import HiggsAudioTrainer
 

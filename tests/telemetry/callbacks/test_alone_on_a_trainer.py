@@ -22,7 +22,7 @@ from telemetry import (
     ZeroShotVerificationLoggerCallback,
 )
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.strategic import COMPONENTS
+from telemetry.callbacks.questions import COMPONENTS
 from telemetry.callbacks.trainer import StrategicCallback
 from telemetry.instruments.gradients import CLIPPED_NOTE
 from telemetry.records import Mean, Scalar, Table

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from voice_batches import Sample, Voices
 
-from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.callbacks.questions import SharedAttentionLoggerCallback
 from telemetry.instruments.attention_images import heads_image, mass_image
 from telemetry.records import Image
 
@@ -168,7 +168,7 @@ def test_a_measure_that_fails_leaves_the_rest_alone(
     assert step.losses == plain.losses
     assert step.scalars("attention") == {}
     assert step.scalars("activations")
-    assert telemetry_log.text.count("AttentionLog failed; training goes on") == 1
+    assert telemetry_log.text.count("AttentionInstrument failed; training goes on") == 1
 
 
 class OwnAttention(nn.Module):

@@ -24,7 +24,7 @@ from transformers import (
 from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 
 SECTION = "zero_shot/conditioning"
 VOICES = 6

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.callbacks.questions import SharedAttentionLoggerCallback
 from telemetry.instruments.gradient_tables import LARGEST_COLUMNS, MISSING_COLUMNS, LargestGradients
 from telemetry.records import Table
 from trainer.loss import AccumulatedLoss

@@ -15,7 +15,7 @@ from step_runs import StepRun, measure
 from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
+from telemetry.callbacks.questions import SharedAttentionLoggerCallback
 from telemetry.records import Record, Scalar
 from trainer.loss import AccumulatedLoss, supervised_counts
 from trainer.model import add_lora, freeze_llm

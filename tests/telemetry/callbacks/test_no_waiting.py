@@ -17,7 +17,7 @@ from voice_batches import Voices
 from waiting import Watch
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.strategic import COMPONENTS
+from telemetry.callbacks.questions import COMPONENTS
 from telemetry.callbacks.trainer import StrategicCallback
 from telemetry.families import Head, HiggsAudioV2Family
 from telemetry.probes.forward import Microbatch

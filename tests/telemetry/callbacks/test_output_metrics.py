@@ -14,7 +14,7 @@ from torch import Tensor
 from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.instruments.outputs import OutputLoggerCallback
+from telemetry.callbacks.questions import OutputLoggerCallback
 from telemetry.records import Table
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.shared_attention import SharedAttentionLoggerCallback
-from telemetry.callbacks.strategic import StrategicTelemetry
+from telemetry.callbacks.questions import SharedAttentionLoggerCallback, StrategicTelemetry
 from trainer.loss import AccumulatedLoss
 from trainer.model import add_lora, freeze_llm
 

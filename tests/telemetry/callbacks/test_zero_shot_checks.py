@@ -16,7 +16,7 @@ from torch import Tensor
 from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.zero_shot import ZeroShotVerificationLoggerCallback
+from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 from telemetry.families.voice_prompt import CHECKS
 from telemetry.instruments import reference as reference_log
 from telemetry.instruments.chatml import SHOWN_ROWS
@@ -366,7 +366,7 @@ def test_a_part_that_fails_leaves_the_others_alone(
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(reference_log.ReferenceLog, "observe_inputs", fail)
+    monkeypatch.setattr(reference_log.ReferenceInstrument, "observe_inputs", fail)
     backend = check(higgs, tmp_path, voices, [[voices.conversation()]])
     assert backend.scalars("zero_shot/chatml/compliance") == {1: 1.0}
     assert "zero_shot/reference/present_fraction" not in backend.tags()
