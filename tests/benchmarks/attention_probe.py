@@ -20,7 +20,8 @@ from telemetry.families import HiggsAudioV2Family
 from telemetry.instruments.attention import DEFAULT_QUERIES, AttendedBatch
 from telemetry.measures.attention import QuerySample, attention_rows, sample_queries
 from telemetry.measures.attention_masks import sequence_starts
-from telemetry.probes.attention import AttentionCall, AttentionProbe
+from telemetry.probes.attention import AttentionCall, watch_attention
+from telemetry.probes.watch import Watch
 from tests.benchmarks import step_time
 
 LAYERS, POSITIONS, ROUNDS = 3, 1024, 9
@@ -51,10 +52,11 @@ class Forward:
             self.outputs = self.model(**self.inputs, use_cache=False, output_attentions=self.mode == WHOLE)
             return
         family = HiggsAudioV2Family(self.model)
-        probe = AttentionProbe(self.model, family.layers(), sink or self.batch.totals)
-        probe.attach()
+        watch = Watch(self.model, lambda _owner, action, *args: action(*args))
+        watch.open()
+        watch_attention(watch, self, family.layers(), sink or self.batch.totals)
         self.model(**self.inputs, use_cache=False)
-        probe.detach()
+        watch.close()
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -148,8 +150,7 @@ def agreement() -> list[tuple[str, ...]]:
         ):
             largest[name] = max(largest[name], float((found - expected).abs().max()))
 
-    with torch.no_grad():
-        probed.run(compare)
+    probed.run(compare)
     return [(name, f"{difference:.1e}") for name, difference in largest.items()]
 
 

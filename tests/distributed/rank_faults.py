@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from telemetry.callbacks.questions import InputLoggerCallback
 from telemetry.instruments import chatml as chatml_log
 from telemetry.instruments import conditioning as conditioning_log
+from telemetry.instruments.inputs import InputInstrument
 
 FAULTY_RANK = 1
 POISONED_STEP = 7
@@ -62,7 +62,7 @@ def poisoned_step(rank: int) -> Iterator[list[TrainerCallback]]:
 @contextmanager
 def broken_input_measure(rank: int) -> Iterator[list[TrainerCallback]]:
     """A measure that raises on the training thread."""
-    with patch.object(InputLoggerCallback, "observe_inputs", _broken if rank == FAULTY_RANK else _measure_inputs):
+    with patch.object(InputInstrument, "inputs", _broken if rank == FAULTY_RANK else _measure_inputs):
         yield []
 
 
@@ -90,7 +90,7 @@ def no_fault(rank: int) -> Iterator[list[TrainerCallback]]:
     yield []
 
 
-_measure_inputs = InputLoggerCallback.observe_inputs
+_measure_inputs = InputInstrument.inputs
 _audio_nll = conditioning_log.audio_nll
 _find_violations = chatml_log.violations
 

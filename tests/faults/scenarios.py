@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import telemetry.delivery.recorder
-from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
-from telemetry.callbacks.questions import OutputLoggerCallback
+from telemetry import ConsoleBackend, OutputLoggerCallback, Step, StrategicTelemetry, TensorBoardBackend
+from telemetry.instruments.outputs import OutputInstrument
 
 LOGS = "logs"
 BROKEN_FROM = 100
@@ -255,23 +255,22 @@ def rank_is_killed_without_telemetry(directory: Path) -> None:
     on_ranks(directory, [Acts(KILLED, kill)])
 
 
-class BreaksOnOneRank(OutputLoggerCallback):
+class BreaksOnOneRank(OutputInstrument):
     """Raises on rank 1, before and after it has measured."""
 
-    def observe_logits(self, *args: Any) -> None:
-        if is_second_rank() and self.session._state.global_step % 2:
+    def outputs(self, step: Step, *args: Any) -> None:
+        if is_second_rank() and step.number % 2 == 0:
             raise ValueError("the fault of this test")
-        super().observe_logits(*args)
+        super().outputs(step, *args)
         if is_second_rank():
             raise ValueError("the fault of this test")
 
 
 def rank_raises_in_a_measure(directory: Path) -> None:
     watching = watched(directory)
-    watching.members = [
-        BreaksOnOneRank(1, member.backends, member.logging_dir) if isinstance(member, OutputLoggerCallback) else member
-        for member in watching.members
-    ]
+    for member in watching.members:
+        if isinstance(member, OutputLoggerCallback):
+            member.instruments = [BreaksOnOneRank()]
     on_ranks(directory, [watching])
 
 

@@ -15,7 +15,8 @@ from step_runs import hand_over, measure
 from torch import Tensor
 from voice_batches import Sample, Voices
 
-from telemetry.instruments.inputs import SHOWN_SAMPLES, InputLoggerCallback
+from telemetry.callbacks.questions import InputLoggerCallback
+from telemetry.instruments.inputs import SHOWN_SAMPLES
 from telemetry.records import Audio, Table
 
 

@@ -12,38 +12,30 @@ import pytest
 import torch
 from slow_references import measured_records
 from step_runs import StepRun
-from torch import Tensor, nn
+from torch import Tensor
 from voice_batches import Voices
 from waiting import Watch
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import COMPONENTS
 from telemetry.callbacks.trainer import StrategicCallback
-from telemetry.families import Head, HiggsAudioV2Family
-from telemetry.probes.forward import Microbatch
+from telemetry.families import HiggsAudioV2Family
 
 
-def watched(kind: type[StrategicCallback], watch: Watch) -> type[StrategicCallback]:
-    """A kind of callback whose measures run under ``watch``."""
+def watched(callback: StrategicCallback, watch: Watch) -> StrategicCallback:
+    """A callback whose measures run under ``watch``."""
 
-    class Watched(kind):  # type: ignore[misc,valid-type]
-        def observe_inputs(self, microbatch: Microbatch) -> None:
+    def under(measure: Any) -> Any:
+        def measured(*args: Any) -> None:
             with watch:
-                super().observe_inputs(microbatch)
+                measure(*args)
 
-        def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-            with watch:
-                super().observe_logits(microbatch, head, logits)
+        return measured
 
-        def observe_gradients(self, model: nn.Module, clipped: bool) -> None:
-            with watch:
-                super().observe_gradients(model, clipped)
-
-        def finish_step(self) -> None:
-            with watch:
-                super().finish_step()
-
-    return Watched
+    for instrument in callback.instruments:
+        for verb in ("inputs", "outputs", "gradients", "finish"):
+            setattr(instrument, verb, under(getattr(instrument, verb)))
+    return callback
 
 
 def batches(voices: Voices) -> list[dict[str, Tensor]]:
@@ -62,7 +54,7 @@ def test_no_measure_waits_for_the_device(name: str, higgs: Any, voices: Voices, 
             return forward(**inputs)
 
     higgs.forward = unwatched
-    run = StepRun(higgs, [watched(COMPONENTS[name], watch)(1, [backend])], tmp_path, voices.tokenizer)
+    run = StepRun(higgs, [watched(COMPONENTS[name](1, [backend]), watch)], tmp_path, voices.tokenizer)
     run.step(batches(voices))
     run.end()
     assert measured_records(backend)  # it did measure

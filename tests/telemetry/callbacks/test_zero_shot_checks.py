@@ -366,7 +366,7 @@ def test_a_part_that_fails_leaves_the_others_alone(
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(reference_log.ReferenceInstrument, "observe_inputs", fail)
+    monkeypatch.setattr(reference_log.ReferenceInstrument, "inputs", fail)
     backend = check(higgs, tmp_path, voices, [[voices.conversation()]])
     assert backend.scalars("zero_shot/chatml/compliance") == {1: 1.0}
     assert "zero_shot/reference/present_fraction" not in backend.tags()

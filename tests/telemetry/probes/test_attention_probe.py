@@ -12,20 +12,22 @@ from forward_steps import text_batch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
+from watching import open_watch
 
 from telemetry.families import find_family
-from telemetry.probes.activations import ActivationProbe
-from telemetry.probes.attention import AttentionCall, AttentionProbe
+from telemetry.probes.activations import watch_networks
+from telemetry.probes.attention import AttentionCall, watch_attention
+from telemetry.probes.watch import Watch
 
 ORIGINAL = AttentionInterface.get_interface
 
 
-def probed(model: Any, calls: list[AttentionCall], layers: tuple[int, ...] = (0, 2)) -> AttentionProbe:
+def probed(model: Any, calls: list[AttentionCall], layers: tuple[int, ...] = (0, 2)) -> Watch:
     family = find_family(model)
     assert family is not None
-    probe = AttentionProbe(model, [family.layers()[index] for index in layers], calls.append)
-    probe.attach()
-    return probe
+    watch = open_watch(model)
+    watch_attention(watch, "test", [family.layers()[index] for index in layers], calls.append)
+    return watch
 
 
 def gradients(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -40,7 +42,7 @@ def test_it_sees_what_the_kernel_is_given(implementation: str) -> None:
     model, calls = text_models.make("llama", implementation), []
     probe = probed(model, calls)
     model(**text_batch(7, 5))
-    probe.detach()
+    probe.close()
     assert [call.layer for call in calls] == [0, 2]
     assert [call.kernel for call in calls] == [implementation] * 2
     assert all(call.query.shape == (2, 4, 7, 4) and call.key.shape == (2, 2, 7, 4) for call in calls)
@@ -60,7 +62,7 @@ def test_it_is_there_while_the_model_runs_and_not_after() -> None:
     assert inside[1] is ORIGINAL
     handle.remove()
     assert len(calls) == 2
-    probe.detach()
+    probe.close()
     model(**text_batch(4))
     assert len(calls) == 2
 
@@ -77,7 +79,7 @@ def test_it_is_gone_when_the_forward_pass_raises() -> None:
         model(**text_batch(4))
     assert AttentionInterface.get_interface is ORIGINAL
     handle.remove()
-    probe.detach()
+    probe.close()
 
 
 def test_two_models_at_once_and_a_third_that_nobody_watches() -> None:
@@ -95,7 +97,7 @@ def test_two_models_at_once_and_a_third_that_nobody_watches() -> None:
     assert [[call.query.shape[2] for call in calls] for calls in seen] == [[4, 4], [3, 3]]
     assert AttentionInterface.get_interface is ORIGINAL
     for probe in probes:
-        probe.detach()
+        probe.close()
 
 
 def test_a_result_goes_on_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +115,7 @@ def test_a_result_goes_on_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.register_forward_hook(lambda _module, _args, output: received.append(output[1]))
     probe = probed(model, calls)
     model(**text_batch(4))
-    probe.detach()
+    probe.close()
     assert received == [result[1]]
     arguments, options = given[0]
     assert arguments[0] is attention
@@ -159,13 +161,12 @@ def test_gradient_checkpointing_counts_once_and_gives_the_same_bits(way: str) ->
             outputs.append(role)
 
         layers = find_family(model).layers()  # type: ignore[union-attr]
-        probes = [AttentionProbe(model, layers, attend), ActivationProbe(model, layers, activate)]
+        watch = open_watch(model)
         if watched:
-            for probe in probes:
-                probe.attach()
+            watch_attention(watch, "test", layers, attend)
+            watch_networks(watch, "test", layers, activate)
         results.append(gradients(model, text_batch(6, 4)))
-        for probe in probes:
-            probe.detach()
+        watch.close()
         assert len(calls) == (3 if watched else 0)
         assert len(outputs) == (9 if watched else 0)
     for plain, seen in zip(*results, strict=True):
