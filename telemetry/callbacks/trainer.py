@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ from telemetry.backends.console import ConsoleBackend
 from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.backends.trackio import TrackioBackend
 from telemetry.backends.wandb import WandbBackend
-from telemetry.families.base import Head
 from telemetry.instruments.base import Instrument, Step
-from telemetry.probes.forward import Microbatch
+from telemetry.probes.forward import Microbatch, Reading
 from telemetry.redaction import redact, redact_arguments
 from telemetry.session import Session, Setting
 from telemetry.sound import SoundPolicy
 
 DEFAULT_LOGGING_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Head:
+    """What logits are of: the modality (``text`` or ``audio``), and codebooks, 1 for text."""
+
+    modality: str
+    codebooks: int = 1
 
 
 class TrainerDoor(TrainerCallback):
@@ -266,7 +274,7 @@ class StrategicCallback(TrainerDoor):
         """The model is about to run on a microbatch of a due step."""
 
     def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """A head has computed its logits for a microbatch of a due step."""
+        """A microbatch of a due step has its logits ``[..., codebooks × vocabulary]`` of something supervised."""
 
     def observe_gradients(self, model: nn.Module, clipped: bool) -> None:
         """All gradients of a due step are there; ``clipped`` says whether clipping has already touched them."""
@@ -312,8 +320,11 @@ class _Overridden(Instrument):
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         self._callback.observe_inputs(microbatch)
 
-    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        self._callback.observe_logits(microbatch, head, logits)
+    def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
+        for stream in reading.streams:
+            logits = stream.logits.detach()
+            logits = logits if isinstance(stream.name, str) else logits.flatten(-2)
+            self._callback.observe_logits(microbatch, Head(stream.group, len(stream.names)), logits)
 
     def gradients(self, step: Step, clipped: bool) -> None:
         self._callback.observe_gradients(step.model, clipped)

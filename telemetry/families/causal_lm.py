@@ -86,11 +86,9 @@ class CausalLMFamily(Family):
 
     @property
     def _router_weight(self) -> float | None:
-        config = self.model.config
-        holders = (self.model, config, getattr(config, "text_config", None))
-        return next(
-            (holder.router_aux_loss_coef for holder in holders if hasattr(holder, "router_aux_loss_coef")), None
-        )
+        holders: tuple[Any, ...] = (self.model, self.model.config, getattr(self.model.config, "text_config", None))
+        known = (getattr(holder, "router_aux_loss_coef", None) for holder in holders)
+        return next((weight for weight in known if weight is not None), None)
 
     def layers(self) -> Sequence[Layer]:
         """Every decoder layer, with its one feed-forward network."""

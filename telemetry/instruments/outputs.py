@@ -155,7 +155,7 @@ def _metrics(
             if own != stream.group:
                 yield f"{name}/{own}", Mean(total[k], count[k])
     if stats.probe_probability is not None:
-        ends = _by_sequence(stream.predicted == stream.eos_id, stream)
+        ends = _by_sequence(stream.predicted, stream) == stream.eos_id
         total, count = masked_totals(_by_sequence(stats.probe_probability, stream), ends)
         yield "eos/probability", Mean(total.sum(), count.sum())
     if stream.group == "audio":
@@ -333,7 +333,7 @@ def _sequence(host: Mapping[str, Tensor], at: int, row: int, k: int) -> list[Ten
 def _prediction_rows(
     name: str, group: str, sequence: Sequence[Tensor], tokenizer: Any
 ) -> Iterator[tuple[str, int, float, str, str]]:
-    """Stream, supervised tokens, accuracy, target and prediction of what is supervised: text decoded, and by its ids."""
+    """Stream, supervised tokens, accuracy, target and prediction of what is supervised: text decoded, and its ids."""
     mask = sequence[0] != IGNORE_INDEX
     targets, predicted, hits = (tensor[mask].tolist() for tensor in sequence)
     if not targets:

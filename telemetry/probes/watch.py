@@ -133,7 +133,7 @@ class Watch:
             return kwargs
         parameters = inspect.signature(self._model.forward).parameters.values()
         names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
-        return dict(zip(names, args, strict=False)) | kwargs
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         self._over(output)
