@@ -103,10 +103,11 @@ class CausalLMFamily(Family):
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """Text positions and labels."""
         input_ids = inputs.get("input_ids")
-        if not isinstance(input_ids, Tensor):
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             return None
-        real = real_positions(inputs, input_ids)
-        labels = None if self._encodes else inputs.get("labels")
+        real, labels = real_positions(inputs, input_ids), inputs.get("labels")
+        if self._encodes or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
+            labels = None
         return BatchView(input_ids, real, real, labels, int(self.model.config.vocab_size))
 
 

@@ -85,8 +85,12 @@ class HiggsAudioFamily(Family):
         config = self.model.config
         text, audio = output(outputs, "logits"), output(outputs, "audio_logits")
         text_taught, audio_taught = view.text_labels is not None, isinstance(inputs.get("label_audio_ids"), Tensor)
+        room = tuple(view.input_ids.shape)
         if text is None:
             yield Absent("text", NO_LOGITS, in_loss=text_taught)
+        elif text.shape[0] != room[0] or text.shape[1] > room[1]:
+            why = f"logits {tuple(text.shape)} are not of the {room} positions that the batch has room for"
+            yield Absent("text", why, in_loss=text_taught)
         elif view.text_labels is not None:
             yield Stream(
                 "text",

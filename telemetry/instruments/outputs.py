@@ -154,7 +154,7 @@ def _metrics(
         for k, own in enumerate(stream.names if name != "entropy" else ()):
             if own != stream.group:
                 yield f"{name}/{own}", Mean(total[k], count[k])
-    if stats.probe_probability is not None:
+    if stream.eos_id is not None and stats.probe_probability is not None:
         ends = _by_sequence(stream.predicted, stream) == stream.eos_id
         total, count = masked_totals(_by_sequence(stats.probe_probability, stream), ends)
         yield "eos/probability", Mean(total.sum(), count.sum())
@@ -252,8 +252,9 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
         total = emit.merged(TOTAL)
         fault = total.fault(family) if isinstance(total, CheckedMean) else ""
         if fault:
-            recorder.say_once(f"fault:{TOTAL}", "%s is withheld: %s", TOTAL, fault)
             emit.absent(TOTAL, fault)
+        if fault not in ("", PARTIAL):
+            recorder.say_once(f"fault:{TOTAL}", "%s is withheld: %s", TOTAL, fault)
 
     recorder.defer(tensors, add_up)
     recorder.show({}, say)

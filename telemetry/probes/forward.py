@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -161,7 +161,7 @@ class PassReader:
             fault = declared.fault()
             self._faults[key] = fault and f"{fault} (family {self._family.name})"
         fault = self._faults[key]
-        return Absent(declared.group, fault) if fault else declared
+        return Absent(declared.group, fault) if fault else replace(declared, logits=declared.logits.detach())
 
     def _watched(self) -> Mapping[str, Any]:
         return self._attempt("name modules to watch", self._family.watched, {}) if self._family is not None else {}
