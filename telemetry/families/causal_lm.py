@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +63,8 @@ class CausalLMFamily(Family):
     def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
         """The text, from the logits that the loss takes: after scaling and capping."""
         logits, labels = _logits(outputs), inputs.get("labels")
-        shifted, items = inputs.get("shift_labels"), inputs.get("num_items_in_batch")
+        shifted = inputs.get("shift_labels")
+        items = inputs.get("num_items_in_batch") if self._counts else None
         if logits is None:
             yield Absent("text", NO_LOGITS, in_loss=labels is not None)
         elif isinstance(shifted, Tensor):
@@ -78,6 +81,18 @@ class CausalLMFamily(Family):
     def _alignment(self) -> Alignment:
         aligned = self._encodes or getattr(self.model, "loss_type", None) == "ForMaskedLM"
         return "aligned" if aligned else "shifted"
+
+    @functools.cached_property
+    def _counts(self) -> bool:
+        """Whether its loss is divided by what the trainer has counted, where it counts.
+
+        Many models take that number among the arguments of their forward pass and do nothing with it: those that pass
+        on none to ``loss_function``.
+        """
+        forwards = (vars(kind).get("forward") for kind in type(self.model).__mro__)
+        codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards if forward is not None)
+        named = {name for code in codes if code is not None for name in (*code.co_names, *code.co_varnames)}
+        return not named.isdisjoint({"loss_function", "num_items_in_batch"})
 
     @property
     def _encodes(self) -> bool:

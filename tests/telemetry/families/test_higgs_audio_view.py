@@ -253,6 +253,7 @@ def test_losses_are_those_of_the_models_own_output(rows: int, hand_over: bool, t
     assert measured == pytest.approx(expected, rel=1e-5)
     total = expected["text"] + sum(expected[f"codebook_{k}"] for k in range(CODEBOOKS))
     assert backend.scalars("outputs/loss/total")[1] == pytest.approx(total, rel=1e-5)
+    assert backend.scalars("outputs/loss/model")[1] == pytest.approx(total, rel=1e-5)
     assert backend.scalars("outputs/eos/supervised") == {1: 1.0}
 
 
