@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from telemetry.callbacks.trainer import StrategicCallback
     from telemetry.instruments.base import Instrument, Step
     from telemetry.logs import setup_logging
+    from telemetry.loop import Telemetry
     from telemetry.sound import SoundPolicy
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "Step": "telemetry.instruments.base",
     "StrategicCallback": "telemetry.callbacks.trainer",
     "StrategicTelemetry": "telemetry.callbacks.questions",
+    "Telemetry": "telemetry.loop",
     "TensorBoardBackend": "telemetry.backends.tensorboard",
     "TrackioBackend": "telemetry.backends.trackio",
     "WandbBackend": "telemetry.backends.wandb",
@@ -53,6 +55,7 @@ __all__ = [
     "Step",
     "StrategicCallback",
     "StrategicTelemetry",
+    "Telemetry",
     "TensorBoardBackend",
     "TrackioBackend",
     "WandbBackend",

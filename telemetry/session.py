@@ -7,11 +7,9 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import nn
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
@@ -26,13 +24,20 @@ from telemetry.probes.forward import Microbatch, PassReader, Reading
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.records import Scalar
+from telemetry.setting import Setting
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_LOGGING_STEPS = 100
 NO_FAMILY = (
     "telemetry knows no family for this model: it shows tensors, gradients and the model's own loss, and no tokens"
 )
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether an optimizer step, counted as after its update, is measured."""
+    return step == 1 or step % every == 0
 
 
 class Member(Protocol):
@@ -56,42 +61,6 @@ class Member(Protocol):
 
     def is_due(self, step: int) -> bool:
         """Return whether its instruments measure an optimizer step, counted as after its update."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a door knows of a run before it begins.
-
-    Attributes:
-        output_dir: where the run keeps its files.
-        logging_dir: where files for readers go, unless a member says otherwise.
-        default_backends: makes the backends of a run whose members name none.
-        config: makes what is shown of the run's configuration, as plain JSON values without secrets.
-        name: of the run.
-        starting_step: optimizer steps made before, by an earlier attempt.
-        rank, world_size: of this process, and of how many.
-        device: where batches go.
-        compiled: whether the model is compiled, so that hooks would become part of its graph.
-        autocast: the precision that training computes in by autocast.
-        progress: whether progress bars are wanted.
-        tokens_across_ranks: whether losses that are divided by a count of tokens are divided by that of all ranks.
-        processor: decodes token ids, itself or by its ``tokenizer``.
-    """
-
-    output_dir: Path
-    logging_dir: Path
-    default_backends: Callable[[], Sequence[Backend]]
-    config: Callable[[], Mapping[str, Any]]
-    name: str = ""
-    starting_step: int = 0
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    compiled: bool = False
-    autocast: torch.dtype | None = None
-    progress: bool = True
-    tokens_across_ranks: bool = True
-    processor: Any = None
 
 
 class Session:
@@ -228,7 +197,7 @@ class Session:
 
         Before the first step of a fresh training all members see evaluation batches, where there are any: the baseline.
         """
-        if self._step is not None and self._step.number == number:
+        if self._step is not None and self._step.number == number and self._leader is not door:
             return
         self._end()
         if number == 1 and not self._evaluated:  # with eval_on_start the Trainer has evaluated already
@@ -257,8 +226,8 @@ class Session:
         if not self._watch.usable:
             self._replay(inputs, outputs)
 
-    def gradients(self, clipped: bool) -> None:
-        """All gradients are there."""
+    def gradients(self, clipped: bool | None) -> None:
+        """All gradients are there; ``clipped`` says whether clipping has touched them, None where nobody knows."""
         self._timed("gradients", clipped)
 
     def before_update(self, optimizer: Any) -> None:
@@ -286,6 +255,11 @@ class Session:
             self._end()
         with self._isolated("sending a step on its way"):
             self.recorder.flush(step.number, self._clock)
+
+    def abandon_step(self, door: object) -> None:
+        """Let go of a due step that a door has opened and that came to nothing."""
+        if self.leads(door):
+            self._end()
 
     # -- between steps ------------------------------------------------------------------------------------------------
 

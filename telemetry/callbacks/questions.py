@@ -1,4 +1,4 @@
-"""The public callbacks: one for each question, and all of them at once. Each is a list of instruments."""
+"""The public callbacks: one for each question, and all of them at once."""
 
 from __future__ import annotations
 
@@ -7,111 +7,75 @@ from pathlib import Path
 from typing import Any
 
 from telemetry.backends.base import Backend
-from telemetry.callbacks.trainer import DEFAULT_LOGGING_STEPS, StrategicCallback, TrainerDoor
-from telemetry.instruments.activations import ActivationInstrument
-from telemetry.instruments.attention import DEFAULT_QUERIES, AttentionInstrument
-from telemetry.instruments.chatml import ChatMLInstrument
-from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS, ClipInstrument
-from telemetry.instruments.conditioning import ConditioningInstrument
-from telemetry.instruments.gradients import GradientInstrument
-from telemetry.instruments.inputs import InputInstrument
-from telemetry.instruments.outputs import OutputInstrument
-from telemetry.instruments.reference import ReferenceInstrument
-from telemetry.instruments.text_audio_cosine import TextAudioCosine
-from telemetry.session import Session
+from telemetry.callbacks.trainer import StrategicCallback, TrainerDoor
+from telemetry.instruments import questions
+from telemetry.session import DEFAULT_LOGGING_STEPS, Session
 from telemetry.sound import SoundPolicy
-from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
-class InputLoggerCallback(StrategicCallback):
+class _QuestionCallback(StrategicCallback):
+    """A callback for one of :data:`telemetry.instruments.questions.QUESTIONS`."""
+
+    question = ""
+
+    def __init__(
+        self,
+        logging_steps: int = DEFAULT_LOGGING_STEPS,
+        backends: Sequence[Backend] | None = None,
+        logging_dir: str | Path | None = None,
+        sound: SoundPolicy | None = None,
+        **options: Any,
+    ) -> None:
+        instruments = questions.QUESTIONS[self.question](**options)
+        super().__init__(logging_steps, backends, logging_dir, sound, instruments)
+
+
+class InputLoggerCallback(_QuestionCallback):
     """Inputs: is the data what I think it is? Everything under ``inputs/``.
 
-    Args:
-        args, kwargs: as of every :class:`StrategicCallback`.
+    Takes the arguments of :class:`StrategicCallback`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments.append(InputInstrument())
+    question = "inputs"
 
 
-class OutputLoggerCallback(StrategicCallback):
+class OutputLoggerCallback(_QuestionCallback):
     """Outputs: what does the model predict, per stream? Everything under ``outputs/``.
 
-    Args:
-        args, kwargs: as of every :class:`StrategicCallback`.
+    Takes the arguments of :class:`StrategicCallback`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments.append(OutputInstrument())
+    question = "outputs"
 
 
-class SharedAttentionLoggerCallback(StrategicCallback):
+class SharedAttentionLoggerCallback(_QuestionCallback):
     """Shared attention: do text and audio look at each other, and does every part learn?
 
-    Everything under ``attention/``, ``activations/`` and ``gradients/``.
-
-    Args:
-        args, kwargs: as of every :class:`StrategicCallback`.
-        layers: indices of the layers to look into; by default the first, the middle and the last.
-        queries: how many positions of each sequence have their attention looked at.
-        text_audio_cosine: also measure ``gradients/text_audio_cosine``, for a forward and two backward passes more on
-            every due step.
-
-    Raises:
-        ValueError: for a layer below 0, or fewer than one query.
+    Everything under ``attention/``, ``activations/`` and ``gradients/``. Takes the arguments of
+    :class:`StrategicCallback` and, by name, those of :func:`telemetry.instruments.questions.shared_attention`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        layers: Sequence[int] | None = None,
-        queries: int = DEFAULT_QUERIES,
-        text_audio_cosine: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments += [AttentionInstrument(layers, queries), ActivationInstrument(layers), GradientInstrument()]
-        self.instruments += [TextAudioCosine()] if text_audio_cosine else []
+    question = "shared_attention"
 
 
-class ZeroShotVerificationLoggerCallback(StrategicCallback):
+class ZeroShotVerificationLoggerCallback(_QuestionCallback):
     """Zero-shot: is every sample a well-formed voice-cloning prompt, and does the model use the reference voice?
 
-    Everything under ``zero_shot/``.
-
-    Args:
-        args, kwargs: as of every :class:`StrategicCallback`.
-        conditioning_every: measure the conditioning gain every so many due steps, beginning with the first, and at
-            every evaluation: three forward passes. 0 never.
-        clips, speaker_encoder, transcriber, max_new_tokens: what the model says freely at every evaluation, and what
-            listens to it: see :class:`telemetry.instruments.clips.ClipInstrument`. 0 clips never.
-        clips_max_seconds: wall time that the clips of one evaluation may take.
+    Everything under ``zero_shot/``. Takes the arguments of :class:`StrategicCallback` and, by name, those of
+    :func:`telemetry.instruments.questions.zero_shot`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        conditioning_every: int = 5,
-        clips: int = DEFAULT_CLIPS,
-        speaker_encoder: SpeakerEncoder | str | None = None,
-        transcriber: Transcriber | str | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        clips_max_seconds: float = MAX_SECONDS,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.clips = ClipInstrument(clips, speaker_encoder, transcriber, max_new_tokens, clips_max_seconds)
-        self.conditioning = ConditioningInstrument(conditioning_every)
-        self.instruments += [ReferenceInstrument(), ChatMLInstrument(), self.conditioning, self.clips]
+    question = "zero_shot"
 
 
 COMPONENTS: dict[str, type[StrategicCallback]] = {
-    "inputs": InputLoggerCallback,
-    "outputs": OutputLoggerCallback,
-    "shared_attention": SharedAttentionLoggerCallback,
-    "zero_shot": ZeroShotVerificationLoggerCallback,
+    kind.question: kind
+    for kind in (
+        InputLoggerCallback,
+        OutputLoggerCallback,
+        SharedAttentionLoggerCallback,
+        ZeroShotVerificationLoggerCallback,
+    )
 }
 
 
@@ -137,17 +101,9 @@ class StrategicTelemetry(TrainerDoor):
         sound: SoundPolicy | None = None,
     ) -> None:
         super().__init__()
-        chosen = list(COMPONENTS) if components is None else list(dict.fromkeys(components))
-        unknown = [name for name in chosen if name not in COMPONENTS]
-        if unknown or not chosen:
-            raise ValueError(f"unknown components {unknown}: choose from {', '.join(COMPONENTS)}")
-        given = {name: dict(arguments) for name, arguments in (options or {}).items() if arguments}
-        unknown = [name for name in given if name not in chosen]
-        if unknown:
-            raise ValueError(f"options for {unknown}, which are not among the components {chosen}")
         self.members = [
-            COMPONENTS[name](logging_steps, backends, logging_dir, sound=sound, **given.get(name, {}))
-            for name in chosen
+            COMPONENTS[name](logging_steps, backends, logging_dir, sound=sound, **given)
+            for name, given in questions.choose(components, options).items()
         ]
         self.logging_steps = logging_steps
 

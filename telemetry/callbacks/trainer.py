@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +12,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend
-from telemetry.backends.console import ConsoleBackend
-from telemetry.backends.tensorboard import TensorBoardBackend
-from telemetry.backends.trackio import TrackioBackend
-from telemetry.backends.wandb import WandbBackend
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.forward import Microbatch, Reading
-from telemetry.redaction import redact, redact_arguments
-from telemetry.session import Session, Setting
+from telemetry.probes.quiet import is_compiled
+from telemetry.redaction import redact
+from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
+from telemetry.setting import Setting, default_backends, default_logging_dir, run_config, trainer_tag
 from telemetry.sound import SoundPolicy
-
-DEFAULT_LOGGING_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,7 @@ class TrainerDoor(TrainerCallback):
     ) -> None:
         if self._session is not None and logs:
             numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            tagged = {_trainer_tag(name): float(value) for name, value in numbers.items() if name != "step"}
+            tagged = {trainer_tag(name): float(value) for name, value in numbers.items() if name != "step"}
             self._session.log(state.global_step, tagged, logs)
 
     def on_evaluate(
@@ -263,7 +254,7 @@ class StrategicCallback(TrainerDoor):
 
     def is_due(self, step: int) -> bool:
         """Return whether an optimizer step, counted as the Trainer counts it after the update, is measured."""
-        return step == 1 or step % self.logging_steps == 0
+        return is_due(step, self.logging_steps)
 
     # -- what a subclass may override ---------------------------------------------------------------------------------
 
@@ -326,8 +317,8 @@ class _Overridden(Instrument):
             logits = logits if isinstance(stream.name, str) else logits.flatten(-2)
             self._callback.observe_logits(microbatch, Head(stream.group, len(stream.names)), logits)
 
-    def gradients(self, step: Step, clipped: bool) -> None:
-        self._callback.observe_gradients(step.model, clipped)
+    def gradients(self, step: Step, clipped: bool | None) -> None:
+        self._callback.observe_gradients(step.model, clipped is not False)
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         self._callback.before_update(step.model, optimizer)
@@ -343,12 +334,6 @@ class _Overridden(Instrument):
         self._callback.observe_evaluation(batches)
 
 
-def default_logging_dir(args: TrainingArguments) -> Path:
-    """Return ``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same after a resume."""
-    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    return Path(chosen).expanduser() if chosen else Path(args.output_dir or ".") / "runs" / "telemetry"
-
-
 def _setting(
     args: TrainingArguments, state: TrainerState, model: nn.Module, processor: Any, loaders: Mapping[str, Any]
 ) -> Setting:
@@ -356,68 +341,17 @@ def _setting(
     output_dir = Path(args.output_dir or ".")
     return Setting(
         output_dir=output_dir,
-        logging_dir=default_logging_dir(args),
-        default_backends=lambda: _default_backends(args),
-        config=lambda: _config(args, model, loaders),
+        logging_dir=default_logging_dir(output_dir),
+        default_backends=lambda: default_backends(args.report_to or ()),
+        config=lambda: run_config(args.to_sanitized_dict(), model, loaders),
         name=redact(getattr(args, "run_name", None) or output_dir.name),
         starting_step=state.global_step,
         rank=args.process_index,
         world_size=args.world_size,
         device=args.device,
-        compiled=_is_compiled(model, args),
+        compiled=bool(args.torch_compile) or is_compiled(model),
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
         tokens_across_ranks=bool(args.average_tokens_across_devices),
         processor=processor,
     )
-
-
-def _is_compiled(model: nn.Module, args: TrainingArguments) -> bool:
-    compiled = bool(args.torch_compile) or getattr(model, "_compiled_call_impl", None) is not None
-    return compiled or any(hasattr(module, "_orig_mod") for module in model.modules())
-
-
-def _default_backends(args: TrainingArguments) -> list[Backend]:
-    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
-
-    The Trainer's own callbacks report what it logs: that is not sent a second time.
-    """
-    backends: list[Backend] = []
-    reported = args.report_to or ()
-    if "wandb" in reported:
-        backends.append(WandbBackend(trainer_logs=False))
-    if "trackio" in reported:
-        backends.append(TrackioBackend(trainer_logs=False))
-    if "tensorboard" in reported or not backends:
-        backends.insert(0, TensorBoardBackend())
-    return [ConsoleBackend(), *backends]
-
-
-def _config(args: TrainingArguments, model: nn.Module, loaders: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Training arguments, the command line, the model's configuration and what data there is, without secrets."""
-    config: dict[str, Any] = dict(args.to_sanitized_dict())
-    config["command"] = shlex.join(redact_arguments(sys.argv))
-    model_config = getattr(model, "config", None)
-    if model_config is not None and hasattr(model_config, "to_json_string"):
-        config["model"] = json.loads(model_config.to_json_string())
-    data = {use: _data_summary(loader) for use, loader in loaders.items() if loader is not None}
-    if data:
-        config["data"] = data
-    return redact(config)
-
-
-def _data_summary(batches: Any) -> dict[str, Any]:
-    """What kind of data set stands behind a data loader, and how many samples and batches a rank it has."""
-    dataset = getattr(batches, "dataset", None)
-    summary: dict[str, Any] = {"dataset": type(dataset).__name__}
-    for name, of in (("samples", dataset), ("batches", batches)):
-        with contextlib.suppress(TypeError):  # a stream has no length
-            summary[name] = len(of)  # type: ignore[arg-type]
-    return summary
-
-
-def _trainer_tag(name: str) -> str:
-    for prefix in ("eval", "test"):
-        if name.startswith(f"{prefix}_"):
-            return f"{prefix}/{name[len(prefix) + 1 :]}"
-    return f"train/{name}"

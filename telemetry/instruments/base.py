@@ -90,8 +90,8 @@ class Instrument:
     def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
         """The model has run on a microbatch. The reading's tensors are the model's own: keep none of them."""
 
-    def gradients(self, step: Step, clipped: bool) -> None:
-        """All gradients are there; ``clipped`` says whether clipping has already touched them."""
+    def gradients(self, step: Step, clipped: bool | None) -> None:
+        """All gradients are there; ``clipped`` says whether clipping has touched them, None where nobody knows."""
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         """The optimizer is about to step; gradients are clipped."""

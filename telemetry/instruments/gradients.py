@@ -25,6 +25,11 @@ from telemetry.probes.updates import UpdateProbe
 from telemetry.records import Mean, Norm, NormRatio, Sum
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
+NOTES = {
+    False: "",
+    True: CLIPPED_NOTE,
+    None: "Measured as the optimizer stepped: after clipping, where the loop clips.",
+}
 TOTAL = "gradients/total_norm"
 SUMS = "gradients/parameters"
 PARTS_OF_A_LAYER = frozenset({"shared_attention", "text_ffn", "audio_ffn"})
@@ -48,7 +53,7 @@ class _Sweep:
     indices: Sequence[int]
     statistics: Tensor
     values: Sequence[int]
-    clipped: bool
+    clipped: bool | None
     scale: Tensor | None = None
 
 
@@ -71,7 +76,7 @@ class GradientInstrument(Instrument):
         self._sweep = self._update = None
         self._parameters = ()
 
-    def gradients(self, step: Step, clipped: bool) -> None:
+    def gradients(self, step: Step, clipped: bool | None) -> None:
         """Sweep over all gradients, once."""
         reason = out_of_reach(step.model)
         if reason is not None:
@@ -137,7 +142,7 @@ class GradientInstrument(Instrument):
     def _note_scale(self, optimizer: Any) -> None:
         """Clipping takes the scale out; without it, gradients carry it until the optimizer steps."""
         scale = getattr(getattr(optimizer, "scaler", None), "_scale", None)
-        if self._sweep is not None and not self._sweep.clipped and isinstance(scale, Tensor):
+        if self._sweep is not None and self._sweep.clipped is False and isinstance(scale, Tensor):
             self._sweep.scale = scale.detach().clone()  # the scaler changes it in place
 
     def _send(self, step: Step, sweep: _Sweep) -> None:
@@ -161,7 +166,7 @@ def _metrics(sweep: _Sweep) -> Build:
     """What makes a sweep's metrics of its host values."""
     layout = [(one.group, one.layer) for one in sweep.parameters]
     indices, values = list(sweep.indices), list(sweep.values)
-    note = CLIPPED_NOTE if sweep.clipped else ""
+    note = NOTES[sweep.clipped]
 
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         scale = float(host["scale"]) if "scale" in host else 1.0

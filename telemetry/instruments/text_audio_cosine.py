@@ -5,8 +5,8 @@ from __future__ import annotations
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.probed_layers import probed_layers
 from telemetry.probes.forward import Microbatch
-from telemetry.probes.lockstep import forwards_are_collective
 from telemetry.probes.modality_gradients import text_audio_cosine
+from telemetry.probes.sharding import forwards_are_collective
 from telemetry.records import Mean
 
 COSINE = "gradients/text_audio_cosine"

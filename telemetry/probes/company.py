@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from telemetry.probes.lockstep import Lockstep
+from telemetry.probes.sharding import fsdp2_modules, is_fsdp1, is_zero3
 
 
 class RanksPartedError(RuntimeError):
@@ -63,13 +64,9 @@ def can_keep_company(model: nn.Module, always: Collection[nn.Module]) -> bool:
         model: its forward pass is collective.
         always: the modules that every forward pass calls, in the same order.
     """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if is_fsdp1(model) or any(is_zero3(parameter) for parameter in model.parameters()):
         return False
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return False
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = fsdp2_modules(model)
     return bool(sharded) and all(any(module is other for other in always) for module in sharded)
 
 

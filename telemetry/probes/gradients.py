@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from telemetry.families.base import Family
+from telemetry.probes.sharding import gradient_of, is_fsdp1, is_zero, is_zero3, own_part
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TrainedParameter:
     @property
     def has_gradient(self) -> bool:
         """Whether the last backward passes have left it a gradient."""
-        return _gradient(self.tensor) is not None
+        return gradient_of(self.tensor) is not None
 
 
 def trained_parameters(model: nn.Module, family: Family | None) -> list[TrainedParameter]:
@@ -56,48 +57,20 @@ def own_gradients(parameters: Sequence[TrainedParameter], is_main: bool) -> dict
     """
     found = {}
     for index, parameter in enumerate(parameters):
-        gradient = _gradient(parameter.tensor)
-        part = None if gradient is None else own_part(gradient, is_main or _is_zero3(parameter.tensor))
+        gradient = gradient_of(parameter.tensor)
+        part = None if gradient is None else own_part(gradient, is_main or is_zero3(parameter.tensor))
         if part is not None:
             found[index] = part
     return found
 
 
-def own_part(tensor: Tensor, is_main: bool) -> Tensor | None:
-    """What a rank adds of a tensor to a sum over ranks that counts every value once.
-
-    Of a sharded tensor (FSDP2's ``DTensor``) every rank has its own shard, as a plain local tensor; of a tensor that
-    all ranks hold alike (DDP) rank 0 has the whole, and the others nothing: None.
-    """
-    mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        return tensor.detach() if is_main else None
-    placements = tensor.placements  # type: ignore[attr-defined]
-    # Along a mesh dimension that repeats the shard, its first rank counts.
-    first = all(place.is_shard() or mesh.get_local_rank(dim) == 0 for dim, place in enumerate(placements))
-    return tensor.detach().to_local() if first else None  # type: ignore[attr-defined]
-
-
 def out_of_reach(model: nn.Module) -> str | None:
     """Why the gradients and parameters of a wrapped model cannot be read part by part; None where they can."""
-    if any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
+    if is_fsdp1(model):
         return "FSDP1 keeps parameters and gradients in flat shards that do not say whose they are: use FSDP2"
     return None
 
 
 def steps_by_itself(parameters: Sequence[TrainedParameter]) -> bool:
     """Whether DeepSpeed's ZeRO holds the parameters: its optimizer has stepped before a callback could look."""
-    return any(_is_zero3(one.tensor) or hasattr(one.tensor, "_hp_mapping") for one in parameters)
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor | None:
-    if parameter.grad is not None or not _is_zero3(parameter):
-        return parameter.grad
-    from deepspeed.utils import safe_get_local_grad
-
-    gradient: Tensor | None = safe_get_local_grad(parameter)  # this rank's shard, nothing gathered
-    return gradient
-
-
-def _is_zero3(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id")
+    return any(is_zero(one.tensor) for one in parameters)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from telemetry.delivery.reduction import all_here
+from telemetry.probes.sharding import forwards_are_collective
 
 logger = logging.getLogger(__name__)
 
@@ -19,19 +20,6 @@ AGREE_SECONDS = 60.0
 _POLL_SECONDS = 0.002
 
 _sessions = count()
-
-
-def forwards_are_collective(model: nn.Module) -> bool:
-    """Whether a forward pass waits for other ranks: parameters sharded by FSDP2, FSDP, tensor parallelism or ZeRO-3."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return True
-    # DeepSpeed ZeRO-3 gives every parameter that it has taken apart an id.
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 class Lockstep:

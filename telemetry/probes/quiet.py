@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
+
+from telemetry.probes.sharding import fsdp2_modules
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_random_states(model))
         stack.callback(_restorer(model))
         stack.enter_context(_resharded(model))
-        if _is_compiled(model):
+        if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Not inference_mode: buffers and FSDP2's gathered parameters made inside would be inference tensors for good,
         # which autograd refuses to save in the next training step.
@@ -45,7 +46,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether calling the model may run what ``torch.compile`` has made or would make of any part of it."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
@@ -135,7 +136,7 @@ def _put_back(config: Any, values: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _resharded(model: nn.Module) -> Iterator[None]:
     """FSDP2 keeps the root's parameters gathered after a forward pass, for a backward that does not come here."""
-    sharded: list[Any] = [module for module in model.modules() if _is_fsdp2(module)]
+    sharded = fsdp2_modules(model)
     try:
         yield
     except BaseException:
@@ -146,11 +147,3 @@ def _resharded(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
-
-
-def _is_fsdp2(module: nn.Module) -> bool:
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from telemetry.measures.gradients import squared_norms
-from telemetry.probes.gradients import TrainedParameter, own_part
+from telemetry.probes.gradients import TrainedParameter
+from telemetry.probes.sharding import own_part
 
 SAMPLED = 2**16
 """The most values of a parameter that are compared: all of a smaller one, evenly spread ones of a larger one."""
@@ -21,7 +22,7 @@ class UpdateProbe:
 
     Args:
         parameters: index → parameter, on the ranks and in the parts that are this rank's to count.
-        is_main: as in :func:`telemetry.probes.gradients.own_part`.
+        is_main: as in :func:`telemetry.probes.sharding.own_part`.
     """
 
     def __init__(self, parameters: Mapping[int, TrainedParameter], is_main: bool) -> None:

@@ -85,6 +85,17 @@ def higgs(make_higgs: Callable[..., HiggsAudioV2ForConditionalGeneration]) -> Hi
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     """A tiny text-only model."""
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def llama_of_module() -> LlamaForCausalLM:
+    """The same, for tests of a module that copy it."""
+    return tiny_llama()
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """A tiny text-only model, the same every time."""
     config = LlamaConfig(
         vocab_size=29,
         hidden_size=8,

@@ -317,7 +317,7 @@ def test_a_callback_has_no_session_outside_training() -> None:
     ("place", "doing"),
     [
         ("telemetry.session.find_family", "reading the model"),
-        ("telemetry.callbacks.trainer._config", "beginning a step"),
+        ("telemetry.callbacks.trainer.run_config", "beginning a step"),
         ("telemetry.probes.forward.PassReader.attach", "beginning a step"),
         ("telemetry.delivery.recorder.Recorder.flush", "sending a step on its way"),
         ("telemetry.delivery.recorder.Recorder.write", "recording what the Trainer logs"),

@@ -23,10 +23,10 @@ from telemetry.probes.gradients import (
     TrainedParameter,
     out_of_reach,
     own_gradients,
-    own_part,
     steps_by_itself,
     trained_parameters,
 )
+from telemetry.probes.sharding import own_part
 
 
 def test_every_gradient_is_in_its_group_and_layer_once(higgs: Any, voices: Voices) -> None:

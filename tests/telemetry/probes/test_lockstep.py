@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from telemetry.probes import lockstep
-from telemetry.probes.lockstep import Lockstep, forwards_are_collective
+from telemetry.probes.lockstep import Lockstep
+from telemetry.probes.sharding import forwards_are_collective
 
 RANKS = 3
 

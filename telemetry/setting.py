@@ -1,0 +1,117 @@
+"""What a door knows of a run before it begins, and what all doors derive in the same way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from telemetry.backends.base import Backend
+from telemetry.backends.console import ConsoleBackend
+from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.backends.trackio import TrackioBackend
+from telemetry.backends.wandb import WandbBackend
+from telemetry.redaction import redact, redact_arguments
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a door knows of a run before it begins.
+
+    Attributes:
+        output_dir: where the run keeps its files.
+        logging_dir: where files for readers go, unless a member says otherwise.
+        default_backends: makes the backends of a run whose members name none.
+        config: makes what is shown of the run's configuration, as plain JSON values without secrets.
+        name: of the run.
+        starting_step: optimizer steps made before, by an earlier attempt.
+        rank, world_size: of this process, and of how many.
+        device: where batches go.
+        compiled: whether the model is compiled, so that hooks would become part of its graph.
+        autocast: the precision that training computes in by autocast.
+        progress: whether progress bars are wanted.
+        tokens_across_ranks: whether losses that are divided by a count of tokens are divided by that of all ranks.
+        processor: decodes token ids, itself or by its ``tokenizer``.
+    """
+
+    output_dir: Path
+    logging_dir: Path
+    default_backends: Callable[[], Sequence[Backend]]
+    config: Callable[[], Mapping[str, Any]]
+    name: str = ""
+    starting_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compiled: bool = False
+    autocast: torch.dtype | None = None
+    progress: bool = True
+    tokens_across_ranks: bool = True
+    processor: Any = None
+
+
+def default_logging_dir(output_dir: Path) -> Path:
+    """Return ``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same after a resume."""
+    chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    return Path(chosen).expanduser() if chosen else output_dir / "runs" / "telemetry"
+
+
+def default_backends(report_to: Sequence[str]) -> list[Backend]:
+    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
+
+    The Trainer's own callbacks report what it logs: that is not sent a second time.
+    """
+    backends: list[Backend] = []
+    if "wandb" in report_to:
+        backends.append(WandbBackend(trainer_logs=False))
+    if "trackio" in report_to:
+        backends.append(TrackioBackend(trainer_logs=False))
+    if "tensorboard" in report_to or not backends:
+        backends.insert(0, TensorBoardBackend())
+    return [ConsoleBackend(), *backends]
+
+
+def run_config(arguments: Mapping[str, Any], model: nn.Module, loaders: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return training arguments, the command line, the model's configuration and what data there is, without secrets.
+
+    Args:
+        arguments: as plain JSON values.
+        model: its ``config`` is taken where it is one of transformers'.
+        loaders: data loaders by their use (``train``, ``eval``); None for one that there is not.
+    """
+    config: dict[str, Any] = dict(arguments)
+    config["command"] = shlex.join(redact_arguments(sys.argv))
+    model_config = getattr(model, "config", None)
+    if model_config is not None and hasattr(model_config, "to_json_string"):
+        config["model"] = json.loads(model_config.to_json_string())
+    data = {use: _data_summary(loader) for use, loader in loaders.items() if loader is not None}
+    if data:
+        config["data"] = data
+    return redact(config)
+
+
+def _data_summary(batches: Any) -> dict[str, Any]:
+    """What kind of data set a data loader reads, and how many samples and batches a rank it has."""
+    dataset = getattr(batches, "dataset", None)
+    summary: dict[str, Any] = {"dataset": type(dataset).__name__}
+    for name, of in (("samples", dataset), ("batches", batches)):
+        with contextlib.suppress(TypeError):  # a stream has no length
+            summary[name] = len(of)  # type: ignore[arg-type]
+    return summary
+
+
+def trainer_tag(name: str) -> str:
+    """Return the tag of a number that a trainer logs: ``eval_loss`` is ``eval/loss``, ``loss`` is ``train/loss``."""
+    for prefix in ("eval", "test"):
+        if name.startswith(f"{prefix}_"):
+            return f"{prefix}/{name[len(prefix) + 1 :]}"
+    return f"train/{name}"
