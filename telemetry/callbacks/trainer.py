@@ -313,8 +313,7 @@ class _Overridden(Instrument):
 
     def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
         for stream in reading.streams:
-            logits = stream.logits.detach()
-            logits = logits if isinstance(stream.name, str) else logits.flatten(-2)
+            logits = stream.logits if isinstance(stream.name, str) else stream.logits.flatten(-2)
             self._callback.observe_logits(microbatch, Head(stream.group, len(stream.names)), logits)
 
     def gradients(self, step: Step, clipped: bool | None) -> None:
