@@ -81,7 +81,7 @@ class _Pass:
     counted: bool
 
     def values(self, host: Mapping[str, Tensor], at: int) -> dict[str, float]:
-        """Its numbers, of host copies that are named by :func:`_tensors`."""
+        """Its numbers, of host copies named by the place of the pass in its step."""
         return {name: float(host[f"{at}/{name}"]) for name in self.tensors}
 
 
