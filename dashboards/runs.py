@@ -8,6 +8,8 @@ texts, sounds and pictures stand beside each other (two alerts of one step are t
 from __future__ import annotations
 
 import bisect
+import html
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.audio import metadata as audio
-from tensorboard.plugins.histogram import metadata as histogram
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.image import metadata as image
@@ -26,13 +28,14 @@ from tensorboard.plugins.scalar import metadata as scalar
 from tensorboard.plugins.text import metadata as text
 from tensorboard.util import tensor_util
 
-from dashboards.event_files import DamagedError, read_event, read_events
+from dashboards.event_files import read_event, read_events
+from telemetry.records import Alert, Table
+from telemetry.tfrecord import DamagedError
 
 logger = logging.getLogger(__name__)
 
-SCALARS, TEXT, AUDIO = scalar.PLUGIN_NAME, text.PLUGIN_NAME, audio.PLUGIN_NAME
-IMAGES, HISTOGRAMS = image.PLUGIN_NAME, histogram.PLUGIN_NAME
-MEDIA = (TEXT, AUDIO, IMAGES, HISTOGRAMS)
+SCALARS, TEXT, AUDIO, IMAGES = (kind.PLUGIN_NAME for kind in (scalar, text, audio, image))
+MEDIA = (TEXT, AUDIO, IMAGES)
 
 
 class NothingToShowError(Exception):
@@ -65,7 +68,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Stored:
-    """A text, clips, a picture or a histogram at its place in an event file.
+    """A text, clips or a picture at its place in an event file.
 
     Attributes:
         tag: under which it was recorded.
@@ -85,18 +88,36 @@ class Stored:
 
     def load(self) -> np.ndarray:
         """What TensorBoard's plugin of this kind stores: bytes in shape ``[1]`` (text), ``[clips, 2]`` (audio) or
-        ``[3]`` (image), or float64 ``[bins, 3]`` (histogram).
+        ``[3]`` (image).
 
         Raises:
             DamagedError: when it is no longer there, or is no tensor.
             OSError: when the file cannot be read.
         """
-        value = read_event(self.path, self.offset).summary.value[self.index]
         try:
-            array = tensor_util.make_ndarray(value.tensor)
+            array = tensor_util.make_ndarray(self._value().tensor)
         except (TypeError, ValueError) as error:
             raise DamagedError(f"{self.tag} at step {self.step}: {error}") from error
         return np.atleast_1d(array)
+
+    def record(self) -> Table | Alert | None:
+        """The table, its cells as text, or the alert that a text shows; None where telemetry has not written it.
+
+        Raises:
+            DamagedError: when it is no longer there.
+            OSError: when the file cannot be read.
+        """
+        data = self._value().metadata.plugin_data.content
+        try:
+            said = json.loads(SummaryMetadata.PluginData.FromString(data).content)
+            if "title" in said:
+                return Alert(self.tag, **said)
+            return Table(self.tag, tuple(said["columns"]), tuple(map(tuple, said["rows"])))
+        except (DecodeError, KeyError, TypeError, ValueError):
+            return None
+
+    def _value(self) -> Summary.Value:
+        return read_event(self.path, self.offset).summary.value[self.index]
 
 
 @dataclass
@@ -108,7 +129,7 @@ class Run:
         directory: where its event files are.
         scalars: tag → values.
         media: tag → what is stored under it, at steps that increase.
-        descriptions: tag → what the run said of it, as Markdown.
+        descriptions: tag → what the run said of it.
         config: the configuration of the newest attempt.
         starts: the step at which each attempt began.
         ended: whether the newest attempt closed its file.
@@ -176,7 +197,7 @@ class Run:
             return
         kind = value.metadata.plugin_data.plugin_name
         if value.metadata.summary_description:
-            self.descriptions.setdefault(value.tag, value.metadata.summary_description)
+            self.descriptions.setdefault(value.tag, unescape(value.metadata.summary_description))
         if kind == hparams.PLUGIN_NAME:
             self._session(value)
         elif which == "tensor" and kind == SCALARS:
@@ -201,6 +222,11 @@ class Run:
     def _forget_empty(self) -> None:
         self.scalars = {tag: series for tag, series in self.scalars.items() if series.steps}
         self.media = {tag: stored for tag, stored in self.media.items() if stored}
+
+
+def unescape(line: str) -> str:
+    """A line of Markdown in which every character that could be markup is escaped, as the text that it shows."""
+    return html.unescape(line.replace("<br>", "\n"))
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:

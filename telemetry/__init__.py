@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from telemetry.backends.console import ConsoleBackend
+    from telemetry.backends.registry import DESTINATIONS, backends_for
     from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
     from telemetry.backends.trackio import TrackioBackend
     from telemetry.backends.wandb import WandbBackend
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "COMPONENTS": "telemetry.callbacks.questions",
     "ConsoleBackend": "telemetry.backends.console",
+    "DESTINATIONS": "telemetry.backends.registry",
     "InputLoggerCallback": "telemetry.callbacks.questions",
     "Instrument": "telemetry.instruments.base",
     "OutputLoggerCallback": "telemetry.callbacks.questions",
@@ -40,12 +42,14 @@ _HOMES = {
     "TrackioBackend": "telemetry.backends.trackio",
     "WandbBackend": "telemetry.backends.wandb",
     "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.questions",
+    "backends_for": "telemetry.backends.registry",
     "launch_command": "telemetry.backends.tensorboard",
     "setup_logging": "telemetry.logs",
 }
 
 __all__ = [
     "COMPONENTS",
+    "DESTINATIONS",
     "ConsoleBackend",
     "InputLoggerCallback",
     "Instrument",
@@ -60,6 +64,7 @@ __all__ = [
     "TrackioBackend",
     "WandbBackend",
     "ZeroShotVerificationLoggerCallback",
+    "backends_for",
     "launch_command",
     "setup_logging",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["higher", "lower"] | None
-Kind = Literal["scalar", "table", "text", "audio", "image"]
+Kind = Literal["scalar", "table", "alert", "audio", "image"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ SECTIONS: dict[str, str] = {
     "eval": "What the Trainer logs at evaluation.",
     "telemetry": "What telemetry itself costs.",
 }
+
+TRAINER_SECTIONS = ("train", "eval", "test")
+"""Where what the Trainer logs goes: ``eval_`` and ``test_`` at the beginning of a name say the section, else it is the
+first."""
 
 _TOKENS = "over all positions of the step"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
@@ -569,7 +573,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none}",
-        "Audio loss in eval mode with the own reference, with another speaker's, and with none.",
+        "Audio loss in eval mode with its own reference, with another speaker's, and with none.",
         "nats per audio token",
         reduction="mean over supervised codes of the samples that could be swapped",
         better=None,
@@ -676,7 +680,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     # health
     Entry("health/checks", "Every rule's verdict, evidence and what to do.", kind="table"),
-    Entry("health/alerts", "What a rule has just found, with its evidence and what to do.", kind="text"),
+    Entry("health/alerts", "What a rule has just found, with its evidence and what to do.", kind="alert"),
     Entry("health/<name>", "0 ok, 1 warning, 2 failing.", reduction="max", better="lower"),
     # the Trainer's own
     Entry("{train,eval}/loss", "Loss as the Trainer logs it: the mean since it last logged.", "nats", better="lower"),
@@ -701,7 +705,12 @@ def find(tag: str) -> Entry | None:
     return next((entry for entry in CATALOGUE if entry.pattern.fullmatch(tag)), None)
 
 
+def is_the_trainers(tag: str) -> bool:
+    """Whether a tag is of what the Trainer logs."""
+    return tag.split("/", 1)[0] in TRAINER_SECTIONS
+
+
 def describe(tag: str, note: str = "") -> str:
-    """One line of description for a tag, with ``note`` (how it was measured on this run) behind it."""
+    """One line of description for a tag, with ``note`` (how it was measured on this run) after it."""
     entry = find(tag)
     return " ".join(part for part in (entry.description if entry else "", note) if part)

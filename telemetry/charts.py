@@ -127,12 +127,12 @@ QUESTIONS: tuple[Question, ...] = (
     _question(
         "zero_shot",
         Chart(
-            "What the own reference is worth",
+            "What a sample's own reference is worth",
             ("zero_shot/conditioning/{gain,gain_without,eval/gain,eval/gain_without}",),
         ),
-        Chart("What the own reference is worth, by codebook", ("zero_shot/conditioning/codebook_<k>/gain",)),
+        Chart("What a sample's own reference is worth, by codebook", ("zero_shot/conditioning/codebook_<k>/gain",)),
         Chart(
-            "Audio loss with the own reference, another and none",
+            "Audio loss with its own reference, another and none",
             ("zero_shot/conditioning/{loss_own,loss_swapped,loss_none}",),
         ),
         Chart("Speaker similarity, generated against reference", ("zero_shot/speaker_similarity",)),

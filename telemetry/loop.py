@@ -22,10 +22,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from telemetry.backends.base import Backend
+from telemetry.backends.registry import default_backends
 from telemetry.instruments.questions import QUESTIONS, choose
 from telemetry.probes.quiet import is_compiled
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
-from telemetry.setting import Setting, default_backends, default_logging_dir, run_config, trainer_tag
+from telemetry.setting import Setting, default_logging_dir, run_config, trainer_tag
 from telemetry.sound import SoundPolicy
 
 

@@ -253,14 +253,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A piece of plain text."""
-
-    tag: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Clip:
     """One piece of sound: ``samples`` of shape ``[samples]`` or ``[samples, channels]``.
 
@@ -282,20 +274,15 @@ class Audio:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: ``pixels`` uint8 of shape ``[height, width, 3]`` or ``[height, width]``."""
+    """A picture: ``pixels`` uint8 of shape ``[height, width, 3]`` or ``[height, width]``.
+
+    ``voice`` says that speech could be made again from it, as from a spectrogram.
+    """
 
     tag: str
     pixels: np.ndarray
     caption: str = ""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts between edges: ``edges`` has one entry more than ``counts``."""
-
-    tag: str
-    edges: np.ndarray
-    counts: np.ndarray
+    voice: bool = False
 
 
 @dataclass(frozen=True)
@@ -308,7 +295,7 @@ class Alert:
     level: Literal["info", "warning", "error"] = "warning"
 
 
-Record: TypeAlias = Scalar | Table | Text | Audio | Image | Histogram | Alert
+Record: TypeAlias = Scalar | Table | Audio | Image | Alert
 
 
 def held_bytes(record: Record) -> int:
@@ -318,6 +305,6 @@ def held_bytes(record: Record) -> int:
     if isinstance(record, Table):
         # A sound or picture in a cell is recorded by itself too, and counted there.
         return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
-    clips = getattr(record, "clips", ())
-    arrays = [clip.samples for clip in clips] + [getattr(record, name, None) for name in ("pixels", "edges", "counts")]
-    return sum(int(array.nbytes) for array in arrays if array is not None) + len(getattr(record, "text", ""))
+    if isinstance(record, Audio):
+        return sum(int(clip.samples.nbytes) for clip in record.clips)
+    return int(record.pixels.nbytes) if isinstance(record, Image) else len(record.text)

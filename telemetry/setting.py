@@ -16,10 +16,7 @@ import torch
 from torch import nn
 
 from telemetry.backends.base import Backend
-from telemetry.backends.console import ConsoleBackend
-from telemetry.backends.tensorboard import TensorBoardBackend
-from telemetry.backends.trackio import TrackioBackend
-from telemetry.backends.wandb import WandbBackend
+from telemetry.catalogue import TRAINER_SECTIONS
 from telemetry.redaction import redact, redact_arguments
 
 
@@ -65,21 +62,6 @@ def default_logging_dir(output_dir: Path) -> Path:
     return Path(chosen).expanduser() if chosen else output_dir / "runs" / "telemetry"
 
 
-def default_backends(report_to: Sequence[str]) -> list[Backend]:
-    """Those that the Trainer reports to, TensorBoard where it reports to none of them, and the console.
-
-    The Trainer's own callbacks report what it logs: that is not sent a second time.
-    """
-    backends: list[Backend] = []
-    if "wandb" in report_to:
-        backends.append(WandbBackend(trainer_logs=False))
-    if "trackio" in report_to:
-        backends.append(TrackioBackend(trainer_logs=False))
-    if "tensorboard" in report_to or not backends:
-        backends.insert(0, TensorBoardBackend())
-    return [ConsoleBackend(), *backends]
-
-
 def run_config(arguments: Mapping[str, Any], model: nn.Module, loaders: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return training arguments, the command line, the model's configuration and what data there is, without secrets.
 
@@ -111,7 +93,8 @@ def _data_summary(batches: Any) -> dict[str, Any]:
 
 def trainer_tag(name: str) -> str:
     """Return the tag of a number that a trainer logs: ``eval_loss`` is ``eval/loss``, ``loss`` is ``train/loss``."""
-    for prefix in ("eval", "test"):
+    default, *prefixes = TRAINER_SECTIONS
+    for prefix in prefixes:
         if name.startswith(f"{prefix}_"):
             return f"{prefix}/{name[len(prefix) + 1 :]}"
-    return f"train/{name}"
+    return f"{default}/{name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +9,6 @@ from dataclasses import dataclass, replace
 from telemetry.records import Audio, Cell, Clip, Image, Record, Table
 
 LEFT_OUT = "sound is off"
-# Speech can be made again from a picture of its spectrogram.
-VOICE_PICTURES = re.compile(r"zero_shot/clip_[^/]+/.*")
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class SoundPolicy:
         if isinstance(record, Audio):
             return self._heard(record, heard)
         if isinstance(record, Image):
-            return record if self.enabled or not _shows_voice(record) else None
+            return record if self.enabled or not record.voice else None
         if isinstance(record, Table):
             return self._table(record)
         return record
@@ -59,7 +56,7 @@ class SoundPolicy:
     def _cell(self, cell: Cell, heard: Counter[str]) -> Cell:
         if isinstance(cell, Audio):
             return self._heard(cell, heard) or LEFT_OUT
-        if isinstance(cell, Image) and not self.enabled and _shows_voice(cell):
+        if isinstance(cell, Image) and not self.enabled and cell.voice:
             return LEFT_OUT
         return cell
 
@@ -80,7 +77,3 @@ class SoundPolicy:
         said = f"first {self.max_seconds:g} s of {seconds:.1f} s"
         # A copy: a cut view would keep the whole recording in memory.
         return replace(clip, samples=clip.samples[:most].copy(), caption=", ".join(filter(None, (clip.caption, said))))
-
-
-def _shows_voice(image: Image) -> bool:
-    return VOICE_PICTURES.fullmatch(image.tag) is not None

@@ -2,7 +2,7 @@
 
 It is a process of its own, so that it can be killed and come back with what its journal holds, and so that it takes
 nothing from the program that is measured: ``python tests/wandb_server.py --port 0 --journal DIRECTORY``.
-See ``docs/wandb_stand_in.md``.
+See ``tests/wandb_stand_in/README.md``.
 """
 
 from __future__ import annotations

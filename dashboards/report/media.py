@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import soundfile
 
-from dashboards.event_files import DamagedError
-from dashboards.report.markdown import ReadAlert, ReadTable, ReadText, read, unescape
 from dashboards.report.numbers import natural
-from dashboards.runs import AUDIO, HISTOGRAMS, IMAGES, TEXT, Run, Stored
+from dashboards.runs import AUDIO, IMAGES, TEXT, Run, Stored, unescape
+from telemetry.records import Alert, Table, held_bytes
+from telemetry.tfrecord import DamagedError
 
 AUDIO_BYTES = 3 * 2**20
 IMAGE_BYTES = 3 * 2**19
@@ -74,24 +73,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Document:
-    """A text of any kind."""
+    """A table or an alert; Markdown where it is neither."""
 
-    content: ReadTable | ReadAlert | ReadText
+    content: Table | Alert | str
     nbytes: int
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A histogram."""
-
-    left: tuple[float, ...]
-    right: tuple[float, ...]
-    count: tuple[float, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as numbers."""
-        return 24 * len(self.count)
 
 
 Content = TypeVar("Content", bound=Sized)
@@ -99,7 +84,7 @@ Content = TypeVar("Content", bound=Sized)
 
 @dataclass(frozen=True)
 class Item(Generic[Content]):
-    """Content with where it comes from. ``tag`` is as recorded, without a page's name behind it."""
+    """Content with where it comes from. ``tag`` is as recorded, without the name of a page at its end."""
 
     run: int
     tag: str
@@ -135,7 +120,6 @@ class Media:
     alerts: Shelf[Document]
     sounds: Shelf[Sound]
     pictures: Shelf[Picture]
-    histograms: Shelf[Bars]
 
 
 def collect(runs: Sequence[Run]) -> Media:
@@ -144,13 +128,11 @@ def collect(runs: Sequence[Run]) -> Media:
     texts = [(number, stored) for number, stored in _of_kind(runs, TEXT) if stored[0].tag not in alerts]
     recent = [(number, stored[-STEPS_OF_A_TEXT:]) for number, stored in texts]
     said = [(number, stored[-ALERTS:]) for number, stored in _of_kind(runs, TEXT) if stored[0].tag in alerts]
-    newest = [(number, stored[-1:]) for number, stored in _of_kind(runs, HISTOGRAMS)]
     return Media(
         documents=_shelf(runs, recent, _document, TEXT_BYTES, texts),
         alerts=_shelf(runs, said, _document, TEXT_BYTES),
         sounds=_shelf(runs, _of_kind(runs, AUDIO), _sound, AUDIO_BYTES),
         pictures=_shelf(runs, _of_kind(runs, IMAGES), _picture, IMAGE_BYTES),
-        histograms=_shelf(runs, newest, _bars, TEXT_BYTES),
     )
 
 
@@ -169,7 +151,7 @@ def _are_alerts(stored: Sequence[Stored]) -> bool:
         return False
     for one in reversed(stored):
         try:
-            return isinstance(_document(one.load()).content, ReadAlert)
+            return isinstance(one.record(), Alert)
         except (DamagedError, OSError, ValueError):
             continue
     return False
@@ -178,7 +160,7 @@ def _are_alerts(stored: Sequence[Stored]) -> bool:
 def _shelf(
     runs: Sequence[Run],
     candidates: Sequence[Numbered],
-    decode: Callable[[np.ndarray], Content],
+    decode: Callable[[Stored], Content],
     room: int,
     everything: Sequence[Numbered] | None = None,
 ) -> Shelf[Content]:
@@ -189,7 +171,7 @@ def _shelf(
         fitted = False
         for number, stored in together:
             try:
-                content = decode(stored.load())
+                content = decode(stored)
             except (DamagedError, OSError, ValueError, soundfile.SoundFileError):
                 unreadable += 1
                 continue
@@ -220,17 +202,21 @@ def _newest_first(candidates: Sequence[Numbered]) -> Iterator[list[tuple[int, St
 
 
 def recorded_tag(stored: Stored, run: Run) -> str:
-    """The tag without the page's name, which stands behind it where another page has the tag too."""
+    """The tag without the page's name, which stands at its end where another page has the tag too."""
     tag = stored.tag.removesuffix(f"/{stored.kind}")
     return tag if tag in run.tags else stored.tag
 
 
-def _document(array: np.ndarray) -> Document:
-    markdown = "\n\n".join(_bytes(part).decode("utf-8", "replace") for part in array.ravel())
-    return Document(read(markdown), len(markdown.encode()))
+def _document(stored: Stored) -> Document:
+    record = stored.record()
+    if record is not None:
+        return Document(record, held_bytes(record))
+    markdown = "\n\n".join(_bytes(part).decode("utf-8", "replace") for part in stored.load().ravel())
+    return Document(markdown, len(markdown))
 
 
-def _sound(array: np.ndarray) -> Sound:
+def _sound(stored: Stored) -> Sound:
+    array = stored.load()
     pairs = array.reshape(-1, array.shape[-1] if array.ndim == 2 else 1)
     return Sound(tuple(_clip(_bytes(pair[0]), _bytes(pair[1]) if len(pair) > 1 else b"") for pair in pairs))
 
@@ -250,16 +236,11 @@ def _clip(data: bytes, label: bytes) -> ClipView | None:
     )
 
 
-def _picture(array: np.ndarray) -> Picture:
-    width, height, *pictures = (_bytes(part) for part in array.ravel())
+def _picture(stored: Stored) -> Picture:
+    width, height, *pictures = (_bytes(part) for part in stored.load().ravel())
     if not pictures or not pictures[0].startswith(b"\x89PNG"):
         raise ValueError("no PNG")
     return Picture(int(width), int(height), data_uri("image/png", pictures[0]), len(pictures[0]))
-
-
-def _bars(array: np.ndarray) -> Bars:
-    left, right, count = np.asarray(array, np.float64).reshape(-1, 3).T
-    return Bars(tuple(left.tolist()), tuple(right.tolist()), tuple(count.tolist()))
 
 
 def _bytes(part: object) -> bytes:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dashboards.report.markdown import unescape
 from dashboards.runs import Run, Series
 from telemetry.catalogue import Better, find
 from telemetry.charts import QUESTIONS, Chart, expanded, matcher
@@ -255,5 +254,5 @@ def _meanings(tags: Sequence[str], runs: Sequence[Run]) -> Iterator[Meaning]:
 def _note(tag: str, descriptions: Mapping[str, str]) -> str:
     """What a run said of a tag beyond the catalogue's description."""
     entry = find(tag)
-    said = unescape(descriptions.get(tag, ""))
+    said = descriptions.get(tag, "")
     return said.removeprefix(entry.description).strip() if entry else said

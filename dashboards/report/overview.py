@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from dashboards.report.media import Document, Item, Media
 from dashboards.report.numbers import natural
 from dashboards.runs import Run, Series
-from telemetry.catalogue import CATALOGUE, SECTIONS
+from telemetry.catalogue import CATALOGUE, SECTIONS, TRAINER_SECTIONS
 from telemetry.charts import expanded, matcher
 
 CHECKS = "health/checks"
 ALERTS = "health/alerts"
 VERDICTS = ("ok", "warning", "failing")
 NAMED_STEPS = 5
-
-_TRAINERS_OWN = ("train", "eval", "test")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _dropped(runs: Sequence[Run]) -> Iterator[tuple[int, int]]:
 
 
 def _absent(section: str, runs: Sequence[Run]) -> Iterator[Absent]:
-    if section in _TRAINERS_OWN:
+    if section in TRAINER_SECTIONS:
         return
     for entry in CATALOGUE:
         if entry.section != section or entry.tag in (f"{section}/<name>", ALERTS):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dashboards.report.media import Bars, Document, Item, Media, Picture, Sound, collect
+from dashboards.report.media import Document, Item, Media, Picture, Sound, collect
 from dashboards.report.numbers import Arrays, ChartView, chart_view, natural, section_charts
 from dashboards.report.overview import CHECKS, Absent, overview
 from dashboards.runs import Run, read_runs
@@ -65,7 +64,6 @@ class Section:
     title: str
     charts: tuple[ChartView, ...]
     more: tuple[ChartView, ...]
-    histograms: tuple[tuple[str, Item[Bars]], ...]
     documents: tuple[tuple[str, int, tuple[Item[Document], ...]], ...]
     showings: tuple[tuple[int, tuple[Showing, ...]], ...]
     absent: tuple[Absent, ...]
@@ -73,7 +71,7 @@ class Section:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to show."""
-        return not (self.charts or self.more or self.histograms or self.documents or self.showings)
+        return not (self.charts or self.more or self.documents or self.showings)
 
 
 def write_report(directories: Sequence[Path], output: Path) -> Written:
@@ -137,13 +135,11 @@ def _section(
     tags = {tag for run in runs for tag in run.scalars if _in(key, tag)}
     # A declared chart may show a tag of another section beside its own.
     declared, more = section_charts(key, sorted(tags), sorted({tag for run in runs for tag in run.scalars}))
-    bars = [item for item in media.histograms.items if _in(key, item.tag)]
     return Section(
         key=key,
         title=title,
         charts=tuple(chart_view(f"{key}-chart-{n}", chart, runs, arrays) for n, chart in enumerate(declared)),
         more=tuple(chart_view(f"{key}-more-{n}", chart, runs, arrays) for n, chart in enumerate(more)),
-        histograms=tuple((f"{key}-bars-{n}", item) for n, item in enumerate(bars)),
         documents=tuple(_documents(key, media)),
         showings=tuple(_showings(key, media)),
         absent=tuple(absent),
@@ -213,12 +209,6 @@ def _chart_data(sections: Sequence[Section]) -> Iterator[tuple[str, dict[str, An
         for chart in (*section.charts, *section.more):
             lines = [{name: getattr(line, name) for name in line_fields} for line in chart.lines]
             yield chart.id, {"unit": chart.unit, "lines": lines}
-        for id_, item in section.histograms:
-            bars = {
-                name: [value if math.isfinite(value) else None for value in values]
-                for name, values in asdict(item.content).items()
-            }
-            yield id_, {"bars": bars}
 
 
 def configuration(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[tuple[str, list[Any]]]]:

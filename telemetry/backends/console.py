@@ -20,11 +20,10 @@ from rich.text import Text as RichText
 from rich.tree import Tree
 
 from telemetry.backends.base import Run
-from telemetry.catalogue import SECTIONS
-from telemetry.records import Alert, Audio, Cell, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.catalogue import SECTIONS, is_the_trainers
+from telemetry.records import Alert, Audio, Cell, Image, Record, Scalar, Table
 
 _LOGGER = logging.getLogger("telemetry.console")
-_TRAINER_SECTIONS = ("train", "eval")  # the Trainer prints these itself
 _WIDTH = 120  # columns where there is no terminal
 _GUIDES = 8  # columns that the tree's lines take in front of a section's content
 _ROWS = 12
@@ -43,11 +42,11 @@ class ConsoleBackend:
     """One message for every write, at INFO on the logger ``telemetry.console``.
 
     A tree of the sections in the catalogue's order, each with the question that it answers; numbers in aligned grids,
-    non-finite ones marked with ``!`` and named in the headline; tables (their first rows), texts, alerts, and a line
-    for each clip, image and histogram. As wide as the terminal, or 120 columns where stderr is none, without colours
+    non-finite ones marked with ``!`` and named in the headline; tables (their first rows), alerts, and a line for each
+    clip and image. As wide as the terminal, or 120 columns where stderr is none, without colours
     or cursor movements, so that log files stay readable.
 
-    A write that holds nothing but the scalars of ``train/`` and ``eval/`` is not shown: the Trainer prints those.
+    A write that holds nothing but scalars that the Trainer logs is not shown: the Trainer prints those.
     A scalar's note is shown with the first write that carries it. Nothing shows unless the logger lets INFO through
     (see :func:`telemetry.logs.setup_logging`).
     """
@@ -61,7 +60,8 @@ class ConsoleBackend:
         """Nothing to get ready."""
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        if _LOGGER.isEnabledFor(logging.INFO) and not all(_is_the_trainers(record) for record in records):
+        printed = all(isinstance(record, Scalar) and is_the_trainers(record.tag) for record in records)
+        if not printed and _LOGGER.isEnabledFor(logging.INFO):
             _LOGGER.info("%s", self._render(step, records))
 
     def close(self) -> None:
@@ -96,10 +96,6 @@ class ConsoleBackend:
                 yield _plain(f"note: {note}")
         for record in records:
             yield from _content(record)
-
-
-def _is_the_trainers(record: Record) -> bool:
-    return isinstance(record, Scalar) and record.tag.split("/", 1)[0] in _TRAINER_SECTIONS
 
 
 def _section_order(section: str) -> int:
@@ -217,7 +213,7 @@ def _grid_part(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str]) ->
 
 
 def _heading(before: Sequence[str], column: str) -> str:
-    """The column's name; ``_3`` for ``codebook_3`` behind another codebook, so that all of them fit on a line."""
+    """The column's name; ``_3`` for ``codebook_3`` after another codebook, so that all of them fit on a line."""
     stem, separator, index = column.rpartition("_")
     follows = bool(before) and re.fullmatch(re.escape(stem) + "_[0-9]+", before[-1]) is not None
     return separator + index if follows and index.isdecimal() else column
@@ -235,8 +231,6 @@ def _content(record: Record) -> Iterator[RenderableType]:
     path = record.tag.partition("/")[2] or record.tag
     if isinstance(record, Table):
         yield Group(_plain(path), Padding(_table(record), (0, 0, 0, 2)), *_more_rows(record))
-    elif isinstance(record, Text):
-        yield _plain(f"{path}: {_shortened(record.text, _TEXT_CHARACTERS)}")
     elif isinstance(record, Audio):
         for clip in record.clips:
             seconds = f"{len(clip.samples) / clip.sampling_rate:.1f} s" if clip.sampling_rate > 0 else "? s"
@@ -246,8 +240,6 @@ def _content(record: Record) -> Iterator[RenderableType]:
     elif isinstance(record, Image):
         height, width = record.pixels.shape[:2]
         yield _plain(f"{path}: image of {width} × {height}" + (f", {record.caption}" if record.caption else ""))
-    elif isinstance(record, Histogram):
-        yield _plain(f"{path}: {_number(float(record.counts.sum()))} values in {len(record.counts)} bins")
 
 
 def _table(table: Table) -> RichTable:

@@ -10,10 +10,10 @@ from typing import Any
 
 from telemetry.backends.base import Run
 from telemetry.backends.encoding import encode_png, encode_wav
-from telemetry.records import Alert, Audio, Cell, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.catalogue import is_the_trainers
+from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
 
 DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
-TRAINER_SECTIONS = ("train/", "eval/", "test/")
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class TrackioBackend:
             raise RuntimeError("write() before open()")
         values: dict[str, Any] = {}
         for record in records:
-            if isinstance(record, Scalar) and not self._trainer_logs and record.tag.startswith(TRAINER_SECTIONS):
+            if isinstance(record, Scalar) and not self._trainer_logs and is_the_trainers(record.tag):
                 continue
             try:
                 if isinstance(record, Alert):
@@ -98,7 +98,7 @@ class TrackioBackend:
             logger.warning("Trackio cannot show %s: %s", tag, error)
 
 
-def _values(record: Scalar | Table | Text | Audio | Image | Histogram) -> dict[str, Any]:
+def _values(record: Scalar | Table | Audio | Image) -> dict[str, Any]:
     """Tag → value. Clips of one tag are numbered from the second on: a Trackio value is one clip."""
     import trackio
 
@@ -113,11 +113,7 @@ def _values(record: Scalar | Table | Text | Audio | Image | Histogram) -> dict[s
             for number, clip in enumerate(record.clips, 1)
             if clip.samples.size
         }
-    if isinstance(record, Image):
-        return {record.tag: _picture(record)}
-    if isinstance(record, Text):
-        return {record.tag: trackio.Markdown("\n".join(f"    {line}" for line in record.text.splitlines()))}
-    return {record.tag: trackio.Histogram(np_histogram=(record.counts, record.edges))}
+    return {record.tag: _picture(record)}
 
 
 def _cell(cell: Cell) -> Any:

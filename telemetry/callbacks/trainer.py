@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from telemetry.backends.base import Backend
+from telemetry.backends.registry import default_backends
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
-from telemetry.setting import Setting, default_backends, default_logging_dir, run_config, trainer_tag
+from telemetry.setting import Setting, default_logging_dir, run_config, trainer_tag
 from telemetry.sound import SoundPolicy
 
 

@@ -39,4 +39,4 @@ def spectrogram_image(tag: str, clips: Mapping[str, Clip], caption: str = "") ->
     axes[-1].set_xlabel(f"seconds; from {-MEL_RANGE_DB:g} dB (dark) to the clip's peak (bright)", fontsize=8)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return Image(tag, pixels, caption)
+    return Image(tag, pixels, caption, voice=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 
 from telemetry.backends.base import Run
 from telemetry.backends.tensorboard import TensorBoardBackend
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 HOSTILE = (
     "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"' {{7*7}} \u202egnp.exe %{y} &amp;"
@@ -44,12 +45,10 @@ def rich_records(step: int) -> list[Record]:
             ("sample", "generated"),
             (("1", Audio("zero_shot/clip_0/generated", (tone(),))),),
         ),
-        Text("inputs/note", HOSTILE),
         Alert("health/alerts", f"not learning {HOSTILE}", f"Step {step}: {HOSTILE}", "error"),
         *(Audio(f"zero_shot/clip_0/{kind}", (tone(),)) for kind in ("generated", "reference", "target")),
         Image("zero_shot/clip_0/generated", pixels, HOSTILE),
         Image("attention/mass", pixels),
-        Histogram("outputs/codes", np.array([0.0, 1.0, 2.0]), np.array([3, step])),
     ]
 
 
@@ -66,7 +65,9 @@ def write_run(
     return backend.path
 
 
-def rich_run(directory: Path) -> Path:
-    """A run with one of everything at three steps, under a name that is markup."""
+def rich_run(directory: Path) -> None:
+    """A run with one of everything at three steps, under a name that is markup, and a text of somebody else's."""
     config = {"learning_rate": 1e-4, "bf16": True, "prompt": HOSTILE}
-    return write_run(directory, {step: rich_records(step) for step in (10, 20, 30)}, config=config)
+    write_run(directory, {step: rich_records(step) for step in (10, 20, 30)}, config=config)
+    with SummaryWriter(directory, filename_suffix=".other") as writer:
+        writer.add_text("inputs/note", HOSTILE, 30)

@@ -93,8 +93,7 @@ def test_hostile_strings_stay_text(rich: Page) -> None:
     assert len(rich.all("script")) == 3
     assert [image["src"][:15] for image in rich.all("img")] == ["data:image/png;"] * len(rich.all("img"))
     assert not [name for element in rich.elements for name in element if name.startswith("on")]
-    cells = [cell["text"].replace("\u00a0\n", " ").replace("\n", "") for cell in rich.all("td")]
-    assert HOSTILE in cells
+    assert HOSTILE in [cell["text"] for cell in rich.all("td")]
     assert HOSTILE in [pre["text"] for pre in rich.all("pre")]
     alerts = rich.one("ul", **{"class": "alerts"})
     assert alerts["text"].count(f"not learning {HOSTILE}") == 3
@@ -189,12 +188,6 @@ def test_what_was_not_measured_is_said_with_its_reason(rich: Page) -> None:
     assert "no supervised audio token in the step" in text
     assert "outputs/loss/total" not in text
     assert "outputs/accuracy/text" in text
-
-
-def test_a_histogram_is_drawn_as_bars(rich: Page) -> None:
-    assert rich.data["charts"]["outputs-bars-0"] == {
-        "bars": {"left": [0.0, 1.0], "right": [1.0, 2.0], "count": [3.0, 30.0]}
-    }
 
 
 def test_notes_units_and_directions_are_the_runs_and_the_catalogues(tmp_path: Path) -> None:

@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_runs import HOSTILE, rich_run, tone, write_run
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from dashboards.report.markdown import ReadAlert, ReadTable, ReadText, read
+from dashboards.report.media import collect
 from dashboards.runs import NothingToShowError, read_runs
-from telemetry.records import Alert, Audio, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Scalar, Table
 
 
 def losses(*steps: int, value: float = 1.0) -> dict:
@@ -36,14 +40,13 @@ def test_everything_that_was_written_is_read(tmp_path: Path) -> None:
         "health/checks": "text",
         "health/alerts": "text",
         "inputs/sequence": "text",
-        "inputs/note": "text",
+        "inputs/note/text_summary": "text",
         "zero_shot/clips": "text",
         "zero_shot/clip_0/generated": "audio",
         "zero_shot/clip_0/reference": "audio",
         "zero_shot/clip_0/target": "audio",
         "zero_shot/clip_0/generated/images": "images",
         "attention/mass": "images",
-        "outputs/codes": "histograms",
     }
     assert run.config == {"learning_rate": 1e-4, "bf16": True, "prompt": HOSTILE}
     assert (run.ended, run.starts, run.last_step, run.faults) == (True, [0], 30, [])
@@ -74,10 +77,12 @@ def test_what_only_a_superseded_attempt_measured_is_gone(tmp_path: Path) -> None
 
 def test_without_a_start_the_later_file_counts_from_its_first_step(tmp_path: Path) -> None:
     for steps, value in (((1, 2, 3), 1.0), ((2,), 2.0)):
-        with SummaryWriter(tmp_path, filename_suffix=str(value)) as writer:
+        with SummaryWriter(tmp_path / "new") as writer:
             for step in steps:
                 writer.add_scalar("train/loss", value, step)
                 writer.add_scalar("train/tensor", value, step, new_style=True)
+        (path,) = (tmp_path / "new").iterdir()
+        path.rename(tmp_path / f"events.out.tfevents.{value}")
     run = only(tmp_path)
     for tag in ("train/loss", "train/tensor"):
         assert (run.scalars[tag].steps, run.scalars[tag].values) == ([1, 2], [1.0, 2.0])
@@ -86,9 +91,7 @@ def test_without_a_start_the_later_file_counts_from_its_first_step(tmp_path: Pat
 def test_two_alerts_of_one_step_are_two(tmp_path: Path) -> None:
     alerts = [Alert("health/alerts", title, "") for title in ("one", "two")]
     write_run(tmp_path, {5: alerts})
-    assert [read(s.load()[0].decode()) for s in only(tmp_path).media["health/alerts"]] == [
-        ReadAlert("warning", title, "") for title in ("one", "two")
-    ]
+    assert [stored.record() for stored in only(tmp_path).media["health/alerts"]] == alerts
 
 
 def test_a_record_that_is_still_being_written_is_no_fault(tmp_path: Path) -> None:
@@ -169,28 +172,41 @@ CELLS = [
 
 
 @pytest.mark.parametrize("text", CELLS)
-def test_texts_and_cells_are_read_back_as_they_were(tmp_path: Path, text: str) -> None:
-    records = [Table("a/table", ("x", text or "y"), ((text, "1"), (None, 2.5))), Text("a/text", text)]
-    records += [Alert("a/alert", f"t{text}t", text, "info")]
-    write_run(tmp_path, {1: records})
+def test_tables_and_alerts_are_read_back_as_they_were(tmp_path: Path, text: str) -> None:
+    alert = Alert("a/alert", f"t{text}t", text, "info")
+    write_run(tmp_path, {1: [Table("a/table", ("x", text or "y"), ((text, "1"), (None, 2.5))), alert]})
     media = only(tmp_path).media
-    table, plain, alert = (read(media[f"a/{kind}"][0].load()[0].decode()) for kind in ("table", "text", "alert"))
-    assert isinstance(table, ReadTable)
-    assert (joined(table.columns), [joined(row) for row in table.rows]) == (
-        joined(("x", text or "y")), [joined((text, "1")), ["", "2.5"]],
-    )  # fmt: skip
-    assert plain == ReadText(text)
-    assert alert == ReadAlert("info", f"t{text}t", text)
+    assert media["a/table"][0].record() == Table("a/table", ("x", text or "y"), ((text, "1"), ("", "2.5")))
+    assert media["a/alert"][0].record() == alert
 
 
-def joined(cells: tuple[str, ...]) -> list[str]:
-    """Cells without the line breaks by which wide tables fit TensorBoard's page, and their stand-in spaces."""
-    return [cell.replace("\u00a0\n", " ").replace("\n", "").replace("\u00a0", " ") for cell in cells]
+def test_a_page_can_hold_what_a_text_may_not(tmp_path: Path) -> None:
+    broken = "\x00\x1b[31m\ud800\r\n\u2028."
+    write_run(tmp_path, {1: [Table("a/table", ("x",), ((broken,),)), Alert("a/alert", broken, broken)]})
+    media = only(tmp_path).media
+    shown = "\u2400\u241b[31m\\ud800\n\n."
+    assert media["a/table"][0].record() == Table("a/table", ("x",), ((shown,),))
+    assert media["a/alert"][0].record() == Alert("a/alert", shown, shown)
 
 
-def test_other_peoples_markdown_stays_as_it_is() -> None:
-    for text in ("# Title\n\n*bold*", "| a | b |\n| --- | --- |\n| <b> | c |", "| a |\n| --- |\n| b | c |", "**x**"):
-        assert read(text) == ReadText(text, markdown=True)
+OTHERS = ["# Title\n\n*bold*", "| a | b |\n| --- | --- |\n| <b> | c |", "| a |\n| --- |\n| b | c |", "**x**", ""]
+
+
+FOREIGN = [b"", b"{}", b"\x08\x01", b"\x12\x02[]", b"\x12\x04null", b'\x12\x0f{"columns": []}']
+
+
+@pytest.mark.parametrize("data", FOREIGN)
+def test_other_peoples_markdown_stays_as_it_is(tmp_path: Path, data: bytes) -> None:
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text", content=data))
+    writer = EventFileWriter(str(tmp_path))
+    for number, text in enumerate(OTHERS):
+        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()])
+        value = Summary.Value(tag=f"a/{number}", tensor=tensor, metadata=metadata)
+        writer.add_event(Event(step=1, summary=Summary(value=[value])))
+    writer.close()
+    run = only(tmp_path)
+    assert [run.media[f"a/{number}"][0].record() for number in range(len(OTHERS))] == [None] * len(OTHERS)
+    assert [item.content.content for item in collect([run]).documents.items] == OTHERS
 
 
 def test_steps_and_values_fit_after_values_are_superseded() -> None:

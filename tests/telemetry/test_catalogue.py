@@ -179,13 +179,13 @@ AUDIO = [
     "zero_shot/clip_10/teacher_forced",
 ]
 IMAGES = ["attention/mass", "attention/heads", "zero_shot/clip_0/spectrogram"]
-TEXTS = ["health/alerts"]
+ALERTS = ["health/alerts"]
 TAGS = [
     *((tag, "scalar") for tag in SCALARS),
     *((tag, "table") for tag in TABLES),
     *((tag, "audio") for tag in AUDIO),
     *((tag, "image") for tag in IMAGES),
-    *((tag, "text") for tag in TEXTS),
+    *((tag, "alert") for tag in ALERTS),
 ]
 # Entries for whatever an earlier one does not name.
 FALLBACKS = {"{train,eval,test}/<name>", "health/<name>"}

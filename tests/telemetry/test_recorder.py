@@ -22,7 +22,7 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
 from telemetry.delivery import recorder as recorder_module
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter, Recorder
-from telemetry.records import Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Table, Text, UsedFraction
+from telemetry.records import Alert, Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Table, UsedFraction
 
 WRITTEN_SECONDS = 20.0  # generous: other programs share the machine
 
@@ -130,8 +130,8 @@ def test_a_discarded_step_leaves_nothing() -> None:
     backend = MemoryBackend()
     recorder = opened(backend)
     recorder.metric("a", Sum(1))
-    recorder.record(Text("b", "text"))
-    recorder.defer({}, lambda _host, emit: emit.record(Text("c", "text")))
+    recorder.record(Alert("b", "", "text"))
+    recorder.defer({}, lambda _host, emit: emit.record(Alert("c", "", "text")))
     recorder.discard()
     recorder.flush(1)
     drained(recorder)
@@ -146,7 +146,7 @@ def test_deferred_work_sees_host_copies_and_adds_to_its_step() -> None:
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         emit.metric("count", Sum(float(host["values"].sum())))
         emit.metric("mean", Mean(2, 4), note="by hand")
-        emit.record(Text("text", str(host["values"].tolist())))
+        emit.record(Alert("text", "", str(host["values"].tolist())))
 
     recorder.defer({"values": torch.tensor([1, 2])}, build)
     recorder.defer({"values": torch.tensor([4])}, build)
@@ -164,12 +164,12 @@ def test_deferred_work_that_raises_is_said_once_and_the_rest_is_written(
     recorder = opened(backend)
 
     def broken(_host: Mapping[str, Tensor], emit: Emitter) -> None:
-        emit.record(Text("half", "done"))
+        emit.record(Alert("half", "", "done"))
         raise ValueError("no such row")
 
     for step in (1, 2):
         recorder.defer({}, broken)
-        recorder.defer({}, lambda _host, emit: emit.record(Text("whole", "done")))
+        recorder.defer({}, lambda _host, emit: emit.record(Alert("whole", "", "done")))
         recorder.metric("a", Sum(step))
         recorder.flush(step)
     drained(recorder)
@@ -241,7 +241,7 @@ def test_lost_records_are_counted_and_a_backend_is_left_out_after_repeated_failu
     recorder = opened(failing, good)
     for step in range(1, 9):
         recorder.metric("a", Sum(step))
-        recorder.record(Text("b", "text"))
+        recorder.record(Alert("b", "", "text"))
         recorder.flush(step)
     recorder.close()
     assert list(good.scalars("a")) == list(range(1, 9))
@@ -431,7 +431,7 @@ def test_a_full_queue_costs_media_first_and_numbers_last(telemetry_log: pytest.L
     recorder = opened(blocking, max_queue_bytes=25_000)
     for step in range(1, 9):
         recorder.metric("a", Sum(torch.tensor(float(step))))
-        recorder.record(Text("text", "x" * 10_000))
+        recorder.record(Alert("text", "", "x" * 10_000))
         recorder.flush(step)
         assert blocking.stuck.wait(WRITTEN_SECONDS)
     blocking.gate.set()

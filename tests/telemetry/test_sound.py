@@ -17,7 +17,8 @@ from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, Zero
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Recorder
-from telemetry.records import Audio, Clip, Image, Record, Scalar, Table, Text
+from telemetry.instruments.clip_images import spectrogram_image
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 RATE = 10
 OFF = SoundPolicy(enabled=False)
@@ -32,9 +33,9 @@ def lengths(audio: Audio) -> list[int]:
 
 
 VOICE = Audio("inputs/reference", (clip(1.0, "ann"),))
-MEL = Image("zero_shot/clip_3/spectrogram", np.zeros((2, 2), dtype=np.uint8))
+MEL = Image("zero_shot/clip_3/spectrogram", np.zeros((2, 2), dtype=np.uint8), voice=True)
 HEADS = Image("attention/heads", np.zeros((2, 2), dtype=np.uint8))
-PLAIN: list[Record] = [Scalar("a", 1.0), Text("b", "words"), Table("c", ("x",), ((1,), ("y",)))]
+PLAIN: list[Record] = [Scalar("a", 1.0), Alert("b", "", "words"), Table("c", ("x",), ((1,), ("y",)))]
 
 
 def test_what_is_allowed_stays_as_it_is() -> None:
@@ -52,6 +53,12 @@ def test_off_keeps_numbers_and_text_and_no_sound_nor_a_picture_of_one() -> None:
     (left,) = kept[4:]
     assert isinstance(left, Table)
     assert left.rows == (("one", "sound is off", "sound is off", HEADS),)
+
+
+def test_a_spectrogram_is_a_voice_under_any_tag() -> None:
+    picture = spectrogram_image("own/picture", {"generated": clip(1.0)})
+    assert OFF.allowed([picture, HEADS]) == [HEADS]
+    assert SoundPolicy().allowed([picture]) == [picture]
 
 
 def test_only_so_many_clips_of_a_tag() -> None:

@@ -84,29 +84,21 @@
     return marks;
   }
 
-  function barTraces(chart, colors) {
-    const { left, right, count } = chart.bars;
-    return [{
-      type: "bar", x: left.map((edge, i) => (edge + right[i]) / 2), width: left.map((edge, i) => right[i] - edge), y: count,
-      marker: { color: colors.series[0] }, hovertemplate: "%{y} at %{x:.6~g}<extra></extra>",
-    }];
-  }
-
   function layout(chart, colors) {
     const axis = { color: colors.quiet, gridcolor: colors.line, zerolinecolor: colors.line, linecolor: colors.line, automargin: true };
     return {
       paper_bgcolor: colors.page, plot_bgcolor: colors.page, showlegend: false, autosize: true,
       font: { color: colors.text, family: "system-ui, sans-serif", size: 12 }, margin: { l: 48, r: 10, t: 8, b: 36 },
-      xaxis: { ...axis, title: { text: chart.bars ? "" : "optimizer step", font: { size: 12 } }, tickformat: chart.bars ? "" : "~s" },
-      yaxis: { ...axis, title: { text: plain(chart.unit ?? ""), font: { size: 12 } }, exponentformat: "power",
+      xaxis: { ...axis, title: { text: "optimizer step", font: { size: 12 } }, tickformat: "~s" },
+      yaxis: { ...axis, title: { text: plain(chart.unit), font: { size: 12 } }, exponentformat: "power",
         rangemode: negative(chart) ? "normal" : "nonnegative" },
-      hovermode: chart.lines && chart.lines.length <= 10 ? "x unified" : "closest",
+      hovermode: chart.lines.length <= 10 ? "x unified" : "closest",
       hoverlabel: { bgcolor: colors.box, bordercolor: colors.line, font: { color: colors.text }, namelength: 60 },
       dragmode: COARSE ? false : "zoom", // a finger on a chart scrolls the page
     };
   }
 
-  const negative = (chart) => chart.lines?.some((line) => array(line.values, Float32Array).some((value) => value < 0));
+  const negative = (chart) => chart.lines.some((line) => array(line.values, Float32Array).some((value) => value < 0));
 
   const COARSE = matchMedia("(pointer: coarse)").matches;
   const CONFIG = {
@@ -117,10 +109,9 @@
   function draw(figure) {
     const chart = data.charts[figure.id], plot = figure.querySelector(".plot"), colors = palette();
     chart.hidden ??= new Set();
-    const traces = chart.bars ? barTraces(chart, colors) : lineTraces(chart, colors);
     const size = printing ? { width: 330, height: 200, autosize: false } : {};
-    Plotly.react(plot, traces, { ...layout(chart, colors), ...size }, CONFIG);
-    if (chart.lines && chart.lines.length > 1) legend(figure, chart, colors);
+    Plotly.react(plot, lineTraces(chart, colors), { ...layout(chart, colors), ...size }, CONFIG);
+    if (chart.lines.length > 1) legend(figure, chart, colors);
     figure.dataset.drawn = "";
   }
 

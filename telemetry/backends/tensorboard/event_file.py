@@ -1,8 +1,7 @@
 """An event file that survives what happens to long runs: kill -9, full disks, forks, restarts, clocks set back.
 
-The format is TFRecord (little-endian length, masked CRC-32C of the length, data, masked CRC-32C of the data), each
-record one ``Event`` proto. Every record goes to the kernel in one write on an append-only descriptor: what was written
-is kept when the process dies.
+Every record of the file (:mod:`telemetry.tfrecord`) is one ``Event`` proto, and goes to the kernel in one write on an
+append-only descriptor: what was written is kept when the process dies.
 """
 
 from __future__ import annotations
@@ -12,22 +11,19 @@ import math
 import os
 import re
 import socket
-import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+
+from telemetry import tfrecord
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"tfevents\.(\d+)")
-_LENGTH = struct.Struct("<Q")
-_CHECKSUM = struct.Struct("<I")
-_OVERHEAD = _LENGTH.size + 2 * _CHECKSUM.size
 
 
 class EventFile:
@@ -82,7 +78,7 @@ class EventFile:
             self._descriptor = None
 
     def _record(self, **fields: Any) -> bytes:
-        return _framed(Event(wall_time=self._clock.time(), **fields).SerializeToString())
+        return tfrecord.pack(Event(wall_time=self._clock.time(), **fields).SerializeToString())
 
     def _try_write(self, record: bytes) -> bool:
         try:
@@ -99,7 +95,7 @@ class EventFile:
         return True
 
     def _write(self, data: bytes) -> None:
-        """All of ``data`` behind the last whole record, or none of it: a torn record would hide all later ones."""
+        """All of ``data`` after the last whole record, or none of it: a torn record would hide all later ones."""
         assert self._descriptor is not None
         if self._failing:
             os.ftruncate(self._descriptor, self._size)
@@ -114,7 +110,7 @@ class EventFile:
 
 
 class _Clock:
-    """Seconds since the epoch that never go back, shifted to begin at ``start`` where the clock is behind it."""
+    """Seconds since the epoch that never go back, shifted to begin at ``start`` where the clock is earlier."""
 
     def __init__(self, start: float) -> None:
         self._shift = max(0.0, start - time.time())
@@ -139,26 +135,16 @@ def _after(directory: Path) -> tuple[int, _Clock]:
 def _last_time(path: Path) -> float:
     """When the last whole event of a file was written; 0 where none can be read. Reads lengths, and only one event."""
     size = path.stat().st_size
-    offset, last = 0, None
+    last = offset = 0
     with path.open("rb", buffering=0) as file:
-        while len(header := os.pread(file.fileno(), _LENGTH.size, offset)) == _LENGTH.size:
-            (length,) = _LENGTH.unpack(header)
-            if offset + _OVERHEAD + length > size:
+        while len(header := os.pread(file.fileno(), tfrecord.HEADER.size, offset)) == tfrecord.HEADER.size:
+            end = offset + tfrecord.OVERHEAD + tfrecord.HEADER.unpack(header)[0]
+            if end > size:
                 break
-            last = (_OVERHEAD + length, offset)
-            offset += _OVERHEAD + length
-        record = os.pread(file.fileno(), *last) if last else b""
-    data = record[_LENGTH.size + _CHECKSUM.size : -_CHECKSUM.size]
-    # Bytes that are no event may still parse as one, from any year.
-    return Event.FromString(data).wall_time if record and record == _framed(data) else 0.0
-
-
-def _framed(data: bytes) -> bytes:
-    length = _LENGTH.pack(len(data))
-    return b"".join((length, _masked_crc(length), data, _masked_crc(data)))
-
-
-def _masked_crc(data: bytes) -> bytes:
-    """CRC-32C, rotated and shifted as TFRecord asks, so that data holding checksums checks well itself."""
-    crc = google_crc32c.value(data)
-    return _CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+            last, offset = offset, end
+        file.seek(last)
+        try:  # bytes that are no event may still parse as one, from any year: what is damaged is left out
+            data = tfrecord.read_record(file)
+        except tfrecord.DamagedError:
+            return 0.0
+    return Event.FromString(data).wall_time if data else 0.0

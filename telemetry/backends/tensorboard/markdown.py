@@ -11,6 +11,7 @@ import numbers
 import re
 import string
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,12 +27,8 @@ MAX_ROWS = 50
 _PAGE, _COLUMN, _NARROWEST = 130, 4, 12
 
 _CONTROL_PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\x7f": "\u2421"}
-_ESCAPES = str.maketrans(
-    {
-        **_CONTROL_PICTURES,
-        **{character: f"&#{ord(character)};" for character in string.punctuation + "\t"},
-    }
-)
+_VISIBLE = str.maketrans({code: picture for code, picture in _CONTROL_PICTURES.items() if code not in "\n\t"})
+_ESCAPES = str.maketrans({character: f"&#{ord(character)};" for character in string.punctuation + "\t"})
 _NEWLINE = re.compile(r"\r\n?|[\n\x85\u2028\u2029]")
 _COLLAPSING_SPACE = re.compile(r"(?:(?<=^)|(?<= )) | $")
 
@@ -39,32 +36,41 @@ _COLLAPSING_SPACE = re.compile(r"(?:(?<=^)|(?<= )) | $")
 def escape(text: str, width: int = sys.maxsize) -> str:
     """Text as one line of Markdown that shows exactly this text, in lines of at most ``width`` characters.
 
-    Newlines become ``<br>``, spaces that HTML would swallow become no-break spaces, and control characters and broken
-    surrogates become visible stand-ins.
+    Newlines become ``<br>``, spaces that HTML would swallow become no-break spaces, and what :func:`visible` replaces
+    is replaced.
     """
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    lines = [part for line in _NEWLINE.split(text) for part in _wrap(line, width)]
+    lines = [part for line in visible(text).split("\n") for part in _wrap(line, width)]
     return "<br>".join(_COLLAPSING_SPACE.sub("\N{NO-BREAK SPACE}", line).translate(_ESCAPES) for line in lines)
 
 
+def visible(text: str) -> str:
+    """Text whose newlines are all ``\\n``, with visible stand-ins for control characters and broken surrogates."""
+    return _NEWLINE.sub("\n", text.encode("utf-8", "backslashreplace").decode("utf-8")).translate(_VISIBLE)
+
+
 def _wrap(line: str, width: int) -> list[str]:
-    """A line in parts that end behind a space where they can; together they are the line."""
+    """A line in parts that end after a space where they can; together they are the line."""
     if len(line) <= width:
         return [line]
     return re.findall(rf".{{1,{width}}}\Z|.{{0,{width - 1}}} |.{{{width}}}", line, re.DOTALL)
 
 
-def table_markdown(table: Table) -> str:
-    """A table of at most :data:`MAX_ROWS` rows; a last row says how many more there are.
+def table_texts(table: Table) -> list[list[str]]:
+    """A table's column names and at most :data:`MAX_ROWS` rows as text; a last row says how many more there are."""
+    texts = [[visible(_shorten(_cell_text(cell))) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
+    if (left_out := len(table.rows) - MAX_ROWS) > 0:
+        texts.append([f"… {left_out} more rows", *[""] * (len(table.columns) - 1)])
+    return texts
+
+
+def table_markdown(texts: Sequence[Sequence[str]]) -> str:
+    """A table of texts, the column names first.
 
     Lines of wide columns are broken so that the table fits the page: the page itself breaks short words first.
     """
-    texts = [[_shorten(_cell_text(cell)) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
-    if (left_out := len(table.rows) - MAX_ROWS) > 0:
-        texts.append([f"… {left_out} more rows", *[""] * (len(table.columns) - 1)])
     width = _line_width([max(map(_longest_line, column)) for column in zip(*texts, strict=True)])
     header, *rows = ["| " + " | ".join(escape(text, width) for text in row) + " |" for row in texts]
-    return "\n".join([header, "|" + " --- |" * len(table.columns), *rows])
+    return "\n".join([header, "|" + " --- |" * len(texts[0]), *rows])
 
 
 def alert_markdown(alert: Alert) -> str:
@@ -73,7 +79,7 @@ def alert_markdown(alert: Alert) -> str:
 
 
 def _longest_line(text: str) -> int:
-    return max(map(len, _NEWLINE.split(text)))
+    return max(map(len, text.split("\n")))
 
 
 def _line_width(columns: list[int]) -> int:

@@ -9,28 +9,25 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from telemetry.backends.encoding import encode_wav
-from telemetry.backends.tensorboard.markdown import alert_markdown, escape, table_markdown
+from telemetry.backends.tensorboard.markdown import alert_markdown, escape, table_markdown, table_texts, visible
 from telemetry.backends.tensorboard.values import (
     audio_value,
-    histogram_value,
     image_value,
     scalar_description,
     scalar_value,
     text_value,
 )
 from telemetry.catalogue import describe
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 logger = logging.getLogger(__name__)
 
 _PAGES: dict[type, str] = {
     Scalar: "scalars",
     Table: "text",
-    Text: "text",
     Alert: "text",
     Audio: "audio",
     Image: "images",
-    Histogram: "histograms",
 }
 
 
@@ -119,16 +116,16 @@ class Summaries:
             logger.warning(message)
 
 
-def _stateless_value(record: Scalar | Table | Text | Image | Histogram | Alert) -> Summary.Value | None:
+def _stateless_value(record: Scalar | Table | Image | Alert) -> Summary.Value | None:
     if isinstance(record, Scalar):
         return scalar_value(record)
     if isinstance(record, Image):
         return image_value(record)
-    if isinstance(record, Histogram):
-        return histogram_value(record)
     if isinstance(record, Table):
-        return text_value(table_markdown(record)) if record.columns else None
-    return text_value(alert_markdown(record) if isinstance(record, Alert) else escape(record.text))
+        columns, *rows = texts = table_texts(record)
+        return text_value(table_markdown(texts), {"columns": columns, "rows": rows}) if columns else None
+    said = {"title": visible(record.title), "text": visible(record.text), "level": record.level}
+    return text_value(alert_markdown(record), said)
 
 
 def _description(record: Record, remarks: list[str]) -> str:

@@ -1,28 +1,28 @@
 """One record as one value of a TensorBoard summary, still without tag and description.
 
 Layouts are those of ``tensorboard.plugins.*.summary_v2``: text is one string; audio is ``[clips, 2]`` strings (WAV,
-label); an image is ``[width, height, PNG]``; a histogram is ``[bins, 3]`` doubles (left, right, count). A scalar is a
-``simple_value``: the default data server does not show double-precision tensors.
+label); an image is ``[width, height, PNG]``. A scalar is a ``simple_value``: the default data server does not show
+double-precision tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from tensorboard.compat.proto import types_pb2
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.audio import metadata as audio_metadata
-from tensorboard.plugins.histogram import metadata as histogram_metadata
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 
 from telemetry.backends.encoding import Wav, encode_png
 from telemetry.backends.tensorboard.markdown import escape
-from telemetry.records import Histogram, Image, Scalar
+from telemetry.records import Image, Scalar
 
 
 def scalar_value(scalar: Scalar) -> Summary.Value:
@@ -39,11 +39,15 @@ def scalar_description(tag: str, description: str) -> Summary.Value:
     return Summary.Value(tag=tag, metadata=scalar_metadata.create_summary_metadata(None, description))
 
 
-def text_value(markdown: str) -> Summary.Value:
-    """A text that TensorBoard renders as Markdown."""
-    return Summary.Value(
-        metadata=text_metadata.create_summary_metadata(None, None), tensor=_strings([markdown.encode()])
-    )
+def text_value(markdown: str, data: Mapping[str, Any]) -> Summary.Value:
+    """A text that TensorBoard renders as Markdown, and what it says as JSON for programs that read the file.
+
+    The JSON is in the plugin's data, in a field (2) that TensorBoard's ``TextPluginData`` lacks and passes over.
+    """
+    metadata = text_metadata.create_summary_metadata(None, None)
+    said = SummaryMetadata.PluginData(content=json.dumps(data, ensure_ascii=False).encode())
+    metadata.plugin_data.content = said.SerializeToString()
+    return Summary.Value(metadata=metadata, tensor=_strings([markdown.encode()]))
 
 
 def audio_value(wavs: Sequence[Wav], labels: Sequence[str]) -> Summary.Value:
@@ -59,18 +63,6 @@ def image_value(image: Image) -> Summary.Value:
     height, width = image.pixels.shape[:2]
     strings = [str(width).encode(), str(height).encode(), png]
     return Summary.Value(metadata=image_metadata.create_summary_metadata(None, None), tensor=_strings(strings, 3))
-
-
-def histogram_value(histogram: Histogram) -> Summary.Value:
-    """Bins as ``(left, right, count)``.
-
-    Raises:
-        ValueError: when there is not one edge more than counts.
-    """
-    edges = np.asarray(histogram.edges, np.float64)
-    bins = np.stack([edges[:-1], edges[1:], np.asarray(histogram.counts, np.float64)], axis=1)
-    tensor = TensorProto(dtype=types_pb2.DT_DOUBLE, tensor_shape=_shape(*bins.shape), double_val=bins.ravel().tolist())
-    return Summary.Value(metadata=histogram_metadata.create_summary_metadata(None, None), tensor=tensor)
 
 
 def _strings(values: list[bytes], *shape: int) -> TensorProto:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from telemetry.backends.base import Run
+from telemetry.catalogue import is_the_trainers
 from telemetry.delivery import shutdown
 from telemetry.delivery.worker import Worker
 from telemetry.records import Alert, Record, Scalar, held_bytes
@@ -27,7 +28,6 @@ ALERT_SECONDS = 600.0
 MAX_HELD = 16  # steps whose tables and sounds wait for a server that is away
 MAX_SENT = 4  # steps whose tables and sounds are kept for a client's process that dies with them
 AWAY_SECONDS = 30.0  # before they are tried again: each try may keep numbers from the disk for 20 s
-TRAINER_SECTIONS = ("train/", "eval/", "test/")
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +268,4 @@ class WandbBackend:
 
 
 def _without_trainers(records: Sequence[Record]) -> list[Record]:
-    return [
-        record for record in records if not (isinstance(record, Scalar) and record.tag.startswith(TRAINER_SECTIONS))
-    ]
+    return [record for record in records if not (isinstance(record, Scalar) and is_the_trainers(record.tag))]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import wandb
 from PIL import Image as PillowImage
 
 from telemetry.backends.encoding import encode_png, encode_wav
-from telemetry.backends.wandb.tables import Tables, shortened
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
-
-MAX_TEXT = 200_000  # characters
+from telemetry.backends.wandb.tables import Tables
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +49,7 @@ class Values:
         """Have every table begin again: what was made last was not taken."""
         self._tables.begin_again()
 
-    def _value(self, step: int, record: Table | Text | Audio | Image | Histogram) -> Mapping[str, Any]:
+    def _value(self, step: int, record: Table | Audio | Image) -> Mapping[str, Any]:
         if isinstance(record, Table):
             growing = self._tables.for_rows(record)
             if not record.rows:
@@ -66,13 +62,7 @@ class Values:
         if isinstance(record, Audio):
             sounds = [self._sound(record.tag, clip) for clip in record.clips if clip.samples.size]
             return {record.tag: sounds} if sounds else {}
-        if isinstance(record, Image):
-            return {record.tag: _picture(record)}
-        if isinstance(record, Text):
-            text = html.escape(shortened(record.text, MAX_TEXT))
-            return {record.tag: wandb.Html(f"<pre>{text}</pre>", inject=False)}
-        counts, edges = np.asarray(record.counts), np.asarray(record.edges, np.float64)
-        return {record.tag: wandb.Histogram(np_histogram=_few_bins(counts, edges))}
+        return {record.tag: _picture(record)}
 
     def _medium(self, cell: Audio | Image) -> Any:
         if isinstance(cell, Image):
@@ -102,18 +92,3 @@ def _picture(image: Image) -> Any:
     # As a finished picture: of an array the client guesses what its numbers mean.
     with PillowImage.open(io.BytesIO(encode_png(image.pixels))) as picture:
         return wandb.Image(picture.copy(), caption=image.caption or None)
-
-
-def _few_bins(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A histogram of no more bins than W&B takes: neighbours are brought together.
-
-    Raises:
-        ValueError: when there is not one edge more than counts, or an edge is not finite.
-    """
-    if counts.ndim != 1 or edges.shape != (len(counts) + 1,) or not np.isfinite(edges).all():
-        raise ValueError(f"{counts.shape} counts between {edges.shape} edges are no histogram")
-    together = -(-len(counts) // wandb.Histogram.MAX_LENGTH)
-    if together < 2:
-        return counts, edges
-    starts = np.arange(0, len(counts), together)
-    return np.add.reduceat(counts, starts), np.append(edges[starts], edges[-1])

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from telemetry.backends.base import Run
 from telemetry.backends.console import ConsoleBackend
 from telemetry.catalogue import SECTIONS
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 
 @pytest.fixture(autouse=True)
@@ -118,29 +118,25 @@ def test_tables_show_their_first_rows(caplog: pytest.LogCaptureFixture) -> None:
     assert line(shown(caplog, [Table("a/b", ("lonely",), ())]), "lonely") == ["lonely"]
 
 
-def test_audio_images_histograms_texts_and_alerts_have_their_lines(caplog: pytest.LogCaptureFixture) -> None:
+def test_audio_images_and_alerts_have_their_lines(caplog: pytest.LogCaptureFixture) -> None:
     clip = Clip(np.zeros(22_400, dtype=np.float32), 16_000, "hello there")
     text = shown(
         caplog,
         [
-            Text("outputs/note", "two\nlines"),
             Audio("inputs/target", (clip, Clip(np.zeros((0, 2)), 24_000), Clip(np.zeros(1), 0))),
             Image("attention/mass", np.zeros((30, 40, 3), dtype=np.uint8), "by layer"),
-            Histogram("own/histogram", np.arange(4.0), np.array([1, 0, 2])),
-            Alert("health/nan_loss", "Loss is not a number", "Lower the learning rate.", "error"),
+            Alert("health/nan_loss", "Loss is not a number", "Lower the learning rate.\nThen go on.", "error"),
         ],
     )
     rows = [row.lstrip("│├└─ ") for row in text.splitlines()]
     for expected in (
-        "note: two",
-        "lines",
         "target: 1.4 s at 16,000 Hz, hello there",
         "target: 0.0 s at 24,000 Hz",
         "target: ? s at 0 Hz",
         "mass: image of 40 × 30, by layer",
-        "histogram: 3 values in 3 bins",
         "ERROR health/nan_loss: Loss is not a number",
         "Lower the learning rate.",
+        "Then go on.",
     ):
         assert expected in rows
 
@@ -150,18 +146,18 @@ def test_hostile_texts_survive_as_they_are(caplog: pytest.LogCaptureFixture) -> 
     records: list[Record] = [
         Scalar(f"inputs/tensor/{hostile}/min", 1.0, hostile),
         Table("inputs/t", (hostile,), ((hostile,),)),
-        Text("outputs/t", hostile),
         Audio("inputs/reference", (Clip(np.zeros(1), 1, hostile),)),
         Alert("health/a", hostile, hostile),
     ]
     for record in records:
         assert hostile in shown(caplog, [record])
-    assert shown(caplog, records).count("[bold]x[/]") == 8
+    assert shown(caplog, records).count("[bold]x[/]") == 7
 
 
 def test_nothing_moves_the_cursor(caplog: pytest.LogCaptureFixture) -> None:
     text = shown(
-        caplog, [Text("a/b", "\x1b[31mred\x1b[0m\r\b\x07\x9b tab\tend \ud800"), Table("a/c", ("\x1b",), (("\x00",),))]
+        caplog,
+        [Alert("a/b", "", "\x1b[31mred\x1b[0m\r\b\x07\x9b tab\tend \ud800"), Table("a/c", ("\x1b",), (("\x00",),))],
     )
     assert "\\x1b[31mred\\x1b[0m\\x0d\\x08\\x07\\x9b" in text
     assert "\\ud800" in text
@@ -169,7 +165,7 @@ def test_nothing_moves_the_cursor(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_long_texts_say_how_much_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    text = shown(caplog, [Text("a/b", "x" * 5000), Table("a/c", ("y",), (("y" * 1234,),))])
+    text = shown(caplog, [Alert("a/b", "", "x" * 5000), Table("a/c", ("y",), (("y" * 1234,),))])
     assert text.count("x") == 2000
     assert "3,000 more" in text
     assert "1,034 more" in text
@@ -185,7 +181,7 @@ def test_a_note_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_the_trainer_prints_is_not_repeated(caplog: pytest.LogCaptureFixture) -> None:
     backend = ConsoleBackend()
     backend.write(1, [])
-    backend.write(1, [Scalar("train/loss", 1.0), Scalar("eval/loss", 2.0)])
+    backend.write(1, [Scalar("train/loss", 1.0), Scalar("eval/loss", 2.0), Scalar("test/loss", 3.0)])
     assert caplog.records == []
     backend.write(1, [Alert("eval/loss", "Look", "")])
     backend.write(1, [Scalar("train/loss", 1.0), Scalar("health/x", 2.0)])
@@ -215,13 +211,13 @@ def test_is_as_wide_as_the_terminal(
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
     monkeypatch.setenv("COLUMNS", "33")
-    text = shown(caplog, [Text("a/b", "x" * 500)])
+    text = shown(caplog, [Alert("a/b", "", "x" * 500)])
     assert max(len(row) for row in text.splitlines()) == columns
 
 
 def test_is_120_wide_without_a_terminal(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    text = shown(caplog, [Text("a/b", "x" * 500)])
+    text = shown(caplog, [Alert("a/b", "", "x" * 500)])
     assert max(len(row) for row in text.splitlines()) == 120
 
 
@@ -237,7 +233,6 @@ TABLES = st.integers(0, 4).flatmap(
 )
 RECORDS = st.one_of(
     st.builds(Scalar, NAMES, st.floats(), NAMES),
-    st.builds(Text, NAMES, st.text()),
     st.builds(Alert, NAMES, st.text(), st.text()),
     TABLES,
 )

@@ -34,9 +34,9 @@ from telemetry.backends.base import Run
 from telemetry.backends.encoding import encode_png, encode_wav
 from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
 from telemetry.backends.tensorboard.hparams import flatten
-from telemetry.backends.tensorboard.markdown import MAX_CELL, MAX_ROWS, escape, table_markdown
+from telemetry.backends.tensorboard.markdown import MAX_CELL, MAX_ROWS, escape, table_markdown, table_texts
 from telemetry.catalogue import describe
-from telemetry.records import Alert, Audio, Cell, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
 
 HOSTILE = (
     "a|b|c <|endoftext|> <|im_start|>",
@@ -87,6 +87,11 @@ def cells(page: str) -> list[list[str]]:
     return [[shown(cell) for cell in re.findall(r"<td>(.*?)</td>", row, re.DOTALL)] for row in rows[1:]]
 
 
+def table_page(table: Table) -> str:
+    """The HTML that TensorBoard makes of a table."""
+    return markdown_to_safe_html(table_markdown(table_texts(table)))
+
+
 def shown(fragment: str) -> str:
     """The text of a piece of HTML that holds no other tag than ``<br>``."""
     return html.unescape(fragment.replace("<br>", "\n")).replace("\N{NO-BREAK SPACE}", " ")
@@ -112,7 +117,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "inputs/sequence", ("text", "number", "set"), (*((text, 1 / 3, True) for text in HOSTILE), (LONG, None, 7))
         ),
         Table("inputs/tensors", ("row",), tuple((i,) for i in range(MAX_ROWS + 13))),
-        Text("notes/template", "\n".join(HOSTILE)),
+        Alert("notes/template", "hostile", "\n".join(HOSTILE), "info"),
         Alert("health/nan", "Loss is <NaN>", "step 7 | stop", "error"),
         Audio(
             "inputs/reference",
@@ -122,7 +127,6 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
         ),
         Image("attention/mass", PIXELS, "by layer"),
-        Histogram("weights/all", np.array([0.0, 1.0, 3.0, 4.0]), np.array([5, 0, 2])),
     ]
     fewer = Audio("inputs/reference", (Clip(tone(0.5, rate), rate),))
     config = {
@@ -159,7 +163,6 @@ def test_exactly_these_tags_are_on_each_page(server: Server) -> None:
     assert server.tags("text", "rich") == {"inputs/sequence", "inputs/tensors", "notes/template", "health/nan"}
     assert server.tags("audio", "rich") == {"inputs/reference"}
     assert server.tags("images", "rich") == {"attention/mass"}
-    assert server.tags("histograms", "rich") == {"weights/all"}
     assert server.tags("scalars", "resumed") == {"train/loss"}
 
 
@@ -192,7 +195,10 @@ def test_a_long_table_says_how_much_is_left_out(server: Server) -> None:
 
 def test_text_and_alerts_hold_no_live_tags(server: Server) -> None:
     text = server.texts("notes/template", "rich")[1]
-    assert shown(text.removeprefix("<p>").removesuffix("</p>")) == plain("\n".join(HOSTILE))
+    assert [shown(p) for p in re.findall(r"<p>(.*?)</p>", text)] == [
+        "<strong>INFO: hostile</strong>",
+        plain("\n".join(HOSTILE)),
+    ]
     alert = server.texts("health/nan", "rich")[1]
     assert [shown(p) for p in re.findall(r"<p>(.*?)</p>", alert)] == [
         "<strong>ERROR: Loss is <NaN></strong>",
@@ -226,11 +232,6 @@ def test_clips_and_pictures_are_captioned(server: Server) -> None:
 def test_pictures_are_lossless(server: Server) -> None:
     picture = PillowImage.open(io.BytesIO(server.images("attention/mass", "rich")[1]))
     np.testing.assert_array_equal(np.asarray(picture), PIXELS)
-
-
-def test_histograms_keep_edges_and_counts(server: Server) -> None:
-    ((_, step, bins),) = server.json("plugin/histograms/histograms", tag="weights/all", run="rich")
-    assert (step, bins) == (1, [[0.0, 1.0, 5.0], [1.0, 3.0, 0.0], [3.0, 4.0, 2.0]])
 
 
 def test_the_configuration_is_on_the_hparams_page(server: Server) -> None:
@@ -303,7 +304,7 @@ def test_a_resumed_file_starts_after_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_one_event_holds_all_records_of_a_step(tmp_path: Path) -> None:
-    records: list[Record] = [*(Scalar(f"many/{i}", float(i)) for i in range(4000)), Text("notes/a", "b")]
+    records: list[Record] = [*(Scalar(f"many/{i}", float(i)) for i in range(4000)), Alert("notes/a", "", "b")]
     path = record_steps(tmp_path, [(3, records)]).path
     (event,) = [e for e in EventFileLoader(str(path)).Load() if e.step == 3 and len(e.summary.value) > 1]
     numbers = {
@@ -326,7 +327,8 @@ def test_several_thousand_scalars_are_cheap(tmp_path: Path) -> None:
 
 
 def test_each_tag_is_described_once(tmp_path: Path) -> None:
-    path = record_steps(tmp_path, [(step, [Scalar("train/loss", 1.0), Text("notes/a", "b")]) for step in (1, 2)]).path
+    records = [Scalar("train/loss", 1.0), Alert("notes/a", "", "b")]
+    path = record_steps(tmp_path, [(step, records) for step in (1, 2)]).path
     values = [value for event in events(path) for value in event.summary.value]
     described = [v.tag for v in values if v.metadata.summary_description]
     assert described == ["train/loss"]
@@ -447,7 +449,7 @@ def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
         from pathlib import Path
         from telemetry.backends.base import Run
         from telemetry.backends.tensorboard import TensorBoardBackend
-        from telemetry.records import Scalar, Text
+        from telemetry.records import Alert, Scalar
         logging.basicConfig(format="%(message)s")
         backend = TensorBoardBackend()
         backend.open(Run(Path(sys.argv[1])))
@@ -456,7 +458,8 @@ def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
         full = backend.path.stat().st_size + 100
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
         for step in (2, 3, 4):
-            backend.write(step, [Scalar("train/loss", float(step)), Scalar("eval/loss", 1.0), Text("a/b", "c" * 500)])
+            large = Alert("a/b", "", "c" * 500)
+            backend.write(step, [Scalar("train/loss", float(step)), Scalar("eval/loss", 1.0), large])
             assert backend.path.stat().st_size == full - 100, "a torn record is left"
         assert backend.lost_steps == 3, backend.lost_steps
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -657,16 +660,14 @@ def test_any_text_is_shown_as_it_is(text: str) -> None:
     ],
 )
 def test_cells_are_written_for_people(cell: Cell, text: str) -> None:
-    page = markdown_to_safe_html(table_markdown(Table("a/b", ("left", "right"), (("x", cell),))))
+    page = table_page(Table("a/b", ("left", "right"), (("x", cell),)))
     assert [[shown_text.replace("\n", "") for shown_text in row] for row in cells(page)] == [["x", text]]
 
 
-def test_wide_columns_are_broken_behind_spaces_and_narrow_ones_are_not() -> None:
+def test_wide_columns_are_broken_after_spaces_and_narrow_ones_are_not() -> None:
     words = "check that reference and target are of one speaker " * 5
     row = ("reference_ignored", "warning", words, words)
-    ((check, verdict, *wide),) = cells(
-        markdown_to_safe_html(table_markdown(Table("a/b", ("a", "b", "c", "d"), (row,))))
-    )
+    ((check, verdict, *wide),) = cells(table_page(Table("a/b", ("a", "b", "c", "d"), (row,))))
     assert (check, verdict) == row[:2]
     for text in wide:
         assert text.replace("\n", "") == words
@@ -675,12 +676,12 @@ def test_wide_columns_are_broken_behind_spaces_and_narrow_ones_are_not() -> None
 
 def test_a_table_that_fits_is_not_broken() -> None:
     row = ("a b " * 25 + "c", 1)
-    page = markdown_to_safe_html(table_markdown(Table("a/b", ("text", "number"), (row,))))
+    page = table_page(Table("a/b", ("text", "number"), (row,)))
     assert cells(page) == [[row[0], "1"]]
 
 
 def test_tables_without_rows_and_without_columns(tmp_path: Path) -> None:
-    page = markdown_to_safe_html(table_markdown(Table("a/b", ("only | column",), ())))
+    page = table_page(Table("a/b", ("only | column",), ()))
     assert shown(re.findall(r"<th>(.*?)</th>", page)[0]) == "only | column"
     assert steps_in(record_steps(tmp_path, [(1, [Table("a/b", (), ())])]).path, "a/b") == []
 

@@ -22,7 +22,7 @@ from telemetry.backends.wandb import WandbBackend
 from telemetry.backends.wandb.attempts import FILE, Attempts, AttemptsFile, digest
 from telemetry.backends.wandb.tables import GrowingTable, Tables, shortened
 from telemetry.backends.wandb.values import Values
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Scalar, Table
 
 
 class FakeClient:
@@ -117,7 +117,7 @@ def test_nothing_waits_for_the_opening_and_nothing_is_lost(client: FakeClient, b
 
 
 def test_numbers_go_first_and_by_themselves(client: FakeClient, backend: WandbBackend) -> None:
-    backend.write(3, [Text("text", "a"), *rows(3), Scalar("y", 2.0)])
+    backend.write(3, [Table("text", ("said",), (("a",),)), *rows(3), Scalar("y", 2.0)])
     settle(backend)
     assert client.rows[0] == (3, {"x": 3.0, "y": 2.0})
     assert client.rows[1][1].keys() == {"text", "t"}
@@ -302,8 +302,6 @@ def test_long_texts_are_cut_and_say_so() -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        Histogram("h", np.array([0.0, np.nan]), np.array([1])),
-        Histogram("h", np.array([0.0, 1.0]), np.array([1, 2])),
         Image("i", np.zeros((4, 4), np.float32)),
         Audio("a", (Clip(np.array(["x"]), 8000),)),
     ],
@@ -311,7 +309,7 @@ def test_long_texts_are_cut_and_say_so() -> None:
 def test_what_cannot_be_shown_is_counted_and_said_once(record: Any, telemetry_log: pytest.LogCaptureFixture) -> None:
     values = Values()
     for step in (1, 2):
-        assert values.shows(step, [record, Text("text", "x")]).keys() == {"text"}
+        assert values.shows(step, [record, Table("text", ("said",), (("x",),))]).keys() == {"text"}
     assert values.unshown_records == 2
     assert telemetry_log.text.count(f"W&B cannot show {record.tag}") == 1
 

@@ -10,7 +10,7 @@ import numpy as np
 from telemetry import TrackioBackend
 from telemetry.backends.base import Run
 from telemetry.delivery.recorder import Recorder
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 STEPS, CHECKPOINT = (1, 2, 3), 2
 
@@ -23,8 +23,6 @@ def records(step: int) -> list[Record]:
         *(Scalar("outputs/loss/total", 1 / step), Scalar("train/loss", 0.5), Scalar("odd", float("nan"))),
         *(Audio("inputs/reference", (clip, clip)), Image("attention/mass", picture)),
         Table("zero_shot/clips", ("sample", "cer", "mel"), (("a", 0.5, Image("mel", picture)), ("b", None, None))),
-        Text("inputs/text", f"<b>step {step}</b>"),
-        Histogram("h", np.arange(4.0), np.array([1, 2, 3])),
         Alert("health/eos", "no end of stream", f"at step {step}", "error"),
         Image("broken", np.zeros((2, 2), np.float32)),
     ]

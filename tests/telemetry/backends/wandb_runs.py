@@ -48,7 +48,7 @@ from telemetry import StrategicTelemetry, TensorBoardBackend, WandbBackend
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Recorder
-from telemetry.records import Alert, Audio, Clip, Histogram, Image, Record, Scalar, Table, Text
+from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 PATIENCE = 90.0
 RATE = 8000
@@ -104,8 +104,6 @@ def records_of(step: int) -> list[Record]:
             "zero_shot/clips", ("sample", "cer", "sound", "mel"), (("a", 0.5 * step, clip, mel), ("b", None, None, mel))
         ),
         Table("health/checks", ("rule", "found"), (("eos", step if step < 2 else "nothing"),)),
-        Text("inputs/text", f"<b>step {step}</b>\nsecond line"),
-        Histogram("h", np.arange(1001.0), np.ones(1000)),
         Alert("health/eos", "no end of stream", f"at step {step}", "error"),
         Alert("health/nan", "no end of stream", f"at step {step}", "info"),
     ]

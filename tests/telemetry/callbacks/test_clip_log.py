@@ -82,6 +82,7 @@ def test_every_evaluation_and_the_start_are_heard(
                 assert own.clips[0].caption == f"sample {index}/é, speaker {index % 2}, {('en', 'pt-BR')[index % 2]}"
             picture = row["spectrogram"]
             assert isinstance(picture, Image)
+            assert picture.voice
             assert any(record is picture for _, record in backend.records[f"zero_shot/clip_{index}/spectrogram"])
             assert row["target"].clips[0].samples.size == row["teacher-forced"].clips[0].samples.size
         numbers = SIGNAL | {"speaker_similarity", "wer", "cer", "reference_leak"}

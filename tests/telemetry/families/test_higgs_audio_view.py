@@ -193,6 +193,14 @@ def test_clips_that_nothing_asks_for_or_that_are_missing(kept: int, frames: list
     assert view.audio.placeholders.tolist() == placeholders
 
 
+@pytest.mark.parametrize(("pattern", "delay"), [(True, (0, 1, 2)), (False, (0, 0, 0))])
+def test_codebooks_are_delayed_where_the_model_is_set_so(pattern: bool, delay: tuple[int, ...]) -> None:
+    view = HiggsAudioFamily(make(use_delay_pattern=pattern)).view(batch([[5, (AUDIO_OUT, 2, True)]]))
+    assert view is not None
+    assert view.audio is not None
+    assert view.audio.delay == delay
+
+
 def test_a_batch_without_token_ids_has_no_view() -> None:
     assert HiggsAudioFamily(make()).view({"audio_features": torch.zeros(1)}) is None
 

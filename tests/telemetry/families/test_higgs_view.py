@@ -265,3 +265,7 @@ def test_reading_changes_no_input(read: Read, voices: Voices) -> None:
     read(inputs)
     for name, tensor in inputs.items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_every_codebook_is_delayed_by_one_frame_more(read: Read, voices: Voices) -> None:
+    assert audio_of(read(voices.batch([voices.conversation()]))).delay == (0, 1, 2)

@@ -144,7 +144,7 @@ def test_between_due_steps_there_are_alerts_alone() -> None:
 def test_what_rules_record_is_in_the_catalogue() -> None:
     for rule in RULES:
         assert catalogue.find(f"health/{rule.name}") is not None
-    assert catalogue.find("health/alerts").kind == "text"  # type: ignore[union-attr]
+    assert catalogue.find("health/alerts").kind == "alert"  # type: ignore[union-attr]
     assert catalogue.find("health/checks").kind == "table"  # type: ignore[union-attr]
 
 
