@@ -26,7 +26,7 @@ from telemetry.backends.registry import default_backends
 from telemetry.instruments.questions import QUESTIONS, choose
 from telemetry.probes.quiet import is_compiled
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
-from telemetry.setting import Setting, default_logging_dir, run_config, trainer_tag
+from telemetry.setting import Setting, default_logging_dir, run_config
 from telemetry.sound import SoundPolicy
 
 
@@ -121,13 +121,12 @@ class Telemetry:
         """Measure the gradients now: all backward passes are done, a loss scaler has unscaled, clipping is to come."""
         self._see_gradients(clipped=False)
 
-    def log(self, logs: Mapping[str, float]) -> None:
+    def log(self, logs: Mapping[str, Any]) -> None:
         """Record numbers of the loop's own at its last step, named as the Trainer names them.
 
         ``loss`` is shown as ``train/loss``, ``eval_loss`` as ``eval/loss``.
         """
-        tagged = {trainer_tag(name): float(value) for name, value in logs.items()}
-        self._joined().log(self.steps, tagged, logs=tagged)
+        self._joined().log(self.steps, dict(logs))
 
     def evaluated(self, batches: Any) -> None:
         """Let telemetry look at evaluation batches (a data loader): after an evaluation, and before the first step.

@@ -78,14 +78,16 @@ def is_secret_name(name: str) -> bool:
 
 def _redact(value: Any, name: str, secrets: Iterable[str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _redact(held, str(key), secrets) for key, held in value.items()}
+        return {_plain_text(key): _redact(held, str(key), secrets) for key, held in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_redact(held, name, secrets) for held in value]
     if value is None or isinstance(value, bool):
         return value
     if is_secret_name(name) and (isinstance(value, str | bytes) or not _ends_in_token(name)):
         return REDACTED if value not in ("", b"") else value
-    return _redact_text(value, secrets) if isinstance(value, str) else value
+    if isinstance(value, int | float):
+        return value
+    return _redact_text(value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value), secrets)
 
 
 def _ends_in_token(name: str) -> bool:
@@ -94,12 +96,18 @@ def _ends_in_token(name: str) -> bool:
 
 
 def _redact_text(text: str, secrets: Iterable[str]) -> str:
+    text = _plain_text(text)
     for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = _USER_OF_URL.sub(REDACTED, text)
     text = _BEARER.sub(rf"\1 {REDACTED}", text)
     text = _FORMS.sub(REDACTED, text)
     return _ASSIGNMENT.sub(_redact_assignment, text)
+
+
+def _plain_text(value: object) -> str:
+    """A value as text that any encoder takes: bytes of an argument that are not UTF-8 are shown with backslashes."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _redact_assignment(match: re.Match[str]) -> str:

@@ -24,12 +24,13 @@ from telemetry.probes.forward import Microbatch, PassReader, Reading
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.records import Scalar
-from telemetry.setting import Setting
+from telemetry.setting import Setting, logged_numbers
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LOGGING_STEPS = 100
+EPOCH = "train/epoch"
 NO_FAMILY = (
     "telemetry knows no family for this model: it shows tensors, gradients and the model's own loss, and no tokens"
 )
@@ -101,6 +102,7 @@ class Session:
         self._leader: object = None
         self._evaluated = False
         self._logged: object = None
+        self._epoch_at = -1
 
     @classmethod
     def join(
@@ -280,14 +282,24 @@ class Session:
                 self._guard(instrument, instrument.evaluation, step, seen)
             self.recorder.flush(number, own_state=False)
 
-    def log(self, number: int, tagged: Mapping[str, float], logs: object) -> None:
-        """Record numbers that a trainer logs, once however many doors hear of ``logs``."""
+    def log(self, number: int, logs: Mapping[str, Any]) -> None:
+        """Record numbers that a trainer logs, once however many doors hear of them.
+
+        What is no number is left out, and said once.
+        """
         if logs is self._logged:
             return
         self._logged = logs
         # Past the step that is being collected: a trainer may log in the middle of one.
         with self._isolated("recording what the Trainer logs"):
-            self.recorder.write(number, [Scalar(tag, value) for tag, value in tagged.items()])
+            numbers, others = logged_numbers(logs)
+            if self._epoch_at == number:  # it comes with whatever is logged
+                numbers.pop(EPOCH, None)
+            elif EPOCH in numbers:
+                self._epoch_at = number
+            for tag, why in others.items():
+                self.recorder.absent(tag, why)
+            self.recorder.write(number, [Scalar(tag, value) for tag, value in numbers.items()])
 
     # -- how instruments are called -----------------------------------------------------------------------------------
 

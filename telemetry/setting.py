@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -66,15 +65,15 @@ def run_config(arguments: Mapping[str, Any], model: nn.Module, loaders: Mapping[
     """Return training arguments, the command line, the model's configuration and what data there is, without secrets.
 
     Args:
-        arguments: as plain JSON values.
+        arguments: of any kinds; what is not a plain JSON value is shown as text.
         model: its ``config`` is taken where it is one of transformers'.
         loaders: data loaders by their use (``train``, ``eval``); None for one that there is not.
     """
     config: dict[str, Any] = dict(arguments)
     config["command"] = shlex.join(redact_arguments(sys.argv))
-    model_config = getattr(model, "config", None)
-    if model_config is not None and hasattr(model_config, "to_json_string"):
-        config["model"] = json.loads(model_config.to_json_string())
+    model_config: Any = getattr(model, "config", None)
+    if hasattr(model_config, "to_diff_dict"):
+        config["model"] = model_config.to_diff_dict()
     data = {use: _data_summary(loader) for use, loader in loaders.items() if loader is not None}
     if data:
         config["data"] = data
@@ -89,6 +88,32 @@ def _data_summary(batches: Any) -> dict[str, Any]:
         with contextlib.suppress(TypeError):  # a stream has no length
             summary[name] = len(of)  # type: ignore[arg-type]
     return summary
+
+
+def logged_numbers(logs: Mapping[str, Any], within: str = "") -> tuple[dict[str, float], dict[str, str]]:
+    """Return the numbers of what a trainer logs by their tags, and by their tags why the rest is left out.
+
+    Takes numbers of Python and NumPy, tensors of one value on the CPU, and mappings of them. A tensor on another device
+    is left out: reading it would make training wait.
+    """
+    numbers: dict[str, float] = {}
+    others: dict[str, str] = {}
+    for key, value in logs.items():
+        name = f"{within}{key}"
+        if isinstance(value, Mapping):
+            inner = logged_numbers(value, f"{name}/")
+            numbers |= inner[0]
+            others |= inner[1]
+        elif name == "step":
+            continue
+        elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            others[trainer_tag(name)] = f"it was logged as a tensor on {value.device.type}: log its .item()"
+        else:
+            try:
+                numbers[trainer_tag(name)] = float(value)
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                others[trainer_tag(name)] = f"what was logged is no number: {redact(repr(value)[:60])}"
+    return numbers, others
 
 
 def trainer_tag(name: str) -> str:

@@ -11,31 +11,29 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
 from trainer.audio import AudioError, AudioInfo, AudioMissingError, check_audio
+from trainer.sample_schema import Fault, MessageFields, MiscFields, Role, TextFields, kind_of, validate
 
 logger = logging.getLogger(__name__)
 
-Role: TypeAlias = Literal["system", "user", "assistant"]
+T = TypeVar("T")
 
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 MIN_TARGET_SECONDS = 0.05  # the codec makes 25 frames a second: a shorter clip has one frame, and nothing to learn from
 DURATION_TOLERANCE_SECONDS = 0.5
 DURATION_TOLERANCE_SHARE = 0.2
 LISTED_PROBLEMS = 20
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _PATH_MEND = "Check the path (a relative one starts at the folder of the data file; URLs are not fetched)."
 _AUDIO_MEND = "Export the clip again as WAV or FLAC, or take the sample out."
-_PARSE_MEND = "Look for very deep nesting or a number of thousands of digits."
-_ENCODING_MEND = "Save the data file as UTF-8."
-_ROLE_MEND = f"Use one of {', '.join(ROLES)}."
-_CONTENT_MEND = 'Give a string, or a list of {"type": "text", ...} and {"type": "audio", ...} objects.'
 
 
 @dataclass(frozen=True)
@@ -189,11 +187,11 @@ def load_samples(
     """
     file = Path(path).absolute()
     rows = _read_rows(file)
-    check = _FileCheck(file, max_reference_seconds, max_target_seconds)
+    reader = _Reader(file, max_reference_seconds, max_target_seconds)
     samples: list[Sample] = []
     problems: list[Problem] = []
     for row in tqdm(rows, desc=f"Checking {file.name}", unit="sample", disable=not show_progress):
-        sample, found = _SampleReader(check, row).read()
+        sample, found = reader.read(row)
         problems += found
         if sample is not None:
             samples.append(sample)
@@ -258,7 +256,7 @@ def _read_text(file: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise _file_error(file, f"is not UTF-8 (byte {error.start})", _ENCODING_MEND, line) from error
+        raise _file_error(file, f"is not UTF-8 (byte {error.start})", "Save the data file as UTF-8.", line) from error
 
 
 def _is_json_lines(file: Path, text: str) -> bool:
@@ -269,16 +267,14 @@ def _is_json_lines(file: Path, text: str) -> bool:
 def _json_list(file: Path, text: str) -> list[_Row]:
     if not text.strip():
         return []
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        mend = "Mend the syntax there; a file with one object a line must end in .jsonl."
-        raise _file_error(file, _syntax_fault(error, error.lineno), mend, error.lineno) from error
-    except (ValueError, RecursionError) as error:
-        raise _file_error(file, f"cannot be parsed as JSON ({error})", _PARSE_MEND) from error
+    parsed, fault, line = _parse(text)
+    if line:
+        raise _file_error(file, fault, "Mend the syntax there; a file with one object a line must end in .jsonl.", line)
+    if fault:
+        raise _file_error(file, fault, "Look for very deep nesting or a number of thousands of digits.")
     if not isinstance(parsed, list):
         mend = "Put the samples into a list, or name the file .jsonl if it has one object a line."
-        raise _file_error(file, f"the top level is {_kind(parsed)}, not a list", mend)
+        raise _file_error(file, f"the top level is {kind_of(parsed)}, not a list", mend)
     return [_Row(position, None, raw) for position, raw in enumerate(parsed)]
 
 
@@ -286,16 +282,19 @@ def _json_lines(text: str) -> Iterator[_Row]:
     # str.splitlines would also cut at U+2028 and others that JSON allows inside a string
     lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
     for position, (number, line) in enumerate(lines):
-        try:
-            yield _Row(position, number, json.loads(line))
-        except json.JSONDecodeError as error:
-            yield _Row(position, number, None, _syntax_fault(error, number))
-        except (ValueError, RecursionError) as error:
-            yield _Row(position, number, None, f"cannot be parsed as JSON ({error})")
+        parsed, fault, _ = _parse(line, number - 1)
+        yield _Row(position, number, parsed, fault)
 
 
-def _syntax_fault(error: json.JSONDecodeError, line: int) -> str:
-    return f"is not valid JSON: {error.msg} at line {line}, column {error.colno}"
+def _parse(text: str, lines_before: int = 0) -> tuple[Any, str, int | None]:
+    """The value, or None with what is wrong and, where it is the syntax, on which line."""
+    try:
+        return json.loads(text), "", None
+    except json.JSONDecodeError as error:
+        line = lines_before + error.lineno
+        return None, f"is not valid JSON: {error.msg} at line {line}, column {error.colno}", line
+    except (ValueError, RecursionError) as error:
+        return None, f"cannot be parsed as JSON ({error})", None
 
 
 def _file_error(file: Path, what: str, mend: str, line: int | None = None) -> DataFileError:
@@ -305,15 +304,109 @@ def _file_error(file: Path, what: str, mend: str, line: int | None = None) -> Da
 # A sample
 
 
-@dataclass(frozen=True)
-class _FileCheck:
-    """What the samples of one file share: the limits, the audio files probed so far and the ids seen so far."""
+class _Reader:
+    """Reads the samples of one file. They share the limits, the audio files probed so far and the ids seen so far."""
 
-    file: Path
-    max_reference_seconds: float
-    max_target_seconds: float | None
-    probe: Callable[[Path], AudioInfo | AudioError] = field(default_factory=lambda: functools.cache(_probe))
-    positions: dict[str, int] = field(default_factory=dict)
+    def __init__(self, file: Path, max_reference_seconds: float, max_target_seconds: float | None) -> None:
+        self._file = file
+        self._longest = {"reference": max_reference_seconds, "target": max_target_seconds}
+        self._probe = functools.cache(_probe)
+        self._positions: dict[str, int] = {}
+
+    def read(self, row: _Row) -> tuple[Sample | None, list[Problem]]:
+        """The sample, or None and everything that is wrong with it."""
+        parsed, faults = validate(row.raw)
+        if row.fault:
+            faults = [("", row.fault, "Mend the line: one whole JSON object a line.")]
+        sample_id: str | None = None
+        if isinstance(row.raw, dict):
+            if not {"misc", "misc.sample_id"} & {where for where, *_ in faults}:
+                named = _get(_get(row.raw, "misc", dict), "sample_id", str)
+                sample_id = named if named.strip() else f"{self._file.stem}-{row.position:05d}"
+            faults += [*self._repeated_id(sample_id, row.position), *_bad_values(row.raw), *self._meaning(row.raw)]
+        if faults or parsed is None or sample_id is None:
+            return None, [Problem(row.position, sample_id, *fault, path=self._file, line=row.line) for fault in faults]
+        start, misc = parsed.start_index or 0, parsed.misc or MiscFields()
+        return Sample(
+            sample_id=sample_id,
+            messages=tuple(self._message(message, at >= start) for at, message in enumerate(parsed.messages)),
+            speaker=parsed.speaker,
+            language=misc.language,
+            ref_transcript=misc.ref_transcript,
+            target_transcript=misc.target_transcript,
+            start_index=start,
+            source=Source(self._file, row.position, row.line),
+        ), []
+
+    def _message(self, message: MessageFields, is_supervised: bool) -> Message:
+        is_target = is_supervised and message.role == "assistant"
+        content = (
+            TextContent(item.text)
+            if isinstance(item, TextFields)
+            else AudioContent(self._path(item.audio_url), is_target)
+            for item in message.content
+        )
+        return Message(message.role, tuple(content))
+
+    def _path(self, url: str) -> Path:
+        return (self._file.parent / url).resolve()
+
+    def _repeated_id(self, sample_id: str | None, position: int) -> Iterator[Fault]:
+        first = self._positions.setdefault(sample_id, position) if sample_id is not None else position
+        if first != position:
+            what = f"the id of sample {position} is already that of sample {first}"
+            yield "misc.sample_id", what, "Give every sample an id of its own."
+
+    def _meaning(self, raw: Mapping[str, Any]) -> Iterator[Fault]:
+        """Faults of fields of the right type, whatever is wrong with the others."""
+        messages = _get(raw, "messages", list)
+        start = _get(raw, "start_index", int)
+        if messages and not 0 <= start < len(messages):
+            what = f"is {start}, outside the {len(messages)} messages"
+            yield "start_index", what, f"Use 0 to {len(messages) - 1}; 0 supervises every answer."
+            start = 0
+        targets: list[float | None] = []  # their lengths in seconds, where known
+        for position, message in enumerate(messages):
+            is_target = _get(message, "role", str) == "assistant" and position >= start
+            for where, item in _items(message, f"messages[{position}].content"):
+                kind, text = item.get("type"), item.get("text")
+                if kind == "audio":
+                    seconds = yield from self._audio(where, item, is_target)
+                    targets += [seconds] * is_target
+                elif kind == "text" and is_target and isinstance(text, str) and not text.strip():
+                    yield where, "the target text is empty", "Give the words of the target audio, or take the item out."
+        yield from _order([_get(message, "role", str) for message in messages], start, bool(targets))
+        if len(targets) == 1:  # with several targets it is not known which of them misc.duration tells of
+            yield from _duration("misc.duration", _get(raw, "misc", dict).get("duration"), targets[0])
+
+    def _audio(self, where: str, item: Mapping[str, Any], is_target: bool) -> Generator[Fault, None, float | None]:
+        """Faults of one audio item. Returns its length in seconds, where it is known."""
+        url, where_url = item.get("audio_url"), f"{where}.audio_url"
+        if not isinstance(url, str):
+            return None
+        if not url.strip():
+            yield where_url, "is empty", "Give the path of the audio file."
+            return None
+        try:
+            path = self._path(url)
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a null byte or half a surrogate pair
+            yield where_url, f"{url!r} cannot be a path ({error})", _PATH_MEND
+            return None
+        info = self._probe(path)
+        if isinstance(info, AudioError):
+            mend = _PATH_MEND if isinstance(info, AudioMissingError) else _AUDIO_MEND
+            yield where_url, f"audio file {info}", mend
+            return None
+        seconds, kind = info.seconds, "target" if is_target else "reference"
+        longest = self._longest[kind]
+        if longest is not None and seconds > longest:
+            what = f"the {kind} audio is {seconds:.2f} s long, over the {longest:g} s allowed"
+            yield where_url, what, f"Cut the clip, or raise max_{kind}_seconds."
+        if is_target and seconds < MIN_TARGET_SECONDS:
+            what = f"the target audio is {seconds:.3f} s long, under the least of {MIN_TARGET_SECONDS:g} s"
+            yield where_url, what, "See whether the clip was cut short, or take the sample out."
+        yield from _duration(f"{where}.duration", item.get("duration"), seconds)
+        return seconds
 
 
 def _probe(path: Path) -> AudioInfo | AudioError:
@@ -323,266 +416,59 @@ def _probe(path: Path) -> AudioInfo | AudioError:
         return error
 
 
-class _SampleReader:
-    """Reads one sample and keeps every problem that it finds."""
+def _get(raw: Any, key: str, kind: type[T]) -> T:
+    """A field of an object where both have the right type, else an empty value."""
+    value = raw.get(key) if isinstance(raw, dict) else None
+    return value if isinstance(value, kind) and not isinstance(value, bool) else kind()
 
-    def __init__(self, check: _FileCheck, row: _Row) -> None:
-        self._check = check
-        self._row = row
-        self._sample_id: str | None = None
-        self._start_index = 0
-        self._target_items = 0
-        self._target_seconds: list[float] = []
-        self._problems: list[Problem] = []
 
-    def read(self) -> tuple[Sample | None, list[Problem]]:
-        """The sample, or None and what is wrong with it."""
-        sample = self._sample(self._row.raw)
-        return (None, self._problems) if self._problems else (sample, [])
+def _items(message: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The content of a message, item by item, each with its path."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        yield where, {"type": "text", "text": content}
+    for position, item in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(item, dict):
+            yield f"{where}[{position}]" + ".text" * (item.get("type") == "text"), item
 
-    def _sample(self, raw: Any) -> Sample | None:
-        if self._row.fault:
-            self._add("", self._row.fault, "Mend the line: one whole JSON object a line.")
-            return None
-        if not isinstance(raw, dict):
-            self._add("", f"is {_kind(raw)}, not an object", 'A sample is an object {"messages": [...]}.')
-            return None
-        misc = self._object(raw, "misc")
-        self._sample_id = self._optional_text(misc, "sample_id", "misc.") or self._made_id()
-        self._check_id(self._sample_id)
-        self._check_values(raw)
-        self._start_index = self._read_start_index(raw)
-        messages = self._messages(raw)
-        self._check_misc_duration(misc)
-        return Sample(
-            sample_id=self._sample_id,
-            messages=messages,
-            speaker=self._optional_text(raw, "speaker"),
-            language=self._optional_text(misc, "language", "misc."),
-            ref_transcript=self._optional_text(misc, "ref_transcript", "misc."),
-            target_transcript=self._optional_text(misc, "target_transcript", "misc."),
-            start_index=self._start_index,
-            source=Source(self._check.file, self._row.position, self._row.line),
-        )
 
-    def _add(self, where: str, what: str, mend: str) -> None:
-        row = self._row
-        self._problems.append(
-            Problem(row.position, self._sample_id, where, what, mend, path=self._check.file, line=row.line)
-        )
-
-    # Beside the messages
-
-    def _made_id(self) -> str:
-        return f"{self._check.file.stem}-{self._row.position:05d}"
-
-    def _check_id(self, sample_id: str) -> None:
-        position = self._row.position
-        first = self._check.positions.setdefault(sample_id, position)
-        if first != position:
-            what = f"the id of sample {position} is already that of sample {first}"
-            self._add("misc.sample_id", what, "Give every sample an id of its own.")
-
-    def _object(self, raw: dict[str, Any], key: str) -> dict[str, Any]:
-        value = raw.get(key)
-        if value is None or isinstance(value, dict):
-            return value or {}
-        self._add(key, f"is {_kind(value)}, not an object", "Make it an object, or leave it out.")
-        return {}
-
-    def _optional_text(self, raw: dict[str, Any], key: str, prefix: str = "") -> str | None:
-        value = raw.get(key)
-        if value is None or isinstance(value, str):
-            return value if value and value.strip() else None
-        self._add(prefix + key, f"is {_kind(value)}, not a string", "Put it in quotes, or leave it out.")
-        return None
-
-    def _read_start_index(self, raw: dict[str, Any]) -> int:
-        value = raw.get("start_index")
-        messages = raw.get("messages")
-        count = len(messages) if isinstance(messages, list) else 0
-        if value is None:
-            return 0
-        if isinstance(value, bool) or not isinstance(value, int):
-            self._add("start_index", f"is {_kind(value)}, not a whole number", "Use 0 to supervise every answer.")
-        elif count and not 0 <= value < count:
-            what = f"is {value}, outside the {count} messages"
-            self._add("start_index", what, f"Use 0 to {count - 1}; 0 supervises every answer.")
-        else:
-            return value
-        return 0
-
-    def _check_values(self, raw: dict[str, Any]) -> None:
-        """Python's JSON reader takes NaN, Infinity, 1e999 and half a surrogate pair: here none of them passes."""
-        for where, value in _leaves(raw):
-            if isinstance(value, float) and not math.isfinite(value):
-                self._add(where, f"is {value}, not a finite number", "Give a finite number, or leave the field out.")
-            elif isinstance(value, str) and not _is_unicode(value):
-                what = "holds half of a surrogate pair, which is not a character"
-                self._add(where, what, "Write the text again from its source.")
-
-    # The messages
-
-    def _messages(self, raw: dict[str, Any]) -> tuple[Message, ...]:
-        messages = raw.get("messages")
-        if not isinstance(messages, list) or not messages:
-            what = "is an empty list" if isinstance(messages, list) else _absence(raw, "messages", "a list")
-            self._add("messages", what, "Give a list with at least one user and one assistant message.")
-            return ()
-        read = [self._message(position, message) for position, message in enumerate(messages)]
-        self._check_order([message.get("role") if isinstance(message, dict) else None for message in messages])
-        return tuple(message for message in read if message is not None)
-
-    def _message(self, position: int, raw: Any) -> Message | None:
-        where = f"messages[{position}]"
-        if not isinstance(raw, dict):
-            self._add(where, f"is {_kind(raw)}, not an object", 'A message is {"role": ..., "content": ...}.')
-            return None
-        role = raw.get("role")
-        if role not in ROLES:
-            what = f"unknown role {role!r}" if isinstance(role, str) else _absence(raw, "role", "a string")
-            self._add(f"{where}.role", what, _ROLE_MEND)
-        is_target = role == "assistant" and position >= self._start_index
-        content = self._content(f"{where}.content", raw, is_target)
-        return Message(cast(Role, role), content)
-
-    def _check_order(self, roles: list[Any]) -> None:
-        for position, role in enumerate(roles):
-            if role == "system" and position:
-                what = "a system message that is not the first message"
-                self._add(f"messages[{position}].role", what, "Move it to messages[0].")
-        if "assistant" not in roles:
-            self._add("messages", "there is no assistant message", "End the sample with the assistant's audio.")
-            return
-        if roles[-1] in ROLES and roles[-1] != "assistant":
+def _order(roles: Sequence[str], start: int, has_target: bool) -> Iterator[Fault]:
+    for position, role in enumerate(roles):
+        if role == "system" and position:
+            what = "a system message that is not the first message"
+            yield f"messages[{position}].role", what, "Move it to messages[0]."
+    if roles and "assistant" not in roles:
+        yield "messages", "there is no assistant message", "End the sample with the assistant's audio."
+    elif roles:
+        if roles[-1] in ("system", "user"):
             what = f"the last message is the {roles[-1]}'s, not the assistant's"
-            self._add(f"messages[{len(roles) - 1}].role", what, "End the sample with the assistant's audio.")
-        if not self._target_items:
-            what = f"there is no assistant audio at or after start_index {self._start_index}"
-            self._add("messages", what, "Add the target audio to the assistant's message, or lower start_index.")
-
-    def _content(self, where: str, raw: dict[str, Any], is_target: bool) -> tuple[Content, ...]:
-        content = raw.get("content")
-        if isinstance(content, str):
-            return self._text(where, raw, "content", is_target)
-        if not isinstance(content, list) or not content:
-            what = "is an empty list" if isinstance(content, list) else _absence(raw, "content", "a string or a list")
-            self._add(where, what, _CONTENT_MEND)
-            return ()
-        items = (self._item(f"{where}[{position}]", item, is_target) for position, item in enumerate(content))
-        return tuple(content for item in items for content in item)
-
-    def _item(self, where: str, raw: Any, is_target: bool) -> tuple[Content, ...]:
-        if not isinstance(raw, dict):
-            self._add(where, f"is {_kind(raw)}, not an object", _CONTENT_MEND)
-            return ()
-        kind = raw.get("type")
-        if kind == "text":
-            return self._text(f"{where}.text", raw, "text", is_target)
-        if kind == "audio":
-            return self._audio(where, raw, is_target)
-        what = f"unknown content type {kind!r}" if isinstance(kind, str) else _absence(raw, "type", "a string")
-        self._add(f"{where}.type", what, "Use text or audio.")
-        return ()
-
-    def _text(self, where: str, raw: dict[str, Any], key: str, is_target: bool) -> tuple[Content, ...]:
-        text = raw.get(key)
-        if not isinstance(text, str):
-            self._add(where, _absence(raw, key, "a string"), "Give the text as a string.")
-            return ()
-        if is_target and not text.strip():
-            self._add(where, "the target text is empty", "Give the words of the target audio, or take the item out.")
-        return (TextContent(text),)
-
-    # The audio
-
-    def _audio(self, where: str, raw: dict[str, Any], is_target: bool) -> tuple[Content, ...]:
-        self._target_items += is_target
-        path = self._audio_path(f"{where}.audio_url", raw)
-        if path is None:
-            return ()
-        info = self._check.probe(path)
-        if isinstance(info, AudioError):
-            mend = _PATH_MEND if isinstance(info, AudioMissingError) else _AUDIO_MEND
-            self._add(f"{where}.audio_url", f"audio file {info}", mend)
-            return ()
-        self._check_length(f"{where}.audio_url", info.seconds, is_target)
-        self._check_duration(f"{where}.duration", raw.get("duration"), info.seconds)
-        if is_target:
-            self._target_seconds.append(info.seconds)
-        return (AudioContent(path, is_target),)
-
-    def _audio_path(self, where: str, raw: dict[str, Any]) -> Path | None:
-        url = raw.get("audio_url")
-        if not isinstance(url, str) or not url.strip():
-            what = "is empty" if isinstance(url, str) else _absence(raw, "audio_url", "a string")
-            self._add(where, what, "Give the path of the audio file.")
-            return None
-        try:
-            return (self._check.file.parent / url).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a null byte or half a surrogate pair
-            self._add(where, f"{url!r} cannot be a path ({error})", _PATH_MEND)
-            return None
-
-    def _check_length(self, where: str, seconds: float, is_target: bool) -> None:
-        kind = "target" if is_target else "reference"
-        longest = self._check.max_target_seconds if is_target else self._check.max_reference_seconds
-        if longest is not None and seconds > longest:
-            what = f"the {kind} audio is {seconds:.2f} s long, over the {longest:g} s allowed"
-            self._add(where, what, f"Cut the clip, or raise max_{kind}_seconds.")
-        if is_target and seconds < MIN_TARGET_SECONDS:
-            what = f"the target audio is {seconds:.3f} s long, under the least of {MIN_TARGET_SECONDS:g} s"
-            self._add(where, what, "See whether the clip was cut short, or take the sample out.")
-
-    def _check_misc_duration(self, misc: dict[str, Any]) -> None:
-        """``misc.duration`` tells of one clip: with several targets it is not known which."""
-        actual = self._target_seconds[0] if len(self._target_seconds) == self._target_items == 1 else None
-        self._check_duration("misc.duration", misc.get("duration"), actual)
-
-    def _check_duration(self, where: str, declared: Any, actual: float | None) -> None:
-        if declared is None or (isinstance(declared, float) and not math.isfinite(declared)):
-            return  # absent, or already said by _check_values
-        if isinstance(declared, bool) or not isinstance(declared, int | float):
-            self._add(where, f"is {_kind(declared)}, not a number", "Give seconds as a number, or leave it out.")
-        elif actual is not None and _durations_differ(declared, actual):
-            what = f"{declared} s declared, but the file is {actual:.2f} s long"
-            self._add(where, what, "See whether it is the right file, then correct the duration or leave it out.")
+            yield f"messages[{len(roles) - 1}].role", what, "End the sample with the assistant's audio."
+        if not has_target:
+            what = f"there is no assistant audio at or after start_index {start}"
+            yield "messages", what, "Add the target audio to the assistant's message, or lower start_index."
 
 
-def _durations_differ(declared: float, actual: float) -> bool:
+def _duration(where: str, declared: Any, actual: float | None) -> Iterator[Fault]:
+    if actual is None or isinstance(declared, bool) or not isinstance(declared, int | float):
+        return
     tolerance = max(DURATION_TOLERANCE_SECONDS, DURATION_TOLERANCE_SHARE * actual)
-    # compared, not subtracted: JSON allows integers that no float can hold
-    return declared < actual - tolerance or declared > actual + tolerance
+    # Compared, not subtracted: JSON allows integers that no float can hold. Infinity is said elsewhere.
+    if -math.inf < declared < actual - tolerance or actual + tolerance < declared < math.inf:
+        what = f"{declared} s declared, but the file is {actual:.2f} s long"
+        yield where, what, "See whether it is the right file, then correct the duration or leave it out."
 
 
-def _absence(raw: dict[str, Any], key: str, wanted: str) -> str:
-    return f"is {_kind(raw[key])}, not {wanted}" if key in raw else "is missing"
-
-
-def _leaves(raw: Any) -> Iterator[tuple[str, Any]]:
-    """Every value that is no list and no object, with its JSON path. Keeps a stack: JSON may nest deeper than calls."""
-    stack: list[tuple[str, Any]] = [("", raw)]
+def _bad_values(raw: Any) -> Iterator[Fault]:
+    """Python's JSON reader takes NaN, Infinity, 1e999 and half a surrogate pair: here none of them passes."""
+    stack: list[tuple[str, Any]] = [("", raw)]  # JSON may nest deeper than calls
     while stack:
         where, value = stack.pop()
         if isinstance(value, dict):
             stack += reversed([(f"{where}.{key}".lstrip("."), item) for key, item in value.items()])
         elif isinstance(value, list):
             stack += reversed([(f"{where}[{position}]", item) for position, item in enumerate(value)])
-        else:
-            yield where, value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls a value, with its article."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names[type(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield where, f"is {value}, not a finite number", "Give a finite number, or leave the field out."
+        elif isinstance(value, str) and _HALF_PAIR.search(value):
+            what = "holds half of a surrogate pair, which is not a character"
+            yield where, what, "Write the text again from its source."

@@ -1,4 +1,4 @@
-"""Loads an audio tokenizer (codec) and turns waveforms into codes and back.
+"""Loads an audio tokenizer (codec) and turns waveforms into codes.
 
 Two kinds are supported: ``HiggsAudioV2TokenizerModel`` and the demonstration codec.
 
@@ -167,29 +167,3 @@ def encode_waveform(codec: PreTrainedAudioTokenizerBase, samples: np.ndarray) ->
     with torch.inference_mode():
         codes: Tensor = codec.encode(waveform[None, None].to(codec.device)).audio_codes[0]
     return codes.to("cpu", torch.int64).clone()
-
-
-def decode_codes(codec: PreTrainedAudioTokenizerBase, codes: Tensor) -> np.ndarray:
-    """The waveform of one sequence of codes.
-
-    Args:
-        codec: from :func:`load_audio_tokenizer`.
-        codes: integer ``[num_codebooks, frames]``, every code below the codec's codebook size: no start or end of
-            stream, no delay pattern.
-
-    Returns:
-        float32 ``[n]`` at the codec's sampling rate; with no frames, no samples.
-
-    Raises:
-        ValueError: when the shape is wrong or a code is outside its codebook (counted).
-    """
-    if codes.ndim != 2 or codes.shape[0] != codec_num_codebooks(codec):
-        raise ValueError(f"expected codes of shape [{codec_num_codebooks(codec)}, frames], got {list(codes.shape)}")
-    size = int(codec.config.codebook_size)
-    if outside := int(((codes < 0) | (codes >= size)).sum()):
-        raise ValueError(f"{outside} of {codes.numel()} codes are outside 0 to {size - 1}, the codec's codebook")
-    if codes.shape[1] == 0:
-        return np.zeros(0, dtype=np.float32)
-    with torch.inference_mode():
-        values: Tensor = codec.decode(codes[None].to(codec.device, torch.int64)).audio_values
-    return values.float().cpu().numpy().reshape(-1)

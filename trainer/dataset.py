@@ -190,7 +190,7 @@ class Layout:
                 continue
             upto = self._chat(messages[: index + 1])
             prompt = self._chat(messages[:index], add_generation_prompt=True)
-            # The prompt may begin the audio behind the header, and a text may begin as that token does.
+            # The prompt may begin the audio after the header, and a text may begin as that token does.
             at = _shared_length(upto, prompt.removesuffix(self._processor.audio_bos_token))
             for text in _texts(message):
                 found = upto.find(text, at)

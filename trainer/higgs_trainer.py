@@ -58,7 +58,8 @@ class HiggsAudioTrainer(Trainer):
     callbacks) see metadata, inputs, outputs and unclipped gradients of the steps that they ask for.
 
     Raises:
-        ValueError: for another model, or when one process would drive several GPUs (start one per GPU with torchrun).
+        ValueError: for another model, for label smoothing, or when one process would drive several GPUs (start one per
+            GPU with torchrun).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,13 +69,18 @@ class HiggsAudioTrainer(Trainer):
                 f"one process would split its batches over {self.args.n_gpu} GPUs: start one process per GPU with "
                 f"torchrun --nproc_per_node={self.args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"--label_smoothing_factor {self.args.label_smoothing_factor}: the Trainer smooths one sequence of "
+                "labels, and this loss is a sum over text and every codebook. Leave it at 0"
+            )
         base = find_higgs(cast(nn.Module, self.model))
         self._num_codebooks = base.config.num_codebooks
         self._loss = AccumulatedLoss(base.config)
         base.loss_function = self._loss
-        self.callback_handler = StepDataHandler(self.callback_handler)
+        self.callback_handler = self._step_data_handler = StepDataHandler(self.callback_handler)
         self._metadata: Any = None
-        self._observed = False
+        self._observers: list[StepObserver] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The Trainer's own; callbacks may look at evaluation batches from the beginning of training."""
@@ -86,11 +92,11 @@ class HiggsAudioTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The Trainer's own step, backward included."""
-        self._observed = bool(self._due_observers())
+        self._observers = self._due_observers()
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._observed = False
+            self._observers = []
             self._metadata = None
 
     def compute_loss(
@@ -103,9 +109,13 @@ class HiggsAudioTrainer(Trainer):
         """The Trainer's own; on a due step the outputs are kept, detached, until its ``on_step_end``."""
         self._loss.begin()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self._observed:
+        if self._observers:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            self._show({**inputs, **counted, METADATA: self._metadata}, _detached(outputs, self._scale(bool(counted))))
+            shown = {**inputs, **counted, METADATA: self._metadata}
+            seen = {"inputs": shown, "outputs": _detached(outputs, self._scale(bool(counted)))}
+            for observer in self._observers:
+                observer.on_outputs(self.args, self.state, self.control, **seen)
+            self._step_data_handler.step_data = seen
         return (loss, outputs) if return_outputs else loss
 
     def _scale(self, counted: bool) -> int:
@@ -126,31 +136,14 @@ class HiggsAudioTrainer(Trainer):
         """Inputs on the device, without the metadata; observers of a due step are told what it was."""
         inputs = dict(inputs)
         self._metadata = inputs.pop(METADATA, None) or []
-        if self._observed:
-            for observer in self._due_observers():
-                observer.on_microbatch(self.args, self.state, self.control, metadata=self._metadata)
+        for observer in self._observers:
+            observer.on_microbatch(self.args, self.state, self.control, metadata=self._metadata)
         return super()._prepare_inputs(inputs)
 
-    def _show(self, inputs: dict[str, Any], outputs: Any) -> None:
-        for observer in self._due_observers():
-            observer.on_outputs(self.args, self.state, self.control, inputs=inputs, outputs=outputs)
-        self._step_data = {"inputs": inputs, "outputs": outputs}
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._offer_gradients()
-        return super()._clip_grad_norm(model)
-
-    def _offer_gradients(self) -> None:
         for observer in self._due_observers():
             observer.on_gradients(self.args, self.state, self.control, model=self.model)
-
-    @property
-    def _step_data(self) -> dict[str, Any]:
-        return cast(StepDataHandler, self.callback_handler).step_data
-
-    @_step_data.setter
-    def _step_data(self, data: dict[str, Any]) -> None:
-        cast(StepDataHandler, self.callback_handler).step_data = data
+        return super()._clip_grad_norm(model)
 
     def _due_observers(self) -> list[StepObserver]:
         step = self.state.global_step + 1

@@ -9,73 +9,83 @@ from typing import Any
 from telemetry.backends.base import Backend
 from telemetry.callbacks.trainer import StrategicCallback, TrainerDoor
 from telemetry.instruments import questions
+from telemetry.instruments.attention import DEFAULT_QUERIES
+from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session
 from telemetry.sound import SoundPolicy
+from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
-class _QuestionCallback(StrategicCallback):
-    """A callback for one of :data:`telemetry.instruments.questions.QUESTIONS`."""
-
-    question = ""
-
-    def __init__(
-        self,
-        logging_steps: int = DEFAULT_LOGGING_STEPS,
-        backends: Sequence[Backend] | None = None,
-        logging_dir: str | Path | None = None,
-        sound: SoundPolicy | None = None,
-        **options: Any,
-    ) -> None:
-        instruments = questions.QUESTIONS[self.question](**options)
-        super().__init__(logging_steps, backends, logging_dir, sound, instruments)
-
-
-class InputLoggerCallback(_QuestionCallback):
+class InputLoggerCallback(StrategicCallback):
     """Inputs: is the data what I think it is? Everything under ``inputs/``.
 
     Takes the arguments of :class:`StrategicCallback`.
     """
 
-    question = "inputs"
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instruments += questions.inputs()
 
 
-class OutputLoggerCallback(_QuestionCallback):
+class OutputLoggerCallback(StrategicCallback):
     """Outputs: what does the model predict, per stream? Everything under ``outputs/``.
 
     Takes the arguments of :class:`StrategicCallback`.
     """
 
-    question = "outputs"
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.instruments += questions.outputs()
 
 
-class SharedAttentionLoggerCallback(_QuestionCallback):
+class SharedAttentionLoggerCallback(StrategicCallback):
     """Shared attention: do text and audio look at each other, and does every part learn?
 
     Everything under ``attention/``, ``activations/`` and ``gradients/``. Takes the arguments of
     :class:`StrategicCallback` and, by name, those of :func:`telemetry.instruments.questions.shared_attention`.
     """
 
-    question = "shared_attention"
+    def __init__(
+        self,
+        *args: Any,
+        layers: Sequence[int] | None = None,
+        queries: int = DEFAULT_QUERIES,
+        text_audio_cosine: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.instruments += questions.shared_attention(layers, queries, text_audio_cosine)
 
 
-class ZeroShotVerificationLoggerCallback(_QuestionCallback):
+class ZeroShotVerificationLoggerCallback(StrategicCallback):
     """Zero-shot: is every sample a well-formed voice-cloning prompt, and does the model use the reference voice?
 
     Everything under ``zero_shot/``. Takes the arguments of :class:`StrategicCallback` and, by name, those of
     :func:`telemetry.instruments.questions.zero_shot`.
     """
 
-    question = "zero_shot"
+    def __init__(
+        self,
+        *args: Any,
+        conditioning_every: int = 5,
+        clips: int = DEFAULT_CLIPS,
+        speaker_encoder: SpeakerEncoder | str | None = None,
+        transcriber: Transcriber | str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        clips_max_seconds: float = MAX_SECONDS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.instruments += questions.zero_shot(
+            conditioning_every, clips, speaker_encoder, transcriber, max_new_tokens, clips_max_seconds
+        )
 
 
 COMPONENTS: dict[str, type[StrategicCallback]] = {
-    kind.question: kind
-    for kind in (
-        InputLoggerCallback,
-        OutputLoggerCallback,
-        SharedAttentionLoggerCallback,
-        ZeroShotVerificationLoggerCallback,
-    )
+    "inputs": InputLoggerCallback,
+    "outputs": OutputLoggerCallback,
+    "shared_attention": SharedAttentionLoggerCallback,
+    "zero_shot": ZeroShotVerificationLoggerCallback,
 }
 
 

@@ -18,7 +18,7 @@ from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
-from telemetry.setting import Setting, default_logging_dir, run_config, trainer_tag
+from telemetry.setting import Setting, default_logging_dir, run_config
 from telemetry.sound import SoundPolicy
 
 
@@ -147,9 +147,7 @@ class TrainerDoor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._session is not None and logs:
-            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            tagged = {trainer_tag(name): float(value) for name, value in numbers.items() if name != "step"}
-            self._session.log(state.global_step, tagged, logs)
+            self._session.log(state.global_step, logs)
 
     def on_evaluate(
         self,

@@ -343,6 +343,12 @@ BAD_SAMPLES: dict[str, tuple[Callable[[Raw], object], str, str, str]] = {
         "the target text is empty",
         "Give the words of the target audio",
     ),
+    "target string empty": (
+        lambda raw: raw["messages"].insert(2, {"role": "assistant", "content": ""}),
+        "messages[2].content",
+        "the target text is empty",
+        "Give the words of the target audio",
+    ),
     "url missing": (lambda raw: user(raw)[1].pop("audio_url"), REFERENCE, "is missing", "Give the path"),
     "url null": (reference_is(None), REFERENCE, "is null, not a string", "Give the path"),
     "url empty": (reference_is(" "), REFERENCE, "is empty", "Give the path"),

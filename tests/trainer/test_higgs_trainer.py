@@ -428,3 +428,8 @@ def test_two_devices_in_one_process_are_refused(
     monkeypatch.setattr(type(made.args), "n_gpu", 2)
     with pytest.raises(ValueError, match="torchrun --nproc_per_node=2"):
         HiggsAudioTrainer(model=tiny_model, args=made.args, train_dataset=demo_dataset)
+
+
+def test_label_smoothing_is_refused_before_training(tiny_model: Model, train: TrainerFactory) -> None:
+    with pytest.raises(ValueError, match=r"--label_smoothing_factor 0\.1: .* text and every codebook"):
+        train(tiny_model, [], label_smoothing_factor=0.1)

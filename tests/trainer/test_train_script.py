@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainer.train_v2_ddp
-from trainer.arguments import ScriptArguments
+from trainer.arguments import FineTuningArguments, ScriptArguments
 from trainer.chatml import Message, Sample, Source, TextContent
 from trainer.demo.prepare import Demonstration
 from trainer.train_v2_ddp import find_checkpoint, main, split_samples, strategic_callbacks
@@ -214,6 +215,8 @@ def test_a_bad_data_file_ends_the_program_with_one_clear_message(
             {"--enable_strategic_logging": "true", "--transcriber": "no/such/model"},
             "error: cannot load the transcriber 'no/such/model'",
         ),
+        ({"--label_smoothing_factor": "0.1"}, "error: --label_smoothing_factor 0.1: "),
+        ({"--fsdp": "true", "--fsdp_config": "nowhere.json"}, "nowhere.json"),
         ({"--validation_split": "0.99"}, "error: --validation_split 0.99 of 8 samples leaves nothing to train on"),
     ],
 )
@@ -234,8 +237,31 @@ def test_what_is_not_there_is_said_without_a_traceback(
     assert said in caught.value.code
 
 
-def script_arguments(tmp_path: Path, **more: Any) -> ScriptArguments:
-    return ScriptArguments(model_path="m", train_data_file="t", output_dir=str(tmp_path / "output"), **more)
+def test_the_trainers_own_arguments_do_what_they_say(
+    tiny_model_path: Path, data_file: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))  # put back afterwards: the script sets it
+    output = tmp_path / "output"
+    given = {"--model_path": tiny_model_path, "--train_data_file": data_file, "--output_dir": output}
+    steps = {"--max_steps": 4, "--save_steps": 2, "--logging_steps": 1, "--report_to": "none", "--learning_rate": 1e-3}
+    asked = {"--optim": "adafactor", "--lr_scheduler_type": "cosine", "--save_total_limit": 1}
+    options = [str(part) for option in (given | steps | asked).items() for part in option]
+    main([*options, "--activation_checkpointing"])
+
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    for step, rate in logged_steps(output, 4, "learning_rate").items():
+        assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * (step - 1) / 4)) / 2)
+    moments = torch.load(output / "checkpoint-4" / "optimizer.pt")["state"]
+    assert any("exp_avg_sq_row" in state for state in moments.values())
+    assert torch.load(output / "training_args.bin", weights_only=False).activation_checkpointing is True
+
+
+def script_arguments(**more: Any) -> ScriptArguments:
+    return ScriptArguments(model_path="m", train_data_file="t", **more)
+
+
+def callbacks(tmp_path: Path, **more: Any) -> list[Any]:
+    return strategic_callbacks(script_arguments(**more), FineTuningArguments(output_dir=str(tmp_path / "output")))
 
 
 def test_which_checkpoint_is_resumed_from(tmp_path: Path) -> None:
@@ -243,7 +269,7 @@ def test_which_checkpoint_is_resumed_from(tmp_path: Path) -> None:
         (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
 
     def found(asked: str | None) -> str | None:
-        return find_checkpoint(script_arguments(tmp_path, resume_from_checkpoint=asked))
+        return find_checkpoint(asked, str(tmp_path / "output"))
 
     newest = str(tmp_path / "output" / "checkpoint-10")
     assert found("last") == found("True") == newest
@@ -252,14 +278,12 @@ def test_which_checkpoint_is_resumed_from(tmp_path: Path) -> None:
 
 
 def test_telemetry_is_made_only_when_asked_for(tmp_path: Path) -> None:
-    assert strategic_callbacks(script_arguments(tmp_path)) == []
-    [made] = strategic_callbacks(
-        script_arguments(
-            tmp_path,
-            enable_strategic_logging=True,
-            strategic_logging_steps=5,
-            strategic_logging_components=["outputs", "inputs"],
-        )
+    assert callbacks(tmp_path) == []
+    [made] = callbacks(
+        tmp_path,
+        enable_strategic_logging=True,
+        strategic_logging_steps=5,
+        strategic_logging_components=["outputs", "inputs"],
     )
     assert [type(member).__name__ for member in made.members] == ["OutputLoggerCallback", "InputLoggerCallback"]
     assert [step for step in range(1, 12) if made.is_due(step)] == [1, 5, 10]
@@ -267,7 +291,7 @@ def test_telemetry_is_made_only_when_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("said", "enabled"), [({}, True), ({"telemetry_audio": "off"}, False)])
 def test_sound_is_off_where_it_is_not_wanted(said: dict[str, str], enabled: bool, tmp_path: Path) -> None:
-    [made] = strategic_callbacks(script_arguments(tmp_path, enable_strategic_logging=True, **said))
+    [made] = callbacks(tmp_path, enable_strategic_logging=True, **said)
     assert [member.sound.enabled for member in made.members] == [enabled] * 4
 
 
@@ -319,16 +343,14 @@ def test_a_split_of_everything_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("rank", "level"), [(None, logging.INFO), ("0", logging.INFO), ("1", logging.WARNING)])
-def test_without_telemetry_too_only_rank_0_talks(
-    rank: str | None, level: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_telemetry_too_only_rank_0_talks(rank: str | None, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("trainer")
     before = logger.level
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     try:
-        trainer.train_v2_ddp.set_up_logging(script_arguments(tmp_path))
+        trainer.train_v2_ddp.set_up_logging(script_arguments())
         assert logger.level == level
     finally:
         logger.setLevel(before)

@@ -166,7 +166,7 @@ class DemonstrationCodec(PreTrainedAudioTokenizerBase):
         config = self.config
         padded = nn.functional.pad(waveforms, (0, -waveforms.shape[-1] % config.hop_length))
         window = torch.hann_window(config.fft_size, device=padded.device)
-        spectrum = _stft(padded, window, config.subframe_length)[..., :-1]  # the last one lies behind the last sample
+        spectrum = _stft(padded, window, config.subframe_length)[..., :-1]  # the last one lies after the last sample
         mels = torch.einsum("fm,bft->btm", self._filters(padded.device), spectrum.abs())
         return mels.clamp(min=_FLOOR).log().reshape(len(waveforms), -1, config.frame_size)
 

@@ -29,6 +29,7 @@ from trainer.audio import read_audio
 from trainer.codec import codec_sampling_rate, load_audio_tokenizer
 from trainer.demo.codec import DemonstrationCodec, DemonstrationCodecConfig
 from trainer.demo.synthesize import CLIPS_DIRECTORY, Clip, read_manifest
+from trainer.processing import training_template
 
 SYSTEM_PROMPT = "You are a voice cloning assistant. Speak the text in the voice of the reference audio."
 TARGET_PROMPT = "Please say this in the same voice: "
@@ -49,7 +50,6 @@ _OTHER_SPECIAL_TOKENS = (
     AUDIO_DELAY_TOKEN,
 )
 
-_CHAT_TEMPLATE = Path(__file__).parent.parent / "chat_template.jinja"
 _VOCABULARY_LIMIT = 600
 _SEED = 0
 
@@ -208,7 +208,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
         additional_special_tokens=list(_OTHER_SPECIAL_TOKENS),
-        chat_template=_CHAT_TEMPLATE.read_text(encoding="utf-8"),
+        chat_template=training_template(),
         clean_up_tokenization_spaces=False,
     )
 
@@ -216,7 +216,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 def model_config(tokenizer: PreTrainedTokenizerFast, codec: DemonstrationCodecConfig) -> HiggsAudioV2Config:
     """Configuration of the demonstration model, its ids those of ``tokenizer`` and ``codec``.
 
-    Start and end of stream are the two ids behind the codec's codes.
+    Start and end of stream are the two ids after the codec's codes.
     """
     ids = tokenizer.get_vocab()
     return HiggsAudioV2Config(
