@@ -184,11 +184,26 @@ CATALOGUE: tuple[Entry, ...] = (
     # outputs
     Entry(
         "outputs/loss/total",
-        "Mean text loss plus the sum over codebooks of each codebook's mean loss: what HiggsAudioTrainer minimizes.",
+        "What training minimizes, added up again from every stream and part of the model's loss that is read.",
         "nats",
-        reduction="sum of the parts' means",
+        reduction="as outputs/loss/model",
         better="lower",
-        absent="nothing is supervised in the step, or the model computed no logits",
+        absent="a part of it could not be read, or it differs from the loss that the model returned",
+    ),
+    Entry(
+        "outputs/loss/model",
+        "What training minimizes, as the model returned it.",
+        "nats",
+        reduction="sum over microbatches and ranks where the Trainer has it divided by the tokens of all, else mean",
+        better="lower",
+        absent="the model returned no loss",
+    ),
+    Entry(
+        "outputs/loss/router",
+        "Part of the loss that balances the experts of a mixture of experts, weighted as it is added.",
+        "nats",
+        reduction="as outputs/loss/model",
+        absent="the model has no experts, or does not train their router",
     ),
     Entry(
         "outputs/loss/text",

@@ -82,7 +82,7 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     _question(
         "outputs",
-        Chart("Loss by part", ("outputs/loss/{total,text,audio}",)),
+        Chart("Loss by part", ("outputs/loss/{model,total,text,audio,router}",)),
         Chart("Loss by codebook", ("outputs/loss/codebook_<k>",)),
         Chart("Accuracy by modality", ("outputs/accuracy/{text,audio}",)),
         Chart("Accuracy by codebook", ("outputs/accuracy/codebook_<k>",)),

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Recorder
 from telemetry.delivery.reduction import RankGather
-from telemetry.families import Family, Head, find_family
+from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.batches import EvaluationBatches
-from telemetry.probes.forward import Microbatch, PassReader
+from telemetry.probes.forward import Microbatch, PassReader, Reading
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.records import Scalar
@@ -315,8 +315,8 @@ class Session:
     def _inputs(self, microbatch: Microbatch) -> None:
         self._tell("inputs", microbatch)
 
-    def _outputs(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        self._tell("outputs", microbatch, head, logits)
+    def _outputs(self, microbatch: Microbatch, reading: Reading) -> None:
+        self._tell("outputs", microbatch, reading)
 
     def _measure(self, owner: object, action: Callable[..., None], *args: Any) -> None:
         """Do what a hook is there for, on the clock."""
@@ -382,6 +382,8 @@ class Session:
             output_dir=setting.output_dir,
             autocast=setting.autocast,
             progress=setting.progress,
+            world_size=setting.world_size,
+            tokens_across_ranks=setting.tokens_across_ranks,
         )
 
     def _backends(self) -> Sequence[Backend]:

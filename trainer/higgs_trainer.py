@@ -110,11 +110,18 @@ class HiggsAudioTrainer(Trainer):
         self._loss.begin()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._observers:
-            seen = {"inputs": {**inputs, METADATA: self._metadata}, "outputs": _detached(outputs)}
+            counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            shown = {**inputs, **counted, METADATA: self._metadata}
+            seen = {"inputs": shown, "outputs": _detached(outputs, self._scale(bool(counted)))}
             for observer in self._observers:
                 observer.on_outputs(self.args, self.state, self.control, **seen)
             self._step_data_handler.step_data = seen
         return (loss, outputs) if return_outputs else loss
+
+    def _scale(self, counted: bool) -> int:
+        """What the Trainer has multiplied the model's loss by, in place: gradients are averaged over ranks."""
+        across = counted and self.args.average_tokens_across_devices
+        return int(self.accelerator.num_processes) if across else 1
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Supervised tokens of each part of the loss over the accumulated batch and all ranks."""
@@ -159,7 +166,7 @@ def find_higgs(model: nn.Module) -> HiggsAudioV2ForConditionalGeneration:
     raise ValueError(f"HiggsAudioTrainer trains HiggsAudioV2ForConditionalGeneration, not {type(model).__name__}")
 
 
-def _detached(outputs: Mapping[str, Any]) -> Any:
-    """The output with every tensor cut from the graph; caches and other objects are left out."""
+def _detached(outputs: Mapping[str, Any], scale: int) -> Any:
+    """The output with every tensor cut from the graph, its loss unscaled; caches and other objects are left out."""
     kept = {name: value.detach() for name, value in outputs.items() if isinstance(value, Tensor)}
-    return type(outputs)(**kept)
+    return type(outputs)(**(kept | {"loss": kept["loss"] / scale} if "loss" in kept else kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
-from telemetry.families.base import Head
 from telemetry.instruments.base import Instrument, Step
-from telemetry.probes.forward import Microbatch
+from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
 from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
+
+
+@dataclass(frozen=True)
+class Head:
+    """What logits are of: the modality (``text`` or ``audio``), and codebooks, 1 for text."""
+
+    modality: str
+    codebooks: int = 1
 
 
 class TrainerDoor(TrainerCallback):
@@ -256,7 +264,7 @@ class StrategicCallback(TrainerDoor):
         """The model is about to run on a microbatch of a due step."""
 
     def observe_logits(self, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """A head has computed its logits for a microbatch of a due step."""
+        """A microbatch of a due step has its logits ``[..., codebooks × vocabulary]`` of something supervised."""
 
     def observe_gradients(self, model: nn.Module, clipped: bool) -> None:
         """All gradients of a due step are there; ``clipped`` says whether clipping has already touched them."""
@@ -302,8 +310,10 @@ class _Overridden(Instrument):
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         self._callback.observe_inputs(microbatch)
 
-    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        self._callback.observe_logits(microbatch, head, logits)
+    def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
+        for stream in reading.streams:
+            logits = stream.logits if isinstance(stream.name, str) else stream.logits.flatten(-2)
+            self._callback.observe_logits(microbatch, Head(stream.group, len(stream.names)), logits)
 
     def gradients(self, step: Step, clipped: bool | None) -> None:
         self._callback.observe_gradients(step.model, clipped is not False)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from telemetry.families.speech import Speaker
+
 IGNORE_INDEX = -100
+NO_LOGITS = "the model computed no logits for it (a fused loss, or no such head)"
+NO_LABELS = "the model was given no labels for it"
+
+Group = Literal["text", "audio"]
+Alignment = Literal["shifted", "aligned", "given_shifted"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class AudioView:
         bos_id, eos_id: the stream's begin and end ids.
         frames, placeholders: int64 ``[batch]``: code frames handed over, and positions that ask for one (whole clips,
             where one position asks for a clip).
-        delayed: whether codebook *k* of a clip is shifted by *k* frames.
+        delay: frames that each codebook of a clip is shifted by.
         embedded: bool ``[batch, sequence]``: audio that is given as embeddings of ``features``, without codes; None
             where there is no such audio.
         features: what an audio encoder of the model is given, ``[clips, channels, frames]``: no clips where nothing is
@@ -44,7 +53,7 @@ class AudioView:
     eos_id: int
     frames: Tensor
     placeholders: Tensor
-    delayed: bool = True
+    delay: tuple[int, ...]
     embedded: Tensor | None = None
     features: Tensor | None = None
     features_real: Tensor | None = None
@@ -85,27 +94,12 @@ class BatchView:
 
 
 @dataclass(frozen=True)
-class Head:
-    """A module whose output is logits.
-
-    Attributes:
-        module: its forward returns ``[batch, sequence, codebooks × vocabulary]``.
-        modality: "text" or "audio".
-        codebooks: 1 for text.
-    """
-
-    module: nn.Module
-    modality: str
-    codebooks: int = 1
-
-
-@dataclass(frozen=True)
 class FeedForward:
     """One feed-forward network of a layer, and where it meets the residual stream.
 
     Attributes:
         module: its forward returns ``[..., hidden]``.
-        added: the module whose output is added to the residual stream: ``module`` itself, or a norm behind it.
+        added: the module whose output is added to the residual stream: ``module`` itself, or a norm after it.
         residual: a module whose first argument is the residual stream that it is added to, position by position as
             the output; None where the layer has no such module.
     """
@@ -130,37 +124,234 @@ class Layer:
     feed_forward: Mapping[str, FeedForward]
 
 
-class Family(Protocol):
-    """How one kind of model is read. Bound to one model; holds no tensor of any batch."""
+@dataclass(frozen=True)
+class Stream:
+    """One or several sequences of tokens that a model learns to predict. ``V`` ids, ``C`` sequences beside each other.
+
+    Attributes:
+        name: of its metrics: ``text``, ``codebook_3``. A tuple of ``C`` names for sequences beside each other, which
+            cost less than one by one.
+        logits: ``[..., V]``, or ``[..., C, V]``.
+        labels: int64 ``[...]`` or ``[..., C]``; :data:`IGNORE_INDEX` where nothing is supervised.
+        group: the modality that it counts to.
+        alignment: ``shifted``: the loss shifts labels ``[batch, sequence, ...]``, logits at *t* predict labels at
+            *t + 1*; ``aligned``: logits predict the labels of their own position; ``given_shifted``: so they do, as
+            labels were shifted before the model was given them.
+        weight: of its mean in the model's loss.
+        denominator: what the model's loss divides the sum over its tokens by, a number or one for each of ``C``; None
+            where that is the number of its own supervised tokens in the pass.
+        rows: int64 ``[rows]``, where logits ``[rows, ...]`` cover some positions of labels ``[batch, sequence, ...]``
+            only: the index into ``batch × sequence`` of each. None where they cover all.
+        bos_id, eos_id: ids of its begin and its end, which are no entries of a codebook; None where it has none.
+    """
+
+    name: str | tuple[str, ...]
+    logits: Tensor
+    labels: Tensor
+    group: Group
+    alignment: Alignment
+    weight: float = 1.0
+    denominator: Tensor | float | None = None
+    rows: Tensor | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name for each sequence."""
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @functools.cached_property
+    def targets(self) -> Tensor:
+        """What is predicted at each position, of the labels' shape, on the logits' device."""
+        labels = self.labels.to(self.logits.device, non_blocking=True)
+        return shift_labels(labels) if self.alignment == "shifted" else labels
+
+    @functools.cached_property
+    def predicted(self) -> Tensor:
+        """What each row of logits predicts: int64, the logits' shape without the last dimension."""
+        return self.targets if self.rows is None else self.targets.flatten(0, 1)[self.rows]
+
+    def fault(self) -> str:
+        """Say what does not fit together, by shapes and dtypes alone; "" for a stream that can be read."""
+        block = not isinstance(self.name, str)
+        if self.group not in get_args(Group) or self.alignment not in get_args(Alignment):
+            known = ", ".join(get_args(Group) + get_args(Alignment))
+            return f"group {self.group!r} and alignment {self.alignment!r} are to be of {known}"
+        if not self.logits.is_floating_point() or self.labels.is_floating_point():
+            return f"logits are {self.logits.dtype}, labels {self.labels.dtype}: floats and ids are expected"
+        if block and (not self.labels.dim() or self.labels.shape[-1] != len(self.names)):
+            return (
+                f"labels {tuple(self.labels.shape)} for {len(self.names)} sequences: their last dimension is expected"
+            )
+        if self.labels.dim() - block < 2 and (self.alignment == "shifted" or self.rows is not None):
+            return f"labels {tuple(self.labels.shape)} have no batch and sequence to be shifted or taken rows of"
+        over = self.labels.shape if self.rows is None else (*self.rows.shape, *self.labels.shape[2:])
+        given = tuple(self.logits.shape)
+        if given[:-1] == tuple(over) and given:
+            return ""
+        cover = len(given) == len(over) + 1 > 2 and given[:1] == tuple(over[:1]) and given[1] < over[1]
+        what = "do not cover every position" if cover else "do not fit the labels"
+        expected = ", ".join(map(str, over))
+        return f"the logits {what}: {given}, where ({expected}, vocabulary) is expected"
+
+
+@dataclass(frozen=True)
+class LossPart:
+    """A part of the model's loss that no stream shows, weighted as the model adds it: a 0-d tensor."""
 
     name: str
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Absent:
+    """What of a pass cannot be read, and why.
+
+    Attributes:
+        name: of a stream, a group or a part of the loss.
+        why: the reason, as people are told.
+        in_loss: whether the model's loss has it all the same.
+    """
+
+    name: str
+    why: str
+    in_loss: bool = True
+
+
+Declared: TypeAlias = Stream | LossPart | Absent
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a family is given of a pass beside its inputs and outputs.
+
+    Attributes:
+        view: the batch, as :meth:`Family.view` has read it.
+        modules: outputs of the modules that :meth:`Family.watched` names; without those that have not run.
+        missing: why the output of a module that should have run is not there.
+    """
+
+    view: BatchView | None = None
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    missing: str = NO_LOGITS
+
+
+class Family:
+    """How one kind of model is read. Bound to one model; holds no tensor of any batch.
+
+    A subclass states what it can, :meth:`streams` first; all else is absent.
+
+    Args:
+        model: the module that has been found by its class's name.
+
+    Attributes:
+        name: what it is called in messages.
+        modalities: what its models read and predict.
+        groups: part of a parameter's name → gradient group of the catalogue; the first that fits.
+        speaker: makes the model speak, or None.
+    """
+
+    name: ClassVar[str] = ""
+    modalities: tuple[Group, ...] = ("text",)
+    groups: Sequence[tuple[str, str]] = ()
+    speaker: Speaker | None = None
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name", cls.__name__)
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """Whether a model that is named as expected is what it is named."""
+        return True
+
+    def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
+        """Declare what a pass has predicted, what else its loss consists of, and what of it does not show.
+
+        Called after the model's forward pass. Must not wait for the device.
+
+        Args:
+            inputs: the model's keyword arguments.
+            outputs: what it returned.
+            seen: the batch as it was read, and what watched modules gave.
+        """
+        return ()
+
+    def watched(self) -> Mapping[str, nn.Module]:
+        """Modules whose outputs :meth:`streams` is to be given, by a name of one's own."""
+        return {}
 
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
-        """Read a batch (the model's keyword arguments), or None where it holds no token ids."""
-
-    def heads(self) -> Sequence[Head]:
-        """The modules whose outputs are logits."""
-
-    def output_logits(self, outputs: Any) -> Sequence[tuple[Head, Tensor]]:
-        """The logits that a model output holds, for trainers that hand outputs over instead of being watched."""
-
-    def rows(self, view: BatchView, head: Head, logits: Tensor) -> Tensor | None:
-        """Which positions a head's rows of logits stand for: int64 ``[rows]``, indices into ``batch × sequence``.
-
-        None where logits ``[batch, sequence, ...]`` have one row for each.
-        """
+        """Read a batch (the model's keyword arguments), or None where it cannot be laid out position by position."""
+        return None
 
     def group_of(self, parameter_name: str) -> str:
-        """The catalogue's gradient group of a parameter."""
+        """Return the catalogue's gradient group of a parameter."""
+        return next((group for part, group in self.groups if part in parameter_name), "other")
 
     def layers(self) -> Sequence[Layer]:
-        """The decoder layers, in order; none where the model does not show them."""
+        """Return the decoder layers, in order; none where the model does not show them."""
+        return ()
 
     def served(self, view: BatchView) -> Mapping[str, Tensor]:
-        """Which positions each feed-forward network is given, padding included: bool ``[batch, sequence]``.
+        """Say which positions each feed-forward network is given, padding included: bool ``[batch, sequence]``.
 
         A network that is given a part of a batch gets its positions one after the other, sample by sample.
         """
+        return {}
+
+    @property
+    def swaps_references(self) -> bool:
+        """Whether the model can be given other reference audio."""
+        return type(self).swap_reference is not Family.swap_reference
+
+    def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
+        """Return the model's keyword arguments for a batch with other codes, without labels and cache.
+
+        Args:
+            inputs: of the batch.
+            codes: int64 ``[batch, sequence, C]``, at its audio positions; None for its own.
+        """
+        raise TypeError(f"family {self.name} swaps no references")
+
+    def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
+        """As :meth:`swap_reference`, with no position reading some ``positions``, bool ``[batch, sequence]``.
+
+        All positions stay where they are.
+        """
+        raise TypeError(f"family {self.name} hides no references")
+
+
+FamilyT = TypeVar("FamilyT", bound=type[Family])
+_READERS: dict[str, type[Family]] = {}
+
+
+def reads(*class_names: str) -> Callable[[FamilyT], FamilyT]:
+    """Register a family for models by the names of their classes, or of classes that theirs derive from."""
+
+    def register(family: FamilyT) -> FamilyT:
+        _READERS.update(dict.fromkeys(class_names, family))
+        return family
+
+    return register
+
+
+def registered_family(model: nn.Module) -> Family | None:
+    """Return the registered family of a model, wrapped (DDP, FSDP, PEFT) or not; None for an unknown one."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            family = _READERS.get(kind.__name__)
+            if family is not None and family.fits(module):
+                return family(module)
+    return None
+
+
+def output(outputs: Any, name: str) -> Any:
+    """Return a named part of what a model returned, a mapping or an object; None where it is not there."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -196,3 +387,8 @@ def decoder_layers(decoder: Any) -> list[Any]:
     layers = getattr(decoder, "layers", None)
     found = list(layers) if isinstance(layers, nn.ModuleList) else []
     return found if all(hasattr(layer, "self_attn") for layer in found) else []
+
+
+def codebook_names(codebooks: int) -> tuple[str, ...]:
+    """Names of the streams of ``codebooks`` codebooks."""
+    return tuple(f"codebook_{k}" for k in range(codebooks))

@@ -3,7 +3,7 @@
 Read by its published interface (github.com/boson-ai/higgs-audio) and never imported. Codes travel beside the text as
 ``audio_in_ids`` and ``audio_out_ids`` ``[codebooks, frames]`` with the start of every clip; one placeholder token
 stands for a whole clip, and the model expands it inside of its forward pass. An ``<|AUDIO|>`` may be given as
-embeddings of ``audio_features`` (Whisper), as codes, or as both, the codes behind.
+embeddings of ``audio_features`` (Whisper), as codes, or as both, the codes last.
 
 How long the expanded sequence gets only the device knows. So that nobody waits for it, the view has room for all audio
 in one sample, and says which of its positions the model has.
@@ -11,7 +11,7 @@ in one sample, and says which of its positions the model has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,18 @@ from torch import Tensor, nn
 
 from telemetry.families.base import (
     IGNORE_INDEX,
+    NO_LOGITS,
+    Absent,
     AudioView,
     BatchView,
-    Head,
-    Layer,
+    Declared,
+    Family,
+    Seen,
+    Stream,
     clips_with,
+    codebook_names,
+    output,
+    reads,
     real_positions,
 )
 
@@ -52,67 +59,70 @@ _GROUPS = (
 )
 
 
-class HiggsAudioFamily:
-    """Reads batches of ``HiggsAudioModel``."""
+@reads("HiggsAudioModel")
+class HiggsAudioFamily(Family):
+    """Reads ``HiggsAudioModel``.
+
+    Text logits cover the model's own sequence; audio logits the ``<|AUDIO_OUT|>`` audio, sample by sample.
+    """
 
     name = "higgs_audio"
-
-    def __init__(self, model: Any) -> None:
-        self._heads = (
-            Head(model.audio_decoder_proj.audio_lm_head, "audio", int(model.config.audio_num_codebooks)),
-            Head(model.audio_decoder_proj.text_lm_head, "text"),
-        )
-        self._config = model.config
+    modalities = ("text", "audio")
+    groups = _GROUPS
 
     @classmethod
-    def find(cls, model: nn.Module) -> HiggsAudioFamily | None:
-        """The family of a model, wrapped or not; None for another model."""
-        return next((cls(module) for module in model.modules() if _is_higgs_audio(module)), None)
+    def fits(cls, model: nn.Module) -> bool:
+        """Whether it has the heads and the configuration that are read."""
+        config, heads = getattr(model, "config", None), getattr(model, "audio_decoder_proj", None)
+        has_heads = hasattr(heads, "text_lm_head") and hasattr(heads, "audio_lm_head")
+        return has_heads and all(hasattr(config, field) for field in _FIELDS)
 
-    def heads(self) -> Sequence[Head]:
-        """The audio head and the text head."""
-        return self._heads
-
-    def output_logits(self, outputs: Any) -> Sequence[tuple[Head, Tensor]]:
-        """``audio_logits``, a row for every position of ``<|AUDIO_OUT|>`` audio, and ``logits``."""
-        given = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
-        named = ((head, given.get("audio_logits" if head.modality == "audio" else "logits")) for head in self._heads)
-        return [
-            (head, logits.flatten(1) if head.modality == "audio" else logits)
-            for head, logits in named
-            if isinstance(logits, Tensor)
-        ]
-
-    def group_of(self, parameter_name: str) -> str:
-        """Group of a parameter by its name in the model."""
-        return next((group for part, group in _GROUPS if part in parameter_name), "other")
-
-    def layers(self) -> Sequence[Layer]:
-        """None: where its expanded positions lie inside of the layers is not known before a forward pass."""
-        return []
-
-    def served(self, view: BatchView) -> Mapping[str, Tensor]:
-        """Nothing, as there are no layers to serve."""
-        return {}
-
-    def rows(self, view: BatchView, head: Head, logits: Tensor) -> Tensor | None:
-        """Text logits cover the model's own sequence; audio logits the ``<|AUDIO_OUT|>`` audio, sample by sample."""
-        batch, room = view.input_ids.shape
-        if head.modality == "audio":
-            is_out = view.input_ids == self._config.audio_out_token_idx
-            return torch.argsort((~is_out).flatten().to(torch.int8), stable=True)[: logits.shape[0]]
-        if view.exists is None or logits.shape[0] != batch or logits.shape[1] > room:
-            return None
-        device = view.input_ids.device
-        first = view.exists.to(torch.int8).argmax(dim=1) + torch.arange(batch, device=device) * room
-        return (first[:, None] + torch.arange(logits.shape[1], device=device)).flatten()
+    def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
+        """Text, and all codebooks."""
+        view, items = seen.view, inputs.get("num_items_in_batch")
+        if view is None or view.audio is None:
+            return
+        config = self.model.config
+        text, audio = output(outputs, "logits"), output(outputs, "audio_logits")
+        text_taught, audio_taught = view.text_labels is not None, isinstance(inputs.get("label_audio_ids"), Tensor)
+        room = tuple(view.input_ids.shape)
+        if text is None:
+            yield Absent("text", NO_LOGITS, in_loss=text_taught)
+        elif text.shape[0] != room[0] or text.shape[1] > room[1]:
+            why = f"logits {tuple(text.shape)} are not of the {room} positions that the batch has room for"
+            yield Absent("text", why, in_loss=text_taught)
+        elif view.text_labels is not None:
+            yield Stream(
+                "text",
+                text.flatten(0, 1),
+                view.text_labels,
+                "text",
+                "shifted",
+                denominator=items,
+                rows=_own_positions(view, text),
+            )
+        if audio is None:
+            yield Absent("audio", NO_LOGITS, in_loss=audio_taught)
+        elif audio_taught:
+            is_out = view.input_ids == config.audio_out_token_idx
+            yield Stream(
+                codebook_names(view.audio.codebooks),
+                audio,
+                view.audio.labels,
+                "audio",
+                "shifted",
+                denominator=items,
+                rows=torch.argsort((~is_out).flatten().to(torch.int8), stable=True)[: audio.shape[0]],
+                bos_id=view.audio.bos_id,
+                eos_id=view.audio.eos_id,
+            )
 
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """The batch with every placeholder expanded as the model expands it."""
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor):
             return None
-        config = self._config
+        config = self.model.config
         audio = _AudioInputs.of(inputs, input_ids.device, config)
         layout = _Layout.of(input_ids, audio, config, bool(inputs.get("use_cache")))
         real = (layout.take(real_positions(inputs, input_ids)) & layout.is_text) | layout.is_audio
@@ -130,6 +140,7 @@ class HiggsAudioFamily:
         )
 
     def _audio_view(self, layout: _Layout, audio: _AudioInputs) -> AudioView:
+        config, codebooks = self.model.config, audio.codes.shape[1]
         coded = (layout.is_audio & ~layout.embedded)[..., None]
         codes, labels = (frames[layout.frame] for frames in (audio.codes, audio.labels))
         labels = torch.where(coded, labels, IGNORE_INDEX)
@@ -140,12 +151,12 @@ class HiggsAudioFamily:
             reference=layout.is_audio & ~target,
             target=target,
             starts=layout.starts,
-            vocabulary=int(self._config.audio_codebook_size) + _SPECIAL_CODES,
-            bos_id=int(self._config.audio_stream_bos_id),
-            eos_id=int(self._config.audio_stream_eos_id),
+            vocabulary=int(config.audio_codebook_size) + _SPECIAL_CODES,
+            bos_id=int(config.audio_stream_bos_id),
+            eos_id=int(config.audio_stream_eos_id),
             frames=layout.clips,
             placeholders=layout.placeholders,
-            delayed=bool(getattr(self._config, "use_delay_pattern", True)),
+            delay=tuple(range(codebooks)) if getattr(config, "use_delay_pattern", True) else (0,) * codebooks,
             embedded=layout.embedded,
             features=audio.features,
             features_real=audio.features_real,
@@ -333,7 +344,7 @@ def _embedding_lengths(features_real: Tensor | None, device: torch.device) -> tu
 
 
 def _encoded(frames: Any) -> Any:
-    """Frames behind the encoder: a convolution of stride 2 and an average pool of 2, as the model states it."""
+    """Frames after the encoder: a convolution of stride 2 and an average pool of 2, as the model states it."""
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
@@ -341,8 +352,9 @@ def _rounded(number: Any, to: int) -> Any:
     return (number + to - 1) // to * to
 
 
-def _is_higgs_audio(module: nn.Module) -> bool:
-    named = any(kind.__name__ == "HiggsAudioModel" for kind in type(module).__mro__)
-    config, heads = getattr(module, "config", None), getattr(module, "audio_decoder_proj", None)
-    has_heads = hasattr(heads, "text_lm_head") and hasattr(heads, "audio_lm_head")
-    return named and has_heads and all(hasattr(config, field) for field in _FIELDS)
+def _own_positions(view: BatchView, logits: Tensor) -> Tensor:
+    """int64 ``[batch · length]``: where the positions of text logits ``[batch, length, V]`` lie in a view with room."""
+    room, device = view.input_ids.shape[1], view.input_ids.device
+    exists = view.real if view.exists is None else view.exists
+    first = exists.to(torch.int8).argmax(dim=1) + torch.arange(exists.shape[0], device=device) * room
+    return (first[:, None] + torch.arange(logits.shape[1], device=device)).flatten()

@@ -6,26 +6,40 @@ shifted by *k* frames between stream BOS and EOS); placeholder tokens in ``input
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import HiggsAudioV2ForConditionalGeneration
 
 from telemetry.families.base import (
     IGNORE_INDEX,
+    NO_LABELS,
+    NO_LOGITS,
+    Absent,
     AudioView,
     BatchView,
+    Declared,
+    Family,
     FeedForward,
-    Head,
     Layer,
+    Seen,
+    Stream,
     clips_with,
+    codebook_names,
     decoder_layers,
+    output,
+    reads,
     real_positions,
 )
+from telemetry.families.higgs_audio_v2_speech import HiggsAudioV2Speaker
 
-_TEXT_GROUPS = (
+if TYPE_CHECKING:
+    from transformers import HiggsAudioV2ForConditionalGeneration
+
+TEXT_HEAD = "text_lm_head"
+_GIVEN = ("input_ids", "attention_mask", "position_ids", "audio_input_ids", "audio_input_ids_mask")
+_GROUPS = (
     ("lora_", "lora"),
     ("embed_audio_tokens", "audio_embedding"),
     ("embed_tokens", "text_embedding"),
@@ -38,51 +52,88 @@ _TEXT_GROUPS = (
 )
 
 
-class HiggsAudioV2Family:
-    """Reads batches of ``HiggsAudioV2ForConditionalGeneration``."""
+@reads("HiggsAudioV2ForConditionalGeneration")
+class HiggsAudioV2Family(Family):
+    """Reads ``HiggsAudioV2ForConditionalGeneration``.
+
+    Its loss is the sum of every codebook's, and of the text's where the model has a text head. ``num_items_in_batch``
+    divides each of them where it is one number, and each by its own where it is ``[1 + codebooks]``, text first.
+    """
 
     name = "higgs_audio_v2"
+    modalities = ("text", "audio")
+    groups = _GROUPS
 
     def __init__(self, model: HiggsAudioV2ForConditionalGeneration) -> None:
-        self._model = model
+        super().__init__(model)
         self._config = model.config
+        self.speaker = HiggsAudioV2Speaker(model, self.view)
 
-    @classmethod
-    def find(cls, model: nn.Module) -> HiggsAudioV2Family | None:
-        """The family of a model, wrapped (DDP, FSDP, PEFT) or not; None for another model."""
-        for module in model.modules():
-            if isinstance(module, HiggsAudioV2ForConditionalGeneration):
-                return cls(module)
-        return None
+    def watched(self) -> Mapping[str, nn.Module]:
+        """The text head: the model's output holds no text logits."""
+        return {TEXT_HEAD: self.model.text_lm_head} if self.model.text_lm_head is not None else {}
 
-    def heads(self) -> Sequence[Head]:
-        """The audio head, and the text head where the model has one."""
-        heads = [Head(self._model.audio_lm_head, "audio", self._config.num_codebooks)]
-        if self._model.text_lm_head is not None:
-            heads.append(Head(self._model.text_lm_head, "text"))
-        return heads
-
-    def output_logits(self, outputs: Any) -> Sequence[tuple[Head, Tensor]]:
-        """The audio logits: the model's output holds no text logits."""
-        logits = getattr(outputs, "logits", None)
-        return [(self.heads()[0], logits)] if isinstance(logits, Tensor) else []
-
-    def rows(self, view: BatchView, head: Head, logits: Tensor) -> Tensor | None:
-        """None: every position has its logits."""
-        return None
-
-    def group_of(self, parameter_name: str) -> str:
-        """Group of a parameter by its name in the model."""
-        return next((group for part, group in _TEXT_GROUPS if part in parameter_name), "other")
+    def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
+        """Text, and all codebooks."""
+        view, config = seen.view, self._config
+        items = inputs.get("num_items_in_batch")
+        text_items, code_items = (items[0], items[1:]) if isinstance(items, Tensor) and items.dim() else (items, items)
+        labels = inputs.get("labels")
+        if self.model.text_lm_head is not None:
+            logits = seen.modules.get(TEXT_HEAD)
+            if logits is None:
+                yield Absent("text", seen.missing, in_loss=labels is not None)
+            elif labels is not None:
+                yield Stream("text", logits, labels, "text", "shifted", denominator=text_items)
+        if view is None or view.audio is None:
+            return
+        logits, taught = output(outputs, "logits"), inputs.get("audio_labels") is not None
+        if logits is None:
+            yield Absent("audio", NO_LOGITS, in_loss=taught)
+        elif taught:
+            yield Stream(
+                codebook_names(config.num_codebooks),
+                logits.unflatten(-1, (config.num_codebooks, config.codebook_size)),
+                view.audio.labels,
+                "audio",
+                "shifted",
+                denominator=code_items,
+                bos_id=config.audio_stream_bos_id,
+                eos_id=config.audio_stream_eos_id,
+            )
+        else:
+            yield Absent("audio", NO_LABELS, in_loss=False)
 
     def layers(self) -> Sequence[Layer]:
         """Every decoder layer, with a feed-forward network for text and one for audio."""
-        return [_layer(index, layer) for index, layer in enumerate(decoder_layers(self._model.model))]
+        return [_layer(index, layer) for index, layer in enumerate(decoder_layers(self.model.model))]
 
     def served(self, view: BatchView) -> Mapping[str, Tensor]:
         """Positions of audio placeholders go to the audio network, padding among them; all others to the other."""
         is_audio = self._is_audio(view.input_ids)
         return {"text_ffn": ~is_audio, "audio_ffn": is_audio}
+
+    def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
+        """A batch with other codes in its frames."""
+        given = {name: inputs[name] for name in _GIVEN if inputs.get(name) is not None} | {"use_cache": False}
+        if codes is None:
+            return given
+        frames = inputs["audio_input_ids"]
+        return given | {"audio_input_ids": _collect(codes, self._is_audio(inputs["input_ids"]), frames, _valid(inputs))}
+
+    def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
+        """A batch with positions masked; position ids are those that the model would have counted.
+
+        Raises:
+            ValueError: when the batch's attention mask is not ``[batch, sequence]``.
+        """
+        input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask.shape != positions.shape:
+            raise ValueError(f"positions {tuple(positions.shape)} cannot be hidden by a mask {tuple(mask.shape)}")
+        counted = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        own = {"position_ids": counted} | self.swap_reference(inputs, None)
+        return own | {"attention_mask": mask.masked_fill(positions, 0)}
 
     def _is_audio(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self._config.audio_token_id) | (input_ids == self._config.audio_delay_token_id)
@@ -108,8 +159,7 @@ class HiggsAudioV2Family:
         codes = inputs.get("audio_input_ids")
         if not isinstance(codes, Tensor):
             return None
-        mask = inputs.get("audio_input_ids_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) else torch.ones_like(codes[..., 0], dtype=torch.bool)
+        mask = _valid(inputs)
         labels = inputs.get("audio_labels")
         if not isinstance(labels, Tensor):
             labels = torch.full_like(codes, IGNORE_INDEX)
@@ -128,12 +178,13 @@ class HiggsAudioV2Family:
             eos_id=self._config.audio_stream_eos_id,
             frames=mask.sum(dim=1),
             placeholders=asks.sum(dim=1),
+            delay=tuple(range(self._config.num_codebooks)),
         )
 
     def _continues(self, input_ids: Tensor, is_audio: Tensor) -> Tensor:
         """bool ``[batch, sequence]``: in the same clip as the position before.
 
-        A clip ends with its delay tokens: an audio token behind one begins the next clip.
+        A clip ends with its delay tokens: an audio token after one begins the next clip.
         """
         after_audio = torch.zeros_like(is_audio)
         after_audio[:, 1:] = is_audio[:, :-1]
@@ -148,6 +199,14 @@ def _layer(index: int, layer: Any) -> Layer:
         "audio_ffn": FeedForward(layer.audio_mlp, layer.audio_mlp, layer.audio_post_attention_layernorm),
     }
     return Layer(index, layer.self_attn, networks)
+
+
+def _valid(inputs: Mapping[str, Any]) -> Tensor:
+    """bool ``[batch, frames]``: the frames that a position may be handed."""
+    mask = inputs.get("audio_input_ids_mask")
+    if isinstance(mask, Tensor):
+        return mask.bool()
+    return torch.ones_like(inputs["audio_input_ids"][..., 0], dtype=torch.bool)
 
 
 def _place(frames: Tensor, mask: Tensor, is_audio: Tensor, fill: int) -> Tensor:
@@ -171,3 +230,22 @@ def _place(frames: Tensor, mask: Tensor, is_audio: Tensor, fill: int) -> Tensor:
     source = valid_first[rank.clamp(0, flat.shape[0] - 1)]
     at_hand = is_audio.reshape(-1) & (rank < mask.sum())
     return torch.where(at_hand[:, None], flat[source], fill).view(*is_audio.shape, -1)
+
+
+def _collect(codes: Tensor, asks: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
+    """Codes of the audio positions back in their frames: the inverse of :func:`_place`.
+
+    Args:
+        codes: int64 ``[batch, sequence, codebooks]``.
+        asks: bool ``[batch, sequence]``: positions that the model hands a frame to.
+        frames: int64 ``[batch, frames, codebooks]``: what stays in frames that no position asks for.
+        mask: bool ``[batch, frames]``, the valid frames.
+
+    Returns:
+        int64 ``[batch, frames, codebooks]``.
+    """
+    asking_first = torch.argsort(asks.reshape(-1).to(torch.int8), descending=True, stable=True)
+    rank = mask.reshape(-1).long().cumsum(0) - 1
+    position = asking_first[rank.clamp(0, asks.numel() - 1)]
+    placed = (mask.reshape(-1) & (rank < asks.sum())).view(mask.shape)
+    return torch.where(placed.unsqueeze(-1), codes.reshape(-1, codes.shape[-1])[position].view_as(frames), frames)

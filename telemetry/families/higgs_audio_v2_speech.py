@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, HiggsAudioV2ForConditionalGeneration
+from transformers import GenerationConfig
 
-from telemetry.families.base import AudioView
-from telemetry.families.higgs_audio_v2 import HiggsAudioV2Family
+from telemetry.families.base import AudioView, BatchView
 from telemetry.families.speech import Ending, Prompt, Speech
 
 _TOKENS = ("input_ids", "attention_mask")
 _FRAMES = ("audio_input_ids", "audio_input_ids_mask", "audio_labels")
 
 
-class HiggsAudioV2Speech:
+class HiggsAudioV2Speaker:
     """Makes ``HiggsAudioV2ForConditionalGeneration`` speak.
 
     Generation follows the model's own ``generation_config`` (greedy or sampling, temperature, repetition window): what
     is heard is what whoever uses the model will hear.
+
+    Args:
+        model: the model.
+        view: reads a batch, as its family does.
     """
 
-    def __init__(self, model: HiggsAudioV2ForConditionalGeneration) -> None:
+    def __init__(self, model: Any, view: Callable[[Mapping[str, Any]], BatchView | None]) -> None:
         self.model: nn.Module = model
         self._higgs: Any = model
-        self._view = HiggsAudioV2Family(model).view
+        self._view = view
         self._config = model.config
 
-    @classmethod
-    def find(cls, model: nn.Module) -> HiggsAudioV2Speech | None:
-        """The speaking part of a model, wrapped (DDP, FSDP, PEFT) or not; None for another model."""
-        found = (module for module in model.modules() if isinstance(module, HiggsAudioV2ForConditionalGeneration))
-        return next((cls(module) for module in found), None)
-
     def prompt(self, inputs: Mapping[str, Any], row: int) -> Prompt | None:
-        """See :class:`telemetry.families.speech.SpeechFamily`."""
+        """See :class:`telemetry.families.speech.Speaker`."""
         sample = _unpadded(inputs, row)
         view = self._view(sample)
         if view is None or view.audio is None or not bool(view.audio.target.any()):
@@ -55,7 +52,7 @@ class HiggsAudioV2Speech:
         )
 
     def generate(self, prompt: Prompt, max_new_tokens: int, max_seconds: float, seed: int) -> Speech:
-        """See :class:`telemetry.families.speech.SpeechFamily`."""
+        """See :class:`telemetry.families.speech.Speaker`."""
         device = self._higgs.device
         _seed(device, seed)
         # Ranks whose forward passes wait for each other are kept together by the caller, also when one of them raises.
@@ -69,7 +66,7 @@ class HiggsAudioV2Speech:
         return Speech(self._codes(said), self._ending(said, max_new_tokens))
 
     def teacher_forced(self, prompt: Prompt) -> Tensor:
-        """See :class:`telemetry.families.speech.SpeechFamily`."""
+        """See :class:`telemetry.families.speech.Speaker`."""
         logits = self._higgs(**_on(self._higgs.device, prompt.spoken), use_cache=False).logits
         shape = (*logits.shape[1:2], self._config.num_codebooks, self._config.codebook_size)
         begin = prompt.inputs["input_ids"].shape[1]
@@ -78,7 +75,7 @@ class HiggsAudioV2Speech:
         return _undelayed(predicted, prompt.target.shape[1])
 
     def idle(self) -> None:
-        """See :class:`telemetry.families.speech.SpeechFamily`."""
+        """See :class:`telemetry.families.speech.Speaker`."""
         text = torch.full((1, 1), self._config.bos_token_id or 0, device=self._higgs.device)
         self.model(input_ids=text, use_cache=False)
 
@@ -88,7 +85,7 @@ class HiggsAudioV2Speech:
         return [self.model, decoder, *decoder.layers, decoder.norm, self._higgs.audio_lm_head]
 
     def frames_for(self, prompt: Prompt, ratio: float) -> int:
-        """See :class:`telemetry.families.speech.SpeechFamily`."""
+        """See :class:`telemetry.families.speech.Speaker`."""
         return math.ceil(ratio * prompt.target.shape[1]) + self._config.num_codebooks + 1
 
     @property

@@ -1,40 +1,16 @@
-"""Reference audio given in another sample's stead, or taken away: what a model makes of the voice it is given."""
+"""Reference audio of other samples of a batch, laid out in place of a sample's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from telemetry.families.base import AudioView
-from telemetry.families.higgs_audio_v2_references import HiggsAudioV2References
 
 _FILL = -1  # beyond the end of a stream: no code
-
-
-class References(Protocol):
-    """How one kind of model is given other reference audio. Bound to one model; holds no tensor of any batch.
-
-    Each method returns keyword arguments for the model: no labels, so that it computes no loss, and no cache. None
-    waits for the device.
-    """
-
-    def own(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch as it is."""
-
-    def replaced(self, inputs: Mapping[str, Any], codes: Tensor) -> dict[str, Any]:
-        """A batch with other codes, int64 ``[batch, sequence, C]``, at its audio positions."""
-
-    def hidden(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
-        """A batch in which no position reads some positions, bool ``[batch, sequence]``; all stay where they are."""
-
-
-def find_references(model: nn.Module) -> References | None:
-    """How a model is given other references, or None for one whose references cannot be changed."""
-    return HiggsAudioV2References.find(model)
 
 
 @dataclass(frozen=True)
@@ -77,7 +53,7 @@ def swap_references(audio: AudioView, speakers: Sequence[object]) -> Swap:
 
 
 def _streams(codes: Tensor, is_code: Tensor, rank: Tensor) -> Tensor:
-    """The reference's codes without delay: int64 ``[batch, sequence, C]``, the first at 0, :data:`_FILL` behind."""
+    """The reference's codes without delay: int64 ``[batch, sequence, C]``, the first at 0, :data:`_FILL` after."""
     end = codes.shape[1]
     streams = codes.new_full((codes.shape[0], end + 1, codes.shape[2]), _FILL)
     streams.scatter_(1, torch.where(is_code, rank, end), codes)

@@ -1,4 +1,4 @@
-"""What generating speech needs to know of a model family."""
+"""What generating speech needs to know of a kind of model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Prompt:
 
     Attributes:
         inputs: the model's inputs up to where it speaks, for a batch of one without padding.
-        spoken: the same with the target audio behind it.
+        spoken: the same with the target audio after it.
         reference: int64 ``[C, frames]``, the codes of the first audio in the prompt; None without any.
         target: int64 ``[C, frames]``, the codes of the target audio.
     """
@@ -41,7 +41,7 @@ class Speech:
     ending: Ending
 
 
-class SpeechFamily(Protocol):
+class Speaker(Protocol):
     """How one kind of model is made to speak. Bound to one model."""
 
     model: nn.Module

@@ -30,12 +30,12 @@ class PromptClip:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """How clips are laid out as streams: their begin and end ids; ``delayed``: codebook *k* shifted by *k* frames."""
+class ClipLayout:
+    """How a clip is laid out: the ids of its begin and end, and the frames that each codebook is shifted by."""
 
     bos_id: int
     eos_id: int
-    delayed: bool = True
+    delay: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class VoicePrompt:
         frames, placeholders: how much audio was handed over, and how much its ids ask for.
         metadata: ``target_transcript`` and ``language``, where known.
         chat, tokenizer: how its ids are read.
-        stream: how its clips are laid out.
+        layout: of its clips.
     """
 
     ids: Sequence[int]
@@ -58,7 +58,7 @@ class VoicePrompt:
     metadata: Mapping[str, Any]
     chat: ChatFormat
     tokenizer: Any
-    stream: Stream
+    layout: ClipLayout
 
     @cached_property
     def parsed(self) -> tuple[list[Turn], list[Violation]]:
@@ -140,20 +140,19 @@ def _placeholders(prompt: VoicePrompt) -> list[Violation]:
 def _delay_pattern(prompt: VoicePrompt) -> list[Violation] | None:
     if prompt.frames != prompt.placeholders:
         return None  # which codes belong to which clip is not known
-    found = ((clip, _stream_fault(clip.codes, prompt.stream)) for clip in prompt.clips if clip.codes.size)
+    found = ((clip, _layout_fault(clip.codes, prompt.layout)) for clip in prompt.clips if clip.codes.size)
     return [Violation("delay_pattern", f"the audio at token {clip.start} {fault}") for clip, fault in found if fault]
 
 
-def _stream_fault(codes: np.ndarray, stream: Stream) -> str:
+def _layout_fault(codes: np.ndarray, layout: ClipLayout) -> str:
     """The first place where a clip's codes are not a stream: BOS, the codes, then EOS; "" for one that is."""
-    frames, codebooks = codes.shape
-    shifts = np.arange(codebooks) if stream.delayed else np.zeros(codebooks, dtype=int)
-    length = frames - 2 - int(shifts[-1])
+    frames, shifts = codes.shape[0], np.array(layout.delay)
+    length = frames - 2 - int(shifts.max())
     if length < 1:
         return f"has {frames} frames, which leaves none for its codes"
     at = np.arange(frames)[:, None] - shifts
     due = np.select([at <= 0, at > length], [0, 2], 1)
-    found = np.select([codes == stream.bos_id, codes == stream.eos_id], [0, 2], 1)
+    found = np.select([codes == layout.bos_id, codes == layout.eos_id], [0, 2], 1)
     wrong = np.argwhere((due != found).T)  # codebook by codebook
     if not len(wrong):
         return ""
@@ -201,8 +200,8 @@ def _words_of(prompt: VoicePrompt, at: int) -> str:
     if own or at == 0:
         return own
     before = prompt.turns[at - 1]
-    behind = max((clip.end for clip in prompt.clips if before.start <= clip.start < before.end), default=before.body)
-    return prompt.text(behind, before.end)
+    after = max((clip.end for clip in prompt.clips if before.start <= clip.start < before.end), default=before.body)
+    return prompt.text(after, before.end)
 
 
 def _language(prompt: VoicePrompt) -> list[Violation]:

@@ -145,7 +145,7 @@ class AttendedBatch:
 
 
 def _hears(step: Step) -> bool:
-    return step.family is not None and any(head.modality == "audio" for head in step.family.heads())
+    return step.family is not None and "audio" in step.family.modalities
 
 
 def _kinds(view: BatchView, hears: bool) -> Tensor:

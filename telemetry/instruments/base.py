@@ -17,10 +17,7 @@ from telemetry.probes.watch import Watch
 from telemetry.sound import SoundPolicy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from telemetry.families.base import Head
-    from telemetry.probes.forward import Microbatch
+    from telemetry.probes.forward import Microbatch, Reading
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,8 @@ class Step:
         output_dir: where the run keeps its files.
         autocast: the precision that training computes in by autocast; None where it does not use it.
         progress: whether progress bars are wanted.
+        world_size: number of ranks.
+        tokens_across_ranks: whether the trainer divides its loss by the tokens of all ranks, where it counts them.
     """
 
     number: int
@@ -56,6 +55,8 @@ class Step:
     output_dir: Path = Path()
     autocast: torch.dtype | None = None
     progress: bool = True
+    world_size: int = 1
+    tokens_across_ranks: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -86,8 +87,8 @@ class Instrument:
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """The model is about to run on a microbatch."""
 
-    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """A head has computed its logits for a microbatch."""
+    def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
+        """The model has run on a microbatch. The reading's tensors are the model's own: keep none of them."""
 
     def gradients(self, step: Step, clipped: bool | None) -> None:
         """All gradients are there; ``clipped`` says whether clipping has touched them, None where nobody knows."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import AudioView, BatchView
 from telemetry.families.chat import ChatFormat, Violation
-from telemetry.families.voice_prompt import CHECKS, Stream, VoicePrompt, clips_of, violations
+from telemetry.families.voice_prompt import CHECKS, ClipLayout, VoicePrompt, clips_of, violations
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Cell, Mean, Sum, Table
@@ -64,12 +64,12 @@ class ChatMLInstrument(Instrument):
         names = [microbatch.sample_id(row) for row in range(size)]
         metadata = [microbatch.metadata[row] if row < len(microbatch.metadata) else {} for row in range(size)]
         rows, tokenizer = self._rows, step.tokenizer
-        stream = Stream(audio.bos_id, audio.eos_id, audio.delayed)
+        layout = ClipLayout(audio.bos_id, audio.eos_id, audio.delay)
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             self._languages_named |= any(sample.get("language") for sample in metadata)
             found = [
-                self._violations(_prompt(host, row, sample, chat, tokenizer, stream))
+                self._violations(_prompt(host, row, sample, chat, tokenizer, layout))
                 for row, sample in enumerate(metadata)
             ]
             compliant = [not any(by_kind.values()) for by_kind in found]
@@ -114,7 +114,12 @@ def _tensors(view: BatchView, audio: AudioView) -> dict[str, Tensor]:
 
 
 def _prompt(
-    host: Mapping[str, Tensor], row: int, metadata: Mapping[str, Any], chat: ChatFormat, tokenizer: Any, stream: Stream
+    host: Mapping[str, Tensor],
+    row: int,
+    metadata: Mapping[str, Any],
+    chat: ChatFormat,
+    tokenizer: Any,
+    layout: ClipLayout,
 ) -> VoicePrompt:
     real = host["real"][row].numpy()
 
@@ -125,4 +130,4 @@ def _prompt(
     target = own("target")
     clips = clips_of(own("starts"), own("reference") | target, target, own("codes"))
     frames, placeholders = int(host["frames"][row]), int(host["placeholders"][row])
-    return VoicePrompt(own("ids").tolist(), clips, frames, placeholders, metadata, chat, tokenizer, stream)
+    return VoicePrompt(own("ids").tolist(), clips, frames, placeholders, metadata, chat, tokenizer, layout)

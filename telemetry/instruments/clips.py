@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from telemetry.delivery.recorder import Emitter, Recorder
-from telemetry.families import find_speech_family
-from telemetry.families.speech import Prompt, Speech, SpeechFamily
+from telemetry.families.speech import Prompt, Speaker, Speech
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
@@ -100,17 +99,17 @@ class ClipInstrument(Instrument):
         """An evaluation has ended, or training is about to begin: let the model speak and record what it says."""
         if not self._clips or not self._first_at_this_step(step):
             return
-        speech = find_speech_family(step.model)
+        speaker = step.family.speaker if step.family is not None else None
         codec = getattr(step.processor, "audio_tokenizer", None)
         with contextlib.ExitStack() as aside:
             for module in (step.model, codec):
                 if isinstance(module, nn.Module):
                     aside.enter_context(set_aside(module))
-            if speech is None or codec is None:
-                missing = "telemetry knows no way to make this model speak" if speech is None else "there is no codec"
+            if speaker is None or codec is None:
+                missing = "telemetry knows no way to make this model speak" if speaker is None else "there is no codec"
                 step.recorder.absent("zero_shot/clips", f"{missing} (the processor's audio_tokenizer)")
                 return
-            _Evaluation(step, speech, codec, self).run(self._fixed_samples(step, speech, batches))
+            _Evaluation(step, speaker, codec, self).run(self._fixed_samples(step, speaker, batches))
 
     @property
     def clips(self) -> int:
@@ -122,9 +121,9 @@ class ClipInstrument(Instrument):
         """Wall time of one evaluation's clips."""
         return self._max_seconds
 
-    def token_limit(self, speech: SpeechFamily, prompt: Prompt) -> int:
+    def token_limit(self, speaker: Speaker, prompt: Prompt) -> int:
         """How many tokens a clip may have."""
-        return min(self._max_new_tokens, speech.frames_for(prompt, LENGTH_RATIO))
+        return min(self._max_new_tokens, speaker.frames_for(prompt, LENGTH_RATIO))
 
     def listener(self, recorder: Recorder) -> Listener:
         """What measures, and says once what it cannot."""
@@ -154,11 +153,11 @@ class ClipInstrument(Instrument):
         first, self._last_step = step.number != self._last_step, step.number
         return first
 
-    def _fixed_samples(self, step: Step, speech: SpeechFamily, batches: Iterable[Mapping[str, Any]]) -> list[_Sample]:
+    def _fixed_samples(self, step: Step, speaker: Speaker, batches: Iterable[Mapping[str, Any]]) -> list[_Sample]:
         """Never raises: a rank without samples keeps the others company."""
         try:
             if self._samples is None:
-                self._samples = list(_cut(speech, batches, self._clips))
+                self._samples = list(_cut(speaker, batches, self._clips))
             if not self._samples:
                 step.recorder.absent("zero_shot/clips", "no evaluation sample has target audio")
         except Exception:
@@ -169,9 +168,9 @@ class ClipInstrument(Instrument):
 class _Evaluation:
     """The clips of one evaluation."""
 
-    def __init__(self, step: Step, speech: SpeechFamily, codec: Any, log: ClipInstrument) -> None:
+    def __init__(self, step: Step, speaker: Speaker, codec: Any, log: ClipInstrument) -> None:
         self._step = step
-        self._speech = speech
+        self._speaker = speaker
         self._codec = codec
         self._log = log
         self._began = time.monotonic()
@@ -194,11 +193,11 @@ class _Evaluation:
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[bool]:
         """Whether the model may be run; where ranks wait for each other's forward passes, with all of them."""
-        model, speech, lockstep = self._step.model, self._speech, self._step.lockstep
+        model, speaker, lockstep = self._step.model, self._speaker, self._step.lockstep
         if not lockstep.needed:
             yield True
             return
-        able = speech.model is model and can_keep_company(model, speech.runs_always())
+        able = speaker.model is model and can_keep_company(model, speaker.runs_always())
         if not lockstep.agree(able, what="clips"):
             self._step.recorder.absent("zero_shot/clips", "ranks cannot generate side by side with this sharding")
             yield False
@@ -206,7 +205,7 @@ class _Evaluation:
 
         def idle() -> None:
             with _autocast(self._step):
-                speech.idle()
+                speaker.idle()
 
         with in_company(model, lockstep, idle):
             yield True
@@ -219,9 +218,9 @@ class _Evaluation:
                 self._out_of_time(sample.sample_id)
                 continue
             with self._isolated(sample.sample_id, "generated"):
-                limit = self._log.token_limit(self._speech, sample.prompt)
-                speech = self._speech.generate(sample.prompt, limit, left / (len(samples) - index), _SEED)
-                yield _Spoken(sample, speech, self._speech.teacher_forced(sample.prompt))
+                limit = self._log.token_limit(self._speaker, sample.prompt)
+                speech = self._speaker.generate(sample.prompt, limit, left / (len(samples) - index), _SEED)
+                yield _Spoken(sample, speech, self._speaker.teacher_forced(sample.prompt))
 
     def _heard(self, spoken: Sequence[_Spoken]) -> Iterator[MeasuredClip]:
         listener = self._log.listener(self._step.recorder)
@@ -307,10 +306,10 @@ class _Evaluation:
         )
 
 
-def _cut(speech: SpeechFamily, batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[_Sample]:
+def _cut(speaker: Speaker, batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[_Sample]:
     rows = ((batch, row) for batch in batches for row in range(len(batch.get("input_ids", ()))))
     for index, (batch, row) in enumerate(islice(rows, count)):
-        prompt, metadata = speech.prompt(batch, row), batch.get("metadata") or ()
+        prompt, metadata = speaker.prompt(batch, row), batch.get("metadata") or ()
         known = metadata[row] if row < len(metadata) else {}
         if prompt is not None:
             yield _Sample(prompt, known, str(known.get("sample_id") or f"sample {index}"))

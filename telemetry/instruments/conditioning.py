@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
-from telemetry.families.base import AudioView, shift_labels
-from telemetry.families.references import References, Swap, find_references, swap_references
+from telemetry.families.base import AudioView, Family, shift_labels
+from telemetry.families.references import Swap, swap_references
 from telemetry.instruments.base import Instrument, Step
-from telemetry.measures.conditioning import Totals, audio_nll, loss_totals
-from telemetry.probes.forward import Microbatch
+from telemetry.measures.conditioning import Totals, loss_totals
+from telemetry.measures.token_stats import token_statistics
+from telemetry.probes.forward import Microbatch, streams_of
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Mean
 
@@ -29,15 +30,16 @@ class _Comparison:
     """A batch under its own references, under swapped ones, and under none.
 
     Attributes:
+        family, microbatch: how the runs' outputs are read.
         runs: name of the loss → keyword arguments for the model.
-        targets: int64 ``[batch, sequence, C]``, shifted.
         counted: bool ``[batch, sequence, C]``: targets that every run predicts from what it may see.
         swap: which samples could be swapped.
         note: what speakers were told apart by.
     """
 
+    family: Family
+    microbatch: Microbatch
     runs: Mapping[str, Mapping[str, Any]]
-    targets: Tensor
     counted: Tensor
     swap: Swap
     note: str
@@ -114,7 +116,7 @@ def _stages(step: Step, section: str, take: Callable[[], Microbatch | None]) -> 
     losses = {}
     for name, inputs in comparison.runs.items():
         yield name
-        losses[name] = _loss(step, inputs, comparison.targets)
+        losses[name] = _loss(step, comparison, inputs)
     _emit(step, section, loss_totals(losses, comparison.counted), comparison)
     yield _DONE
 
@@ -129,10 +131,11 @@ def _first(step: Step, batches: Iterable[Mapping[str, Any]]) -> Microbatch | Non
 
 def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Comparison | None:
     """What is to be run; None where nothing can be measured, and the reason is said."""
-    references = find_references(step.model)
+    family = step.family
     audio = microbatch.view.audio if microbatch is not None and microbatch.view is not None else None
-    if references is None or microbatch is None or audio is None:
-        reason = "the batch has no audio" if references else "references of this kind of model cannot be changed"
+    if family is None or not family.swaps_references or microbatch is None or audio is None:
+        can = family is not None and family.swaps_references
+        reason = "the batch has no audio" if can else "references of this kind of model cannot be changed"
         step.recorder.absent(f"{section}/gain", reason)
         return None
     speakers = _speakers(microbatch, audio.codes.shape[0])
@@ -140,7 +143,7 @@ def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Compar
     if reason and not step.lockstep.needed:  # else other ranks need this one's forward passes
         step.recorder.absent(f"{section}/gain", reason)
         return None
-    return _comparison(references, microbatch.inputs, audio, speakers)
+    return _comparison(family, microbatch, audio, speakers)
 
 
 def _speakers(microbatch: Microbatch, batch: int) -> list[object]:
@@ -155,29 +158,31 @@ def _why_hopeless(speakers: list[object]) -> str:
     return "all samples of the batch have one speaker" if None not in speakers and len(set(speakers)) == 1 else ""
 
 
-def _comparison(
-    references: References, inputs: Mapping[str, Any], audio: AudioView, speakers: list[object]
-) -> _Comparison:
-    swap = swap_references(audio, speakers)
+def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speakers: list[object]) -> _Comparison:
+    swap, inputs = swap_references(audio, speakers), microbatch.inputs
     targets = shift_labels(audio.labels)
     predicted = (targets >= 0) & (targets < audio.vocabulary)
     # Hidden from all others, a position still carries its own code on: what it predicts is not without the reference.
     counted = predicted & swap.swapped[:, None, None] & ~audio.reference.unsqueeze(-1)
     runs = {
-        "own": references.own(inputs),
-        "swapped": references.replaced(inputs, swap.codes),
-        "none": references.hidden(inputs, audio.reference),
+        "own": family.swap_reference(inputs, None),
+        "swapped": family.swap_reference(inputs, swap.codes),
+        "none": family.hide_reference(inputs, audio.reference),
     }
-    return _Comparison(runs, targets, counted, swap, NO_SPEAKERS if None in speakers else "")
+    return _Comparison(family, microbatch, runs, counted, swap, NO_SPEAKERS if None in speakers else "")
 
 
-def _loss(step: Step, inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> Tensor:
+    """float32 ``[batch, sequence, C]``, nats, of every target code.
+
+    Raises:
+        ValueError: when the model's output holds no logits of the codes.
+    """
     outputs = step.model(**inputs)
-    shown = step.family.output_logits(outputs) if step.family is not None else ()
-    logits = next((logits for head, logits in shown if head.modality == "audio"), None)
-    if logits is None:
-        raise ValueError("the model's output holds no audio logits")
-    return audio_nll(logits, targets)
+    for stream in streams_of(comparison.family, comparison.microbatch, outputs):
+        if stream.group == "audio" and stream.targets.shape == comparison.counted.shape and stream.rows is None:
+            return token_statistics(stream.logits, stream.targets).nll
+    raise ValueError("the model's output holds no audio logits")
 
 
 def _metrics(totals: Totals) -> Iterator[tuple[str, Mean]]:

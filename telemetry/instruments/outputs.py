@@ -1,194 +1,185 @@
-"""Outputs: what does the model predict, per modality and per codebook?"""
+"""Outputs: what does the model predict, per modality and per codebook, and is that what its loss is made of?"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import IGNORE_INDEX, AudioView, Head, shift_labels
+from telemetry.families.base import IGNORE_INDEX, AudioView, Stream
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
-from telemetry.probes.forward import Microbatch
-from telemetry.records import Cell, Mean, Metric, Perplexity, SumOfMeans, Table, UsedFraction
+from telemetry.probes.forward import Microbatch, Reading
+from telemetry.records import Mean, Metric, Perplexity, Table, UsedFraction
 
 SHOWN_SAMPLES = 4
 ENDS = 10
-NO_LOGITS = "the model computed no logits for it (a fused loss, or no such head)"
-NOT_SHOWN = "a compiled model does not show its logits for it"
+TOTAL, MODEL = "outputs/loss/total", "outputs/loss/model"
+PARTIAL = "a part of it could not be measured"
+UNREAD = "no part of the model's loss could be read"
+NO_LOSS = "the model returned no loss"
+UNCHECKED = "The model returned no loss to compare it with."
 COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
+
+# How far rounding takes a loss of a dtype from the same loss added up otherwise, as a share of it. Where a compiled
+# model is handed over, its loss may be made of logits that were never rounded to the dtype in which it returns them.
+_ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_FINE, _COMPILED = 1e-4, 1e-2
+_PLACE = torch.empty(0)
+_SMALL = 0.1  # nats: of a loss below this, rounding is no share any more
+
+
+class CheckedMean(Metric):
+    """A mean, ``total`` over ``count``, that holds only where it has been read right in all passes on all ranks.
+
+    Args:
+        total, count: of the mean.
+        unread: passes of which a part was not read.
+        wrong: passes in which it differs from what the model returned.
+        read, returned: sums over those passes of what was read, and of what the model returned.
+    """
+
+    ops = ("sum",) * 6
+
+    def _result(self, total: np.ndarray, count: np.ndarray, *faults: np.ndarray) -> float | None:  # type: ignore[override]
+        unread, wrong = faults[:2]
+        return float(total) / float(count) if count > 0 and not unread and not wrong else None
+
+    def fault(self, family: str) -> str:
+        """Say why there is no mean; "" where there is one. Call it on host copies."""
+        _, _, unread, wrong, read, returned = map(float, self.components)
+        if unread or not wrong:
+            return PARTIAL if unread else ""
+        return (
+            f"family {family} reads a loss of {read / wrong:.7g} where the model returned {returned / wrong:.7g}: it "
+            "misreads the model, or the loss has parts that it does not declare"
+        )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """How the loss of one pass is to be read from its ``tensors``, 0-d each.
+
+    Attributes:
+        tensors: ``read``, the loss added up from streams and parts; ``returned``, that of the model; each part's by its
+            tag. What there is not is not in it.
+        partial: whether a part of it was not read.
+        rounding: share of it that two right sums may differ by.
+        counted: whether the trainer has it divided by the tokens of the whole step, so that passes add up.
+    """
+
+    tensors: dict[str, Tensor]
+    partial: bool
+    rounding: float
+    counted: bool
+
+    def values(self, host: Mapping[str, Tensor], at: int) -> dict[str, float]:
+        """Its numbers, of host copies named by the place of the pass in its step."""
+        return {name: float(host[f"{at}/{name}"]) for name in self.tensors}
 
 
 class OutputInstrument(Instrument):
-    """Everything under ``outputs/``, reduced on the device as soon as a head has computed its logits.
+    """Everything under ``outputs/``, reduced on the device as soon as a pass has ended.
 
-    Scalars cover every microbatch of the step; the table shows its last one.
+    Scalars cover every microbatch of the step; the table shows its last one. Every pass's loss, added up again from
+    what its family declares, is compared with the loss that the model returned, on the host: where they differ, the
+    total is withheld on all ranks.
     """
 
     def __init__(self) -> None:
-        self._last: Microbatch | None = None
-        self._predictions: dict[str, tuple[Tensor, TokenStats]] = {}
-        self._modalities: set[str] = set()
-        self._labelled: set[str] = set()
-        self._total: SumOfMeans | None = None
+        self._passes: list[_Pass] = []
+        self._last: tuple[Microbatch, list[_Shown]] | None = None
 
     def begin(self, step: Step) -> None:
         """Begin with nothing."""
-        self._last = None
-        self._predictions.clear()
-        self._modalities.clear()
-        self._labelled.clear()
-        self._total = None
+        self._passes, self._last = [], None
 
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
-        self._last = microbatch
-        self._predictions.clear()
-        if microbatch.view is None:
-            return
-        if microbatch.view.text_labels is not None:
-            self._labelled.add("text")
-        if microbatch.view.audio is not None:
-            self._labelled.add("audio")
+        self._last = None
+        if microbatch.view is not None and microbatch.view.audio is not None:
             step.recorder.metric("outputs/eos/supervised", _supervised_ends(microbatch.view.audio))
 
-    def outputs(self, step: Step, microbatch: Microbatch, head: Head, logits: Tensor) -> None:
-        """Measure one head's logits of one microbatch."""
-        self._modalities.add(head.modality)
-        view, labels, family = microbatch.view, _labels(microbatch, head), step.family
-        if view is None or labels is None or family is None:
-            return
-        targets = shift_labels(labels)
-        rows = family.rows(view, head, logits)
-        if rows is None and targets.shape[:2] != logits.shape[:2]:
-            step.recorder.absent(f"outputs/loss/{head.modality}", "the logits do not cover every position")
-            return
-        audio = view.audio if head.modality == "audio" else None
-        targets, stats = _statistics(logits, targets, rows, None if audio is None else audio.eos_id)
-        self._predictions[head.modality] = (targets, stats)
-        vocabulary = logits.shape[-1] // head.codebooks
-        for tag, value in self._metrics(step, head, targets, stats, audio, vocabulary):
-            step.recorder.metric(f"outputs/{tag}", value)
+    def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
+        """Measure every stream, and what the loss is made of."""
+        for one in reading.absent:
+            step.recorder.absent(f"outputs/loss/{one.name}", one.why)
+        shares: list[Tensor] = []
+        shown: list[_Shown] = []
+        for stream in reading.streams:
+            stats = token_statistics(stream.logits, stream.predicted, probe_id=stream.eos_id)
+            totals = _totals(stream, stats)
+            for tag, value in _metrics(stream, stats, totals):
+                step.recorder.metric(f"outputs/{tag}", value)
+            shares.append(_share(stream, *totals["loss"]))
+            shown += _Shown.of(stream, stats)
+        self._last = microbatch, shown
+        self._passes.append(_pass(microbatch, reading, shares))
 
     def finish(self, step: Step) -> None:
-        """Show the last microbatch's predictions; say which modality was not seen."""
-        missing = self._expected_modalities(step) - self._modalities
-        for modality in missing:
-            reason = NO_LOGITS if step.watch.usable else NOT_SHOWN
-            step.recorder.absent(f"outputs/loss/{modality}", reason)
-        self._emit_total(step, partial=bool(missing & self._labelled))
-        microbatch, predictions = self._last, dict(self._predictions)
+        """Add the passes' losses up; show the last microbatch's predictions."""
+        passes, last = self._passes, self._last
         self.begin(step)
-        if microbatch is not None and predictions:
-            self._show(step, microbatch, predictions)
-
-    def _emit_total(self, step: Step, partial: bool) -> None:
-        """The trained loss, unless a part of it was not seen: a sum of the rest would be mistaken for it."""
-        if partial:
-            step.recorder.absent("outputs/loss/total", "a part of it could not be measured")
-        elif self._total is not None:
-            step.recorder.metric("outputs/loss/total", self._total)
-
-    def _expected_modalities(self, step: Step) -> set[str]:
-        family = step.family
-        return {head.modality for head in family.heads()} if family is not None else set()
-
-    def _metrics(
-        self, step: Step, head: Head, targets: Tensor, stats: TokenStats, audio: AudioView | None, vocabulary: int
-    ) -> Iterator[tuple[str, Metric]]:
-        mask = (targets >= 0) & (targets < vocabulary)  # a label outside is a data fault, counted in inputs/invalid_ids
-        columns = {
-            "loss": stats.nll,
-            "accuracy": (stats.rank == 0).float(),
-            "top5": (stats.rank < 5).float(),
-            "entropy": stats.entropy,
-        }
-        for name, values in columns.items():
-            total, count = masked_totals(_by_codebook(values, head), _by_codebook(mask, head))
-            yield f"{name}/{head.modality}", Mean(total.sum(), count.sum())
-            if name == "loss":
-                term = self._term(step, head, total, count)
-                self._total = term if self._total is None else self._total.merge(term)
-            if head.modality == "audio" and name != "entropy":
-                for k in range(head.codebooks):
-                    yield f"{name}/codebook_{k}", Mean(total[k], count[k])
-        if audio is not None:
-            yield from _audio_metrics(targets, stats, audio, mask)
-
-    def _term(self, step: Step, head: Head, total: Tensor, count: Tensor) -> SumOfMeans:
-        """One head's terms of the trained loss, at their places among all heads' terms."""
-        heads = step.family.heads() if step.family is not None else [head]
-        before = sum(other.codebooks for other in _until(heads, head))
-        behind = sum(other.codebooks for other in heads) - before - head.codebooks
-        padded = [torch.nn.functional.pad(vector, (before, behind)) for vector in (total, count)]
-        return SumOfMeans(*padded)
-
-    def _show(self, step: Step, microbatch: Microbatch, predictions: Mapping[str, tuple[Tensor, TokenStats]]) -> None:
-        tokenizer = step.tokenizer
-        tensors: dict[str, Tensor] = {}
-        samples: list[str] = []
-        for modality, (targets, stats) in predictions.items():
-            rows = min(SHOWN_SAMPLES, targets.shape[0])
-            samples = [microbatch.sample_id(row) for row in range(rows)]
-            shown = {"targets": targets, "predicted": stats.prediction, "hits": stats.rank == 0}
-            tensors.update({f"{modality}/{name}": tensor[:rows] for name, tensor in shown.items()})
-
-        def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
-            rows = tuple(
-                (sample, *cells)
-                for row, sample in enumerate(samples)
-                for cells in _prediction_rows(host, row, tokenizer)
-            )
-            emit.record(Table("outputs/predictions", COLUMNS, rows))
-
-        step.recorder.show(tensors, build)
+        if passes:
+            _compare(step, passes)
+        if last is not None and last[1]:
+            _show(step, *last)
 
 
-def _labels(microbatch: Microbatch, head: Head) -> Tensor | None:
-    if microbatch.view is None:
-        return None
-    if head.modality == "text":
-        return microbatch.view.text_labels
-    return None if microbatch.view.audio is None else microbatch.view.audio.labels
+def _totals(stream: Stream, stats: TokenStats) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and counts over supervised tokens, float64 ``[sequences]``, of everything that has a mean."""
+    columns = {
+        "loss": stats.nll,
+        "accuracy": (stats.rank == 0).float(),
+        "top5": (stats.rank < 5).float(),
+        "entropy": stats.entropy,
+    }
+    mask = _supervised(stream)
+    return {name: masked_totals(_by_sequence(values, stream), mask) for name, values in columns.items()}
 
 
-def _statistics(
-    logits: Tensor, targets: Tensor, rows: Tensor | None, probe_id: int | None
-) -> tuple[Tensor, TokenStats]:
-    """Targets and statistics of every position; where ``rows`` names those that have logits, of these alone."""
-    if rows is None:
-        return targets, token_statistics(logits.reshape(*targets.shape, -1), targets, probe_id=probe_id)
-    own = targets.flatten(0, 1)[rows]
-    logits = logits.reshape(*own.shape, -1)
-    predicted = targets.new_full(targets.shape, IGNORE_INDEX)
-    predicted.flatten(0, 1).index_copy_(0, rows, own)
-    stats = token_statistics(logits, own, probe_id=probe_id)
-    return predicted, stats.placed(rows, targets.shape, logits.shape[-1])
-
-
-def _until(heads: Sequence[Head], head: Head) -> list[Head]:
-    position = next(index for index, other in enumerate(heads) if other.modality == head.modality)
-    return list(heads[:position])
-
-
-def _by_codebook(values: Tensor, head: Head) -> Tensor:
-    """``[batch, sequence]`` of text as ``[batch, sequence, 1]``; audio has its codebooks last already."""
-    return values if head.modality == "audio" else values.unsqueeze(-1)
-
-
-def _audio_metrics(targets: Tensor, stats: TokenStats, audio: AudioView, mask: Tensor) -> Iterator[tuple[str, Metric]]:
-    ends = targets == audio.eos_id
-    if stats.probe_probability is not None:
-        total, count = masked_totals(stats.probe_probability, ends)
+def _metrics(
+    stream: Stream, stats: TokenStats, totals: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[str, Metric]]:
+    """Tag after ``outputs/`` → value, for the stream's group and for each of its sequences."""
+    for name, (total, count) in totals.items():
+        yield f"{name}/{stream.group}", Mean(total.sum(), count.sum())
+        for k, own in enumerate(stream.names if name != "entropy" else ()):
+            if own != stream.group:
+                yield f"{name}/{own}", Mean(total[k], count[k])
+    if stream.eos_id is not None and stats.probe_probability is not None:
+        ends = _by_sequence(stream.predicted, stream) == stream.eos_id
+        total, count = masked_totals(_by_sequence(stats.probe_probability, stream), ends)
         yield "eos/probability", Mean(total.sum(), count.sum())
-    counts = _without(histogram_of_ids(stats.prediction, mask, audio.vocabulary), {audio.bos_id, audio.eos_id})
-    for k in range(audio.codebooks):
-        yield f"codebook_{k}/used_fraction", UsedFraction(counts[k])
-        yield f"codebook_{k}/perplexity", Perplexity(counts[k])
+    if stream.group == "audio":
+        yield from _codebook_use(stream, stats)
+
+
+def _codebook_use(stream: Stream, stats: TokenStats) -> Iterator[tuple[str, Metric]]:
+    predicted = _by_sequence(stats.prediction, stream)
+    counts = histogram_of_ids(predicted, _supervised(stream), stream.logits.shape[-1])
+    counts = _without(counts, {one for one in (stream.bos_id, stream.eos_id) if one is not None})
+    for k, name in enumerate(stream.names):
+        yield f"{name}/used_fraction", UsedFraction(counts[k])
+        yield f"{name}/perplexity", Perplexity(counts[k])
+
+
+def _by_sequence(values: Tensor, stream: Stream) -> Tensor:
+    """``[tokens, sequences]``."""
+    return values.reshape(-1, len(stream.names))
+
+
+def _supervised(stream: Stream) -> Tensor:
+    """bool ``[tokens, sequences]``; a label outside the vocabulary is a data fault, counted in inputs/invalid_ids."""
+    targets = _by_sequence(stream.predicted, stream)
+    return (targets >= 0) & (targets < stream.logits.shape[-1])
 
 
 def _without(counts: Tensor, ids: set[int]) -> Tensor:
@@ -206,30 +197,155 @@ def _supervised_ends(audio: AudioView) -> Mean:
     return Mean((ends & (audio.labels == audio.eos_id)).sum(), ends.sum())
 
 
-def _prediction_rows(host: Mapping[str, Tensor], row: int, tokenizer: Any) -> Iterator[tuple[Cell, ...]]:
-    """Stream, supervised tokens, accuracy, target and prediction of one sample: text decoded, then every stream."""
-    if "text/targets" in host:
-        targets, predicted, accuracy = _supervised(host, "text", row)
-        if targets:
-            decode = getattr(tokenizer, "decode", str)
-            yield "text", len(targets), accuracy, decode(targets), decode(predicted)
-            yield "text tokens", len(targets), accuracy, _ends(targets), _ends(predicted)
-    if "audio/targets" in host:
-        for k in range(host["audio/targets"].shape[-1]):
-            targets, predicted, accuracy = _supervised(host, "audio", row, k)
-            if targets:
-                yield f"codebook {k}", len(targets), accuracy, _ends(targets), _ends(predicted)
+# -- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def _supervised(
-    host: Mapping[str, Tensor], modality: str, row: int, codebook: int | None = None
-) -> tuple[list[int], list[int], float]:
-    targets, predicted, hits = (host[f"{modality}/{name}"][row] for name in ("targets", "predicted", "hits"))
-    if codebook is not None:
-        targets, predicted, hits = targets[:, codebook], predicted[:, codebook], hits[:, codebook]
-    mask = targets != IGNORE_INDEX
-    accuracy = hits[mask].double().mean().item() if bool(mask.any()) else 0.0
-    return targets[mask].tolist(), predicted[mask].tolist(), round(accuracy, 4)
+def _share(stream: Stream, total: Tensor, count: Tensor) -> Tensor:
+    """What a stream adds to the loss of its pass: a 0-d tensor, 0 where nothing is supervised."""
+    by = count if stream.denominator is None else stream.denominator
+    by = by.to(total).clamp(min=1) if isinstance(by, Tensor) else max(by, 1)
+    return stream.weight * (total / by).sum()
+
+
+def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) -> _Pass:
+    tensors = {f"outputs/loss/{part.name}": part.value.detach().clone() for part in reading.parts}
+    read = [*shares, *tensors.values()]
+    if read:
+        tensors["read"] = torch.stack([one.to(read[0]) for one in read]).sum()
+    if reading.loss is not None:
+        tensors["returned"] = reading.loss
+    rounding = _ROUNDING.get(reading.loss.dtype, _FINE) if reading.loss is not None else _FINE
+    return _Pass(
+        tensors,
+        partial=any(one.in_loss for one in reading.absent),
+        rounding=rounding if reading.watched else max(rounding, _COMPILED),
+        counted=microbatch.inputs.get("num_items_in_batch") is not None,
+    )
+
+
+def _compare(step: Step, passes: Sequence[_Pass]) -> None:
+    """Have the losses of a step added up, and compared with what the model returned, on the host."""
+    recorder, family = step.recorder, step.family.name if step.family is not None else ""
+    read, returned = (any(name in one.tensors for one in passes) for name in ("read", "returned"))
+    if not returned:
+        recorder.absent(MODEL, NO_LOSS)
+    elif not read and not any(one.partial for one in passes):
+        recorder.absent(TOTAL, UNREAD)
+    # Passes add up where the trainer has counted the tokens of all; so do ranks, unless each has counted its own.
+    ranks = step.world_size if step.tokens_across_ranks else 1
+    count = 1 / ranks if any(one.counted for one in passes) else len(passes)
+    tensors = {f"{at}/{name}": tensor for at, one in enumerate(passes) for name, tensor in one.tensors.items()}
+    layout = [replace(one, tensors=dict.fromkeys(one.tensors, _PLACE)) for one in passes]
+
+    def add_up(host: Mapping[str, Tensor], emit: Emitter) -> None:
+        values = [one.values(host, at) for at, one in enumerate(layout)]
+        for name in {name for one in values for name in one} - {"read"}:
+            total = sum(one.get(name, 0.0) for one in values)
+            emit.metric(MODEL if name == "returned" else name, Mean(total, count))
+        for one, found in zip(layout, values, strict=True):
+            if read or one.partial:
+                emit.metric(TOTAL, _checked(one, found), "" if returned else UNCHECKED)
+        if read:
+            emit.metric(TOTAL, CheckedMean(0, count, 0, 0, 0, 0))
+
+    def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+        total = emit.merged(TOTAL)
+        fault = total.fault(family) if isinstance(total, CheckedMean) else ""
+        if fault:
+            emit.absent(TOTAL, fault)
+        if fault not in ("", PARTIAL):
+            recorder.say_once(f"fault:{TOTAL}", "%s is withheld: %s", TOTAL, fault)
+
+    recorder.defer(tensors, add_up)
+    recorder.show({}, say)
+
+
+def _checked(one: _Pass, values: Mapping[str, float]) -> CheckedMean:
+    """The loss of one pass, without a count."""
+    read, returned = values.get("read"), values.get("returned")
+    if one.partial or read is None:
+        return CheckedMean(0, 0, int(one.partial or returned is not None), 0, 0, 0)
+    if returned is None:
+        return CheckedMean(read, 0, 0, 0, 0, 0)
+    if not math.isfinite(returned):  # of a mean over nothing, say: there is nothing to compare
+        return CheckedMean(returned, 0, 0, 0, 0, 0)
+    same = abs(read - returned) <= one.rounding * max(abs(read), abs(returned), _SMALL)
+    return CheckedMean(read, 0, 0, 0, 0, 0) if same else CheckedMean(0, 0, 0, 1, read, returned)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The first samples of a stream: ``targets``, ``predicted``, ``hits``, all ``[samples, positions, sequences]``."""
+
+    names: tuple[str, ...]
+    group: str
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, stream: Stream, stats: TokenStats) -> list[_Shown]:
+        """Nothing for a stream whose tokens are not laid out by samples."""
+        targets = stream.targets
+        if targets.dim() - (not isinstance(stream.name, str)) < 2:
+            return []
+        found = {"targets": stream.predicted, "predicted": stats.prediction, "hits": stats.rank == 0}
+        laid_out = {name: _laid_out(values, stream)[:SHOWN_SAMPLES] for name, values in found.items()}
+        return [cls(stream.names, stream.group, laid_out)]
+
+
+def _laid_out(values: Tensor, stream: Stream) -> Tensor:
+    """``[samples, positions, sequences]``; positions without logits have no target."""
+    shape = stream.targets.shape
+    if stream.rows is not None:
+        everywhere = torch.full(shape, IGNORE_INDEX, dtype=torch.long, device=values.device).to(values.dtype)
+        everywhere.flatten(0, 1).index_copy_(0, stream.rows, values)
+        values = everywhere
+    return values.reshape(shape[0], -1, len(stream.names))
+
+
+def _show(step: Step, microbatch: Microbatch, shown: Sequence[_Shown]) -> None:
+    tokenizer = step.tokenizer
+    streams = [(one.names, one.group) for one in shown]
+    samples = max(one.tensors["targets"].shape[0] for one in shown)
+    names = [microbatch.sample_id(row) for row in range(samples)]
+    tensors = {f"{at}/{name}": tensor for at, one in enumerate(shown) for name, tensor in one.tensors.items()}
+
+    def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
+        rows = tuple(
+            (sample, *cells)
+            for row, sample in enumerate(names)
+            for at, (of, group) in enumerate(streams)
+            for k, name in enumerate(of)
+            for cells in _prediction_rows(name, group, _sequence(host, at, row, k), tokenizer)
+        )
+        emit.record(Table("outputs/predictions", COLUMNS, rows))
+
+    step.recorder.show(tensors, build)
+
+
+def _sequence(host: Mapping[str, Tensor], at: int, row: int, k: int) -> list[Tensor]:
+    """Targets, predictions and hits of one sequence of one sample."""
+    tensors = [host[f"{at}/{name}"] for name in ("targets", "predicted", "hits")]
+    return [tensor[row, :, k] if row < tensor.shape[0] else tensor.new_empty(0) for tensor in tensors]
+
+
+def _prediction_rows(
+    name: str, group: str, sequence: Sequence[Tensor], tokenizer: Any
+) -> Iterator[tuple[str, int, float, str, str]]:
+    """Stream, supervised tokens, accuracy, target and prediction of what is supervised: text decoded, and its ids."""
+    mask = sequence[0] != IGNORE_INDEX
+    targets, predicted, hits = (tensor[mask].tolist() for tensor in sequence)
+    if not targets:
+        return
+    accuracy = round(sum(hits) / len(hits), 4)
+    if group == "text":
+        decode = getattr(tokenizer, "decode", str)
+        yield name, len(targets), accuracy, decode(targets), decode(predicted)
+        yield f"{name} tokens", len(targets), accuracy, _ends(targets), _ends(predicted)
+    else:
+        yield name.replace("_", " "), len(targets), accuracy, _ends(targets), _ends(predicted)
 
 
 def _ends(tokens: Sequence[int]) -> str:

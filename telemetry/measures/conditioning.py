@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from telemetry.measures.token_stats import masked_totals, token_statistics
+from telemetry.measures.token_stats import masked_totals
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,6 @@ class Totals:
     def difference(self, name: str, other: str) -> Tensor:
         """Sums of one loss minus another, float64 ``[codebooks]``."""
         return self.loss[name] - self.loss[other]
-
-
-def audio_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of every target code.
-
-    Args:
-        logits: ``[batch, sequence, codebooks × vocabulary]`` (or with these two apart).
-        targets: int64 ``[batch, sequence, codebooks]``, shifted; outside the vocabulary where there is none.
-
-    Returns:
-        float32 ``[batch, sequence, codebooks]``, nats; 0 where there is no target. Not finite where the logits are not.
-
-    Raises:
-        ValueError: when the shapes do not fit.
-    """
-    return token_statistics(logits.reshape(*targets.shape, -1), targets).nll
 
 
 def loss_totals(losses: dict[str, Tensor], counted: Tensor) -> Totals:

@@ -38,29 +38,6 @@ class TokenStats:
     prediction: Tensor
     probe_probability: Tensor | None = None
 
-    def placed(self, rows: Tensor, shape: torch.Size, vocab: int) -> TokenStats:
-        """The same statistics at some positions of a larger layout, the others without a target.
-
-        Args:
-            rows: int64 ``[rows]``: where each row of the statistics ``[rows, ...]`` goes, in ``shape[0] × shape[1]``.
-            shape: of the layout.
-            vocab: size of the vocabulary.
-        """
-
-        def place(values: Tensor, fill: int) -> Tensor:
-            laid_out = torch.full(shape, fill, dtype=values.dtype, device=values.device)
-            laid_out.flatten(0, 1).index_copy_(0, rows, values)
-            return laid_out
-
-        probe = self.probe_probability
-        return TokenStats(
-            nll=place(self.nll, 0),
-            entropy=place(self.entropy, 0),
-            rank=place(self.rank, vocab),
-            prediction=place(self.prediction, 0),
-            probe_probability=None if probe is None else place(probe, 0),
-        )
-
 
 def token_statistics(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, probe_id: int | None = None

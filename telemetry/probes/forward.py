@@ -1,20 +1,23 @@
-"""Reads the passes of a step: what the model is given, and the logits that it computes."""
+"""Reads the passes of a due step: what each is given, the streams that it predicts, and the model's own loss."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from telemetry.families.base import BatchView, Family, Head
+from telemetry.families.base import Absent, BatchView, Declared, Family, LossPart, Seen, Stream, output
 from telemetry.probes.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+NOT_SHOWN = "a compiled model does not show its logits for it"
 
 
 @dataclass(frozen=True)
@@ -40,27 +43,56 @@ class Microbatch:
         return str(known) if known is not None else f"row {row}"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a pass has given.
+
+    Attributes:
+        streams: what it has predicted; every one fits together.
+        parts: what else its loss consists of.
+        absent: what of it cannot be read, and why.
+        loss: as the model returned it, 0-d; None where it returned none.
+        watched: whether the pass was watched: one that was handed over may round its logits otherwise than its loss.
+    """
+
+    streams: Sequence[Stream] = ()
+    parts: Sequence[LossPart] = ()
+    absent: Sequence[Absent] = ()
+    loss: Tensor | None = None
+    watched: bool = True
+
+
+@dataclass
+class _Pass:
+    microbatch: Microbatch
+    modules: dict[str, Any] = field(default_factory=dict)
+
+
 class PassReader:
     """Reads every pass of a due step, watched or handed over.
 
     Args:
-        family: reads the batch and names the heads; None for a model that telemetry has no family for.
+        family: reads batches and outputs; None where there is none, and only the model's own loss is read.
         inputs: told of a microbatch that the model is about to run on.
-        outputs: told of a microbatch, a head and the logits that it has computed (detached).
+        outputs: told of a microbatch that the model has run on, and what that has given.
+
+    Attributes:
+        passes: read since :meth:`attach`.
     """
 
     def __init__(
         self,
         family: Family | None,
         inputs: Callable[[Microbatch], None],
-        outputs: Callable[[Microbatch, Head, Tensor], None],
+        outputs: Callable[[Microbatch, Reading], None],
     ) -> None:
         self._family = family
         self._inputs = inputs
         self._outputs = outputs
-        self._microbatch: Microbatch | None = None
+        self._pass: _Pass | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
-        self._unreadable_said = False
+        self._faults: dict[Hashable, str] = {}
+        self._said: set[str] = set()
         self.passes = 0
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -71,13 +103,14 @@ class PassReader:
         """Begin to read; passes are counted from here."""
         self.forget()
         self.passes = 0
-        watch.passes(self, self._begin, self._end)
-        for head in self._family.heads() if self._family is not None else ():
-            watch.after(self, head.module, functools.partial(self._see, head))
+        if watch.usable:
+            watch.passes(self, self._begin, self._end)
+            for name, module in self._watched().items():
+                watch.after(self, module, functools.partial(self._keep, name))
 
     def forget(self) -> None:
-        """Let go of the last microbatch."""
-        self._microbatch = None
+        """Let go of the last pass, and of what has been announced."""
+        self._pass = None
         self._metadata = ()
 
     @torch.no_grad()
@@ -86,31 +119,95 @@ class PassReader:
         inputs = dict(inputs)
         self.announce(inputs.pop("metadata", None) or self._metadata)
         self._begin(inputs)
-        for head, logits in self._family.output_logits(outputs) if self._family is not None else ():
-            self._see(head, logits)
-        self._end(outputs)
+        self._end(outputs, watched=False)
 
     def _begin(self, inputs: Mapping[str, Any]) -> None:
         self.passes += 1
         metadata, self._metadata = self._metadata, ()
-        self._microbatch = Microbatch(inputs, self._view(inputs), metadata)
-        self._inputs(self._microbatch)
+        self._pass = _Pass(Microbatch(inputs, self._view(inputs), metadata))
+        self._inputs(self._pass.microbatch)
 
-    def _see(self, head: Head, logits: Tensor) -> None:
-        if self._microbatch is not None:
-            self._outputs(self._microbatch, head, logits.detach())
+    def _keep(self, name: str, output: Any) -> None:
+        if self._pass is not None:
+            self._pass.modules[name] = output
 
-    def _end(self, _outputs: Any) -> None:
-        self._microbatch = None
+    def _end(self, outputs: Any, watched: bool = True) -> None:
+        ended, self._pass = self._pass, None
+        if ended is not None and outputs is not None:
+            self._outputs(ended.microbatch, self._reading(ended, outputs, watched))
+
+    def _reading(self, ended: _Pass, outputs: Any, watched: bool) -> Reading:
+        inputs = ended.microbatch.inputs
+        loss = model_loss(inputs, outputs)
+        seen = Seen(ended.microbatch.view, ended.modules)
+        if not watched:
+            seen = Seen(ended.microbatch.view, missing=NOT_SHOWN)
+        declared = [self._checked(one) for one in self._declared(inputs, outputs, seen)]
+        return Reading(
+            streams=[one for one in declared if isinstance(one, Stream)],
+            parts=[one for one in declared if isinstance(one, LossPart)],
+            absent=[one for one in declared if isinstance(one, Absent)],
+            loss=loss,
+            watched=watched,
+        )
+
+    def _checked(self, declared: Declared) -> Declared:
+        """The same, or for a stream whose parts do not fit together why it is absent."""
+        if not isinstance(declared, Stream) or self._family is None:
+            return declared
+        tensors = (declared.logits, declared.labels, *([] if declared.rows is None else [declared.rows]))
+        key = (declared.name, *((tensor.shape, tensor.dtype) for tensor in tensors))
+        if key not in self._faults:
+            fault = declared.fault()
+            self._faults[key] = fault and f"{fault} (family {self._family.name})"
+        fault = self._faults[key]
+        return Absent(declared.group, fault) if fault else replace(declared, logits=declared.logits.detach())
+
+    def _watched(self) -> Mapping[str, Any]:
+        return self._attempt("name modules to watch", self._family.watched, {}) if self._family is not None else {}
 
     def _view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """How the family reads a batch; None for one that it cannot, which the model may still be able to."""
         if self._family is None:
             return None
+        return self._attempt("read a batch", functools.partial(self._family.view, inputs), None)
+
+    def _declared(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Sequence[Declared]:
+        family = self._family
+        if family is None:
+            return ()
+        failed = Absent("text", f"family {family.name} cannot read what the model returned")
+        return self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
+
+    def _attempt(self, doing: str, action: Any, otherwise: Any) -> Any:
+        """What a family gives; where it raises, which is said once, something else."""
         try:
-            return self._family.view(inputs)
+            return action()
         except Exception:
-            if not self._unreadable_said:
-                logger.exception("family %s cannot read a batch; training goes on", self._family.name)
-            self._unreadable_said = True
-            return None
+            if doing not in self._said:
+                self._said.add(doing)
+                name = self._family.name if self._family is not None else ""
+                logger.exception("family %s cannot %s; training goes on", name, doing)
+            return otherwise
+
+
+def model_loss(inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:
+    """The loss that a model returned, cut from the graph, as a tensor of its own; None where it returned none.
+
+    A tuple's first part is one where it has no dimension and the model was given labels.
+    """
+    loss = output(outputs, "loss")
+    if isinstance(outputs, tuple) and loss is None and outputs and any("label" in name for name in inputs):
+        loss = outputs[0]
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        return None
+    return loss.detach().clone()  # the Trainer scales its loss in place
+
+
+def streams_of(
+    family: Family, microbatch: Microbatch, outputs: Any, modules: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Stream]:
+    """Return the streams of a pass that is run aside, with what watched modules gave; nothing is said of the rest."""
+    for declared in family.streams(microbatch.inputs, outputs, Seen(microbatch.view, modules)):
+        if isinstance(declared, Stream) and not declared.fault():
+            yield declared

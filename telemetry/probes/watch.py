@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class Watch:
         self._begin, self._end = [], []
 
     def passes(self, owner: Any, begin: Callable[[Mapping[str, Any]], None], end: Callable[[Any], None]) -> None:
-        """Have ``begin(inputs)`` called with the keyword arguments of every pass, and ``end(outputs)`` after it.
+        """Have ``begin(inputs)`` called with the arguments of every pass, by name, and ``end(outputs)`` after it.
 
         ``outputs`` is None for a pass that raised or was cut off. Ends are called in the order of their beginnings.
         """
@@ -122,8 +123,17 @@ class Watch:
         if self._running or not torch.is_grad_enabled():
             return
         self._running = True
+        inputs = self._named(args, kwargs)
         for owner, begin in self._begin:
-            self._call(owner, begin, kwargs)
+            self._call(owner, begin, inputs)
+
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Arguments by name, as the signature of the model's forward pass names those that were given by position."""
+        if not args:
+            return kwargs
+        parameters = inspect.signature(self._model.forward).parameters.values()
+        names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         self._over(output)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers.utils import ModelOutput
 
 AUDIO_IN, AUDIO_OUT, PAD = 1, 2, 0
@@ -41,6 +42,7 @@ class StandInConfig:
 
 @dataclass
 class StandInOutput(ModelOutput):
+    loss: Tensor | None = None
     logits: Tensor | None = None
     expanded_input_ids: Tensor | None = None
     expanded_labels: Tensor | None = None
@@ -128,12 +130,19 @@ class HiggsAudioModel(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, coded)
         hidden = self.norm(hidden)
-        audio_logits = self.audio_decoder_proj.audio_lm_head(hidden[is_out])
+        codebooks = (self.config.audio_num_codebooks, self.config.audio_codebook_size + 2)
+        audio_logits = self.audio_decoder_proj.audio_lm_head(hidden[is_out]).unflatten(1, codebooks).float()
+        logits = self.audio_decoder_proj.text_lm_head(hidden)
+        text = [
+            cross_entropy(logits[row, at - 1], torch.tensor(place.label))
+            for row, places in enumerate(rows)
+            for at, place in enumerate(places)
+            if at and place.label != IGNORED
+        ]
         return StandInOutput(
-            logits=self.audio_decoder_proj.text_lm_head(hidden),
-            audio_logits=audio_logits.unflatten(
-                1, (self.config.audio_num_codebooks, self.config.audio_codebook_size + 2)
-            ).float(),
+            loss=_sum_of_means([text, *_code_losses(audio_logits, label_audio_ids, audio_out_ids_start)]),
+            logits=logits,
+            audio_logits=audio_logits,
             expanded_input_ids=torch.tensor([[place.token for place in row] for row in rows]),
             expanded_labels=torch.tensor([[place.label for place in row] for row in rows]),
             audio_in_mask=is_in,
@@ -184,6 +193,25 @@ class HiggsAudioModel(nn.Module):
             shift = torch.arange(self.config.audio_num_codebooks) * (self.config.audio_codebook_size + 2)
             return self.audio_codebook_embeddings(place.codes + shift).sum(0)
         return self.embed_tokens(torch.tensor(place.token))
+
+
+def _code_losses(logits: Tensor, labels: Tensor | None, starts: Tensor | None) -> list[list[Tensor]]:
+    """By codebook, the loss of every supervised code; the first of a clip is predicted by nothing."""
+    if labels is None or starts is None:
+        return []
+    return [
+        [
+            cross_entropy(logits[frame - 1, k], label)
+            for frame, label in enumerate(row)
+            if label != IGNORED and frame not in starts.tolist()
+        ]
+        for k, row in enumerate(labels)
+    ]
+
+
+def _sum_of_means(losses: list[list[Tensor]]) -> Tensor | None:
+    means = [torch.stack(each).mean() for each in losses if each]
+    return torch.stack(means).sum() if means else None
 
 
 def _behind_the_encoder(frames: int) -> int:

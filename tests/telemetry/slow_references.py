@@ -181,7 +181,7 @@ class Outputs:
             )
         means = [_mean(stream.losses) for stream in self.streams.values() if stream.losses]
         if means:
-            found["outputs/loss/total"] = math.fsum(means)
+            found["outputs/loss/total"] = found["outputs/loss/model"] = math.fsum(means)
         ends = [p for stream in codebooks.values() for p in stream.end_probabilities]
         if ends:
             found["outputs/eos/probability"] = _mean(ends)

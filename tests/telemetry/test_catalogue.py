@@ -25,7 +25,9 @@ INPUTS = [
     "inputs/tensor/attention_mask/nonfinite",
 ]
 OUTPUTS = [
+    "outputs/loss/model",
     "outputs/loss/total",
+    "outputs/loss/router",
     "outputs/loss/text",
     "outputs/loss/audio",
     "outputs/loss/codebook_0",

@@ -323,7 +323,7 @@ class FusedLlama(LlamaForCausalLM):
         return CausalLMOutputWithPast(loss=loss)
 
 
-def test_a_fused_loss_leaves_outputs_absent_and_says_so_once(
+def test_of_a_fused_loss_the_loss_alone_is_shown_and_it_is_said_once(
     llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
     backend = MemoryBackend()
@@ -331,7 +331,8 @@ def test_a_fused_loss_leaves_outputs_absent_and_says_so_once(
         FusedLlama(llama.config), tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=3
     )
     run.trainer.train()
-    assert measured_steps(backend) == {"inputs": {1, 2, 3}, "gradients": {1, 2, 3}}
+    assert measured_steps(backend) == {"inputs": {1, 2, 3}, "outputs": {1, 2, 3}, "gradients": {1, 2, 3}}
+    assert [tag for tag in backend.tags() if tag.startswith("outputs/")] == ["outputs/loss/model"]
     said = [record.getMessage() for record in telemetry_log.records if "outputs/" in record.getMessage()]
     assert said == [
         "no outputs/loss/text: the model computed no logits for it (a fused loss, or no such head)",

@@ -36,7 +36,7 @@ from voice_batches import Voices
 from telemetry import SoundPolicy
 from telemetry.backends.memory import MemoryBackend
 from telemetry.catalogue import find
-from telemetry.families import find_speech_family
+from telemetry.families import HiggsAudioV2Family
 from telemetry.instruments import clips as clip_log
 from telemetry.records import Audio, Image
 from telemetry.speech.text import character_errors, word_errors
@@ -408,7 +408,7 @@ def _batches(voices: Voices, size: int) -> Iterator[dict[str, Any]]:
 
 def test_memory_is_that_of_an_evaluation_and_freed(voices: Voices, make_higgs: Callable[..., Any]) -> None:
     model = make_higgs().eval()
-    speech = find_speech_family(model)
+    speech = HiggsAudioV2Family(model).speaker
     assert speech is not None
     [batch] = _batches(voices, 4)
     inputs = {name: value for name, value in batch.items() if name != "metadata"}

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from telemetry import InputLoggerCallback, OutputLoggerCallback, SharedAttentionLoggerCallback, StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.callbacks.trainer import Head, StrategicCallback
 from telemetry.delivery.recorder import MAX_FAILURES
-from telemetry.families import CausalLMFamily, Head
+from telemetry.families import CausalLMFamily
 from telemetry.probes.forward import Microbatch
 from telemetry.session import NO_FAMILY
 
@@ -276,7 +276,9 @@ def test_a_model_of_no_family_trains_on_and_it_is_said_once(
     run.trainer.train()
     assert run.trainer.state.global_step == 2
     found = set(measured_records(backend))
-    assert {tag.split("/")[0] for tag in found if not tag.startswith("inputs/tensor")} == {"gradients", "train"}
+    shown = {tag for tag in found if not tag.startswith("inputs/tensor")}
+    assert {tag.split("/")[0] for tag in shown} == {"gradients", "outputs", "train"}
+    assert {tag for tag in shown if tag.startswith("outputs/")} == {"outputs/loss/model"}
     assert {"inputs/tensor/input_ids/max", "gradients/other/norm", "gradients/other/update_ratio"} <= found
     said = [record.getMessage() for record in telemetry_log.records if "no family" in record.getMessage()]
     assert said == [NO_FAMILY]

@@ -137,7 +137,8 @@ def test_without_supervised_audio_the_audio_values_are_absent(higgs: Any, voices
     rows = [[voices.conversation(target=None)]]
     measured = scalars_at(measure(OutputLoggerCallback, higgs, tmp_path, [voices.batch(rows[0])]), 1, "outputs")
     assert set(measured) == {f"outputs/{name}/text" for name in ("loss", "accuracy", "top5", "entropy")} | {
-        "outputs/loss/total"
+        "outputs/loss/total",
+        "outputs/loss/model",
     }
     assert measured["outputs/loss/total"] == measured["outputs/loss/text"]
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from slow_references import HIGGS_GROUPS, LLAMA_GROUPS, group_of
-from torch import nn
+from torch import Tensor, nn
 from transformers import HiggsAudioV2ForConditionalGeneration, LlamaForCausalLM, LlamaModel
+from voice_batches import Voices
 
-from telemetry.families import CausalLMFamily, HiggsAudioV2Family, find_family
+from telemetry.families import Absent, CausalLMFamily, HiggsAudioV2Family, Seen, Stream, find_family
+from telemetry.families.base import NO_LOGITS
 from trainer.model import add_lora
 
 
@@ -69,29 +71,30 @@ def test_wrapped_models_are_known(
 ) -> None:
     voice, text = find_family(wrap(higgs)), find_family(wrap(llama))
     assert isinstance(voice, HiggsAudioV2Family)
-    assert [(head.module, head.modality, head.codebooks) for head in voice.heads()] == [
-        (higgs.audio_lm_head, "audio", 3),
-        (higgs.text_lm_head, "text", 1),
-    ]
+    assert voice.model is higgs
+    assert voice.watched() == {"text_lm_head": higgs.text_lm_head}
+    assert voice.modalities == ("text", "audio")
     assert isinstance(text, CausalLMFamily)
-    assert [(head.module, head.modality, head.codebooks) for head in text.heads()] == [(llama.lm_head, "text", 1)]
+    assert text.model is llama
+    assert text.watched() == {}
+    assert text.modalities == ("text",)
 
 
-def test_peft_models_are_known_and_their_heads_are_what_is_called(llama: LlamaForCausalLM) -> None:
+def test_peft_models_are_known_and_read(llama: LlamaForCausalLM) -> None:
     model = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
     family = find_family(model)
     assert isinstance(family, CausalLMFamily)
-    (head,) = family.heads()
-    called: list[torch.Size] = []
-    head.module.register_forward_hook(lambda _module, _args, logits: called.append(logits.shape))
-    model(input_ids=torch.tensor([[1, 2, 3]]))
-    assert called == [torch.Size([1, 3, 29])]
+    ids = torch.tensor([[1, 2, 3]])
+    outputs = model(input_ids=ids, labels=ids)
+    (stream,) = family.streams({"input_ids": ids, "labels": ids}, outputs, Seen())
+    assert isinstance(stream, Stream)
+    assert stream.logits is outputs.logits
+    assert stream.labels is ids
 
 
-def test_a_higgs_model_without_text_head_has_one_head(make_higgs: Any) -> None:
-    family = find_family(make_higgs(use_text_head=False))
-    assert family is not None
-    assert [head.modality for head in family.heads()] == ["audio"]
+def test_a_higgs_model_without_text_head_has_one_group(make_higgs: Any, voices: Voices) -> None:
+    model = make_higgs(use_text_head=False)
+    assert list(declared(model, voices.batch([voices.conversation()]))) == ["audio"]
 
 
 def test_models_without_logits_belong_to_no_family(llama: LlamaForCausalLM) -> None:
@@ -112,15 +115,27 @@ def test_a_text_batch_is_read_with_its_padding(llama: LlamaForCausalLM) -> None:
     assert family.view({"inputs_embeds": torch.zeros(1, 2, 8)}) is None
 
 
-def test_output_logits_are_the_head_of_the_models_own_output(
-    higgs: HiggsAudioV2ForConditionalGeneration, llama: LlamaForCausalLM
+def declared(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Stream]:
+    """Streams by their group, of a pass without text logits of a Higgs model."""
+    family = find_family(model)
+    assert family is not None
+    found = family.streams(inputs, model(**inputs), Seen(family.view(inputs)))
+    return {one.group: one for one in found if isinstance(one, Stream)}
+
+
+def test_logits_are_those_of_the_models_own_output(
+    higgs: HiggsAudioV2ForConditionalGeneration, llama: LlamaForCausalLM, voices: Voices
 ) -> None:
-    ids = torch.tensor([[3, 4]])
-    for model, modality in ((higgs, "audio"), (llama, "text")):
-        family = find_family(model)
-        assert family is not None
-        outputs = model(input_ids=ids)
-        ((head, logits),) = family.output_logits(outputs)
-        assert head.modality == modality
-        assert logits is outputs.logits
-        assert list(family.output_logits(None)) == []
+    spoken = voices.batch([voices.conversation()])
+    text = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[3, 4]])}
+    for model, inputs, group in ((higgs, spoken, "audio"), (llama, text, "text")):
+        found = declared(model, inputs)
+        assert list(found) == [group]
+        logits = model(**inputs).logits
+        assert torch.equal(found[group].logits.flatten(2), logits)
+
+
+def test_what_is_no_output_has_no_streams(higgs: HiggsAudioV2ForConditionalGeneration, voices: Voices) -> None:
+    family, inputs = HiggsAudioV2Family(higgs), voices.batch([voices.conversation()])
+    found = list(family.streams(inputs, None, Seen(family.view(inputs))))
+    assert found == [Absent("text", NO_LOGITS), Absent("audio", NO_LOGITS)]

@@ -17,8 +17,7 @@ from waiting import Watch
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.families import HiggsAudioFamily, find_family
-from telemetry.families.base import BatchView, shift_labels
+from telemetry.families import Absent, BatchView, HiggsAudioFamily, Seen, Stream, find_family
 
 CODEBOOKS, BOS, EOS = 3, 10, 11
 TEXT = range(3, 40)
@@ -194,6 +193,14 @@ def test_clips_that_nothing_asks_for_or_that_are_missing(kept: int, frames: list
     assert view.audio.placeholders.tolist() == placeholders
 
 
+@pytest.mark.parametrize(("pattern", "delay"), [(True, (0, 1, 2)), (False, (0, 0, 0))])
+def test_codebooks_are_delayed_where_the_model_is_set_so(pattern: bool, delay: tuple[int, ...]) -> None:
+    view = HiggsAudioFamily(make(use_delay_pattern=pattern)).view(batch([[5, (AUDIO_OUT, 2, True)]]))
+    assert view is not None
+    assert view.audio is not None
+    assert view.audio.delay == delay
+
+
 def test_a_batch_without_token_ids_has_no_view() -> None:
     assert HiggsAudioFamily(make()).view({"audio_features": torch.zeros(1)}) is None
 
@@ -254,6 +261,7 @@ def test_losses_are_those_of_the_models_own_output(rows: int, hand_over: bool, t
     assert measured == pytest.approx(expected, rel=1e-5)
     total = expected["text"] + sum(expected[f"codebook_{k}"] for k in range(CODEBOOKS))
     assert backend.scalars("outputs/loss/total")[1] == pytest.approx(total, rel=1e-5)
+    assert backend.scalars("outputs/loss/model")[1] == pytest.approx(total, rel=1e-5)
     assert backend.scalars("outputs/eos/supervised") == {1: 1.0}
 
 
@@ -354,17 +362,18 @@ def test_every_parameter_has_its_group() -> None:
     assert "other" not in {family.group_of(name) for name in names if not name.startswith("audio_tower")}
 
 
-def test_rows_of_logits_that_do_not_fit_are_not_read() -> None:
-    family = HiggsAudioFamily(make())
-    view = family.view(batch([[5, 6]]))
-    assert view is not None
-    text = family.heads()[1]
-    assert family.rows(view, text, torch.zeros(1, 1000, 40)) is None
-    assert family.rows(view, text, torch.zeros(2, 8, 40)) is None
-    rows = family.rows(view, text, torch.zeros(1, 8, 40))
-    assert rows is not None
-    labels = shift_labels(view.text_labels).flatten()[rows]  # type: ignore[arg-type]
-    assert labels.tolist() == [IGNORED] * 5 + [5, 6, IGNORED]
+@pytest.mark.parametrize(("shape", "fits"), [((1, 1000, 40), False), ((2, 8, 40), False), ((1, 8, 40), True)])
+def test_rows_of_logits_that_do_not_fit_are_not_read(shape: tuple[int, ...], fits: bool) -> None:
+    family, inputs = HiggsAudioFamily(make()), batch([[5, 6]])
+    outputs = StandInOutput(logits=torch.zeros(shape), audio_logits=torch.zeros(0, 3, 12))
+    declared = [*family.streams(inputs, outputs, Seen(family.view(inputs)))]
+    if not fits:
+        absent = next(one for one in declared if isinstance(one, Absent))
+        assert absent == Absent("text", f"logits {shape} are not of the {(1, 8)} positions that the batch has room for")
+        return
+    text = next(one for one in declared if isinstance(one, Stream))
+    assert text.fault() == ""
+    assert text.predicted.tolist() == [IGNORED] * 5 + [5, 6, IGNORED]
 
 
 def test_reading_a_batch_waits_for_nothing() -> None:
@@ -377,7 +386,8 @@ def test_reading_a_batch_waits_for_nothing() -> None:
         with Watch() as watch:
             view = family.view(inputs)
             assert view is not None
-            for head, logits in family.output_logits(outputs):
-                family.rows(view, head, logits)
+            streams = [one for one in family.streams(inputs, outputs, Seen(view)) if isinstance(one, Stream)]
+            assert [stream.fault() for stream in streams] == [""] * 2
+            assert [len(stream.predicted) for stream in streams]
         assert watch.operations
         assert watch.waits == []

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from voice_batches import Sample, Voices, every
 
-from telemetry.families import find_speech_family
-from telemetry.families.speech import Prompt, SpeechFamily
+from telemetry.families import HiggsAudioV2Family, find_family
+from telemetry.families.speech import Prompt, Speaker
 from telemetry.probes.quiet import set_aside
 
 LENGTHS = [(4, 5), (1, 9), (6, 1)]
 
 
 @pytest.fixture
-def speech(higgs: Any) -> SpeechFamily:
-    found = find_speech_family(higgs)
-    assert found is not None
-    return found
+def speech(higgs: Any) -> Speaker:
+    family = find_family(higgs)
+    assert family is not None
+    assert family.speaker is not None
+    return family.speaker
 
 
 def conversations(voices: Voices) -> list[Sample]:
@@ -38,7 +39,7 @@ def planted(sample: Sample, kind: str, codebooks: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_a_prompt_is_everything_before_the_target(voices: Voices, speech: SpeechFamily, left: bool) -> None:
+def test_a_prompt_is_everything_before_the_target(voices: Voices, speech: Speaker, left: bool) -> None:
     samples = conversations(voices)
     batch = voices.batch(voices.pad(samples, left), frame_padding=2, frames_left=left)
     for row, sample in enumerate(samples):
@@ -59,7 +60,7 @@ def test_a_prompt_is_everything_before_the_target(voices: Voices, speech: Speech
         assert prompt.reference.tolist() == planted(sample, "reference", 3)
 
 
-def test_samples_without_reference_or_target(voices: Voices, speech: SpeechFamily) -> None:
+def test_samples_without_reference_or_target(voices: Voices, speech: Speaker) -> None:
     samples = [voices.conversation(None, 5, 1), voices.conversation(4, None, 2)]
     batch = voices.batch(voices.pad(samples))
     prompt = speech.prompt(batch, 0)
@@ -71,10 +72,12 @@ def test_samples_without_reference_or_target(voices: Voices, speech: SpeechFamil
 
 
 def test_a_model_of_another_kind_does_not_speak(llama: Any) -> None:
-    assert find_speech_family(llama) is None
+    family = find_family(llama)
+    assert family is not None
+    assert family.speaker is None
 
 
-def _prompt(voices: Voices, speech: SpeechFamily, seed: int = 0, reference: int | None = 4) -> Prompt:
+def _prompt(voices: Voices, speech: Speaker, seed: int = 0, reference: int | None = 4) -> Prompt:
     prompt = speech.prompt(voices.batch([voices.conversation(reference, 5, seed)]), 0)
     assert prompt is not None
     return prompt
@@ -117,9 +120,7 @@ def ends(model: Any, offset: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("reference", [4, None])
-def test_free_running_codes_are_those_of_a_plain_loop(
-    voices: Voices, speech: SpeechFamily, reference: int | None
-) -> None:
+def test_free_running_codes_are_those_of_a_plain_loop(voices: Voices, speech: Speaker, reference: int | None) -> None:
     prompt, steps = _prompt(voices, speech, reference=reference), 12
     with set_aside(speech.model), ends(speech.model, -1e9):
         frames = slow_greedy(speech.model, prompt, steps)
@@ -130,20 +131,20 @@ def test_free_running_codes_are_those_of_a_plain_loop(
     assert said.ending == "tokens"
 
 
-def test_speech_that_ends_at_once(voices: Voices, speech: SpeechFamily) -> None:
+def test_speech_that_ends_at_once(voices: Voices, speech: Speaker) -> None:
     with set_aside(speech.model), ends(speech.model, 1e9):
         said = speech.generate(_prompt(voices, speech), 20, 100.0, seed=0)
     assert said.ending == "end of stream"
     assert said.codes.shape == (3, 0)
 
 
-def test_speech_that_is_out_of_time(voices: Voices, speech: SpeechFamily) -> None:
+def test_speech_that_is_out_of_time(voices: Voices, speech: Speaker) -> None:
     with set_aside(speech.model), ends(speech.model, -1e9):
         said = speech.generate(_prompt(voices, speech), 50, 1e-9, seed=0)
     assert said.ending == "time"
 
 
-def test_the_seed_decides_where_the_model_samples(voices: Voices, speech: SpeechFamily) -> None:
+def test_the_seed_decides_where_the_model_samples(voices: Voices, speech: Speaker) -> None:
     speech.model.generation_config.do_sample = True  # type: ignore[union-attr]
     prompt = _prompt(voices, speech)
 
@@ -156,7 +157,7 @@ def test_the_seed_decides_where_the_model_samples(voices: Voices, speech: Speech
     assert say(1) != say(2)
 
 
-def test_generating_changes_no_setting_of_the_model(voices: Voices, speech: SpeechFamily) -> None:
+def test_generating_changes_no_setting_of_the_model(voices: Voices, speech: Speaker) -> None:
     settings, config = (
         copy.deepcopy(getattr(speech.model, name).to_dict()) for name in ("generation_config", "config")
     )
@@ -170,8 +171,7 @@ def test_teacher_forced_codes_are_the_likeliest_at_every_position(
     voices: Voices, make_higgs: Callable[..., Any]
 ) -> None:
     model = make_higgs().eval()
-    speech = find_speech_family(model)
-    assert speech is not None
+    speech = HiggsAudioV2Family(model).speaker
     sample = voices.conversation(4, 5, 0)
     batch = voices.batch([sample])
     prompt = speech.prompt(batch, 0)
@@ -187,7 +187,7 @@ def test_teacher_forced_codes_are_the_likeliest_at_every_position(
     assert len(every([sample])) == len(logits)
 
 
-def test_an_idle_pass_runs_every_module_that_always_runs(speech: SpeechFamily) -> None:
+def test_an_idle_pass_runs_every_module_that_always_runs(speech: Speaker) -> None:
     called: list[Any] = []
     always = list(speech.runs_always())
     handles = [module.register_forward_hook(lambda module, *_: called.append(module)) for module in always]

@@ -21,8 +21,7 @@ Read = Callable[[dict[str, Any]], BatchView]
 @pytest.fixture(scope="module")
 def read(higgs_config: HiggsAudioV2Config) -> Read:
     model = HiggsAudioV2ForConditionalGeneration(higgs_config, use_text_head=True)
-    family = HiggsAudioV2Family.find(model)
-    assert family is not None
+    family = HiggsAudioV2Family(model)
 
     def call(inputs: dict[str, Any]) -> BatchView:
         view = family.view(inputs)
@@ -266,3 +265,7 @@ def test_reading_changes_no_input(read: Read, voices: Voices) -> None:
     read(inputs)
     for name, tensor in inputs.items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_every_codebook_is_delayed_by_one_frame_more(read: Read, voices: Voices) -> None:
+    assert audio_of(read(voices.batch([voices.conversation()]))).delay == (0, 1, 2)

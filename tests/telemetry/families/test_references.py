@@ -11,9 +11,8 @@ from torch import Tensor
 from voice_batches import Position, Sample, Voices
 from waiting import Watch
 
-from telemetry.families import AudioView, HiggsAudioV2Family
-from telemetry.families.higgs_audio_v2_references import HiggsAudioV2References
-from telemetry.families.references import find_references, swap_references
+from telemetry.families import AudioView, HiggsAudioV2Family, find_family
+from telemetry.families.references import swap_references
 
 LENGTHS = (4, 7, 2)
 NOBODY = [None, None, None]
@@ -46,7 +45,7 @@ def test_a_swapped_batch_is_the_batch_built_with_the_other_references(
     inputs = voices.batch(samples, frame_padding=2, frames_left=frames_left)
     swap = swap_references(audio_of(higgs, inputs), NOBODY)
     assert swap.swapped.tolist() == swap.present.tolist() == [True] * 3
-    swapped = HiggsAudioV2References(higgs.config).replaced(inputs, swap.codes)
+    swapped = HiggsAudioV2Family(higgs).swap_reference(inputs, swap.codes)
     expected = [with_reference_of(sample, samples[(row + 1) % 3], voices.config) for row, sample in enumerate(samples)]
     assert torch.equal(frames_of(swapped), frames_of(voices.batch(expected, 2, frames_left)))
     assert torch.equal(swapped["input_ids"], inputs["input_ids"])
@@ -134,14 +133,14 @@ def test_nothing_reads_a_hidden_reference(higgs: Any, voices: Voices, left: bool
     higgs.set_attn_implementation(implementation)
     samples = voices.pad(samples_of(voices), left=left)
     others = [with_reference_of(sample, samples[(row + 1) % 3], voices.config) for row, sample in enumerate(samples)]
-    references = HiggsAudioV2References(higgs.config)
+    family = HiggsAudioV2Family(higgs)
     logits = []
     for built in (samples, others):
         inputs = voices.batch(built)
         audio = audio_of(higgs, inputs)
         elsewhere = inputs["attention_mask"].bool() & ~audio.reference  # padding reads whatever it likes
-        own = runs(higgs, references.own(inputs))[elsewhere]
-        hidden = runs(higgs, references.hidden(inputs, audio.reference))[elsewhere]
+        own = runs(higgs, family.swap_reference(inputs, None))[elsewhere]
+        hidden = runs(higgs, family.hide_reference(inputs, audio.reference))[elsewhere]
         logits.append((own, hidden))
     assert not torch.equal(logits[0][0], logits[1][0])
     assert torch.equal(logits[0][1], logits[1][1])
@@ -149,22 +148,22 @@ def test_nothing_reads_a_hidden_reference(higgs: Any, voices: Voices, left: bool
 
 def test_hiding_nothing_changes_nothing(higgs: Any, voices: Voices) -> None:
     inputs = voices.batch(voices.pad(samples_of(voices), left=True))
-    references = HiggsAudioV2References(higgs.config)
-    own = runs(higgs, references.own(inputs))
+    family = HiggsAudioV2Family(higgs)
+    own = runs(higgs, family.swap_reference(inputs, None))
     nothing = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    assert torch.equal(runs(higgs, references.hidden(inputs, nothing)), own)
+    assert torch.equal(runs(higgs, family.hide_reference(inputs, nothing)), own)
 
 
 def test_what_stands_behind_a_hidden_reference_does_not_move_up(higgs: Any, voices: Voices) -> None:
     inputs = voices.batch([voices.conversation()])
     positions = audio_of(higgs, inputs).reference
-    references = HiggsAudioV2References(higgs.config)
-    hidden = references.hidden(inputs, positions)
+    family = HiggsAudioV2Family(higgs)
+    hidden = family.hide_reference(inputs, positions)
     assert hidden["position_ids"].tolist() == [list(range(inputs["input_ids"].shape[1]))]
     shifted = inputs | {"position_ids": hidden["position_ids"] + 5}
-    assert torch.equal(references.hidden(shifted, positions)["position_ids"], shifted["position_ids"])
+    assert torch.equal(family.hide_reference(shifted, positions)["position_ids"], shifted["position_ids"])
     del inputs["attention_mask"]
-    assert torch.equal(references.hidden(inputs, positions)["attention_mask"], (~positions).long())
+    assert torch.equal(family.hide_reference(inputs, positions)["attention_mask"], (~positions).long())
 
 
 def test_a_mask_that_cannot_hide_positions_is_refused(higgs: Any, voices: Voices) -> None:
@@ -172,17 +171,17 @@ def test_a_mask_that_cannot_hide_positions_is_refused(higgs: Any, voices: Voices
     positions = audio_of(higgs, inputs).reference
     inputs["attention_mask"] = torch.ones(1, 1, 3, 3)
     with pytest.raises(ValueError, match="cannot be hidden"):
-        HiggsAudioV2References(higgs.config).hidden(inputs, positions)
+        HiggsAudioV2Family(higgs).hide_reference(inputs, positions)
 
 
 def test_no_run_computes_a_loss_or_keeps_a_cache(higgs: Any, voices: Voices) -> None:
     inputs: dict[str, Any] = {**voices.batch(voices.pad(samples_of(voices))), "num_items_in_batch": torch.tensor(3)}
-    references = HiggsAudioV2References(higgs.config)
+    family = HiggsAudioV2Family(higgs)
     audio = audio_of(higgs, inputs)
     for run in (
-        references.own(inputs),
-        references.replaced(inputs, audio.codes),
-        references.hidden(inputs, audio.target),
+        family.swap_reference(inputs, None),
+        family.swap_reference(inputs, audio.codes),
+        family.hide_reference(inputs, audio.target),
     ):
         output = higgs(**run)
         assert output.loss is None
@@ -194,7 +193,7 @@ def test_frames_without_a_mask(higgs: Any, voices: Voices) -> None:
     inputs = voices.batch(samples)
     del inputs["audio_input_ids_mask"]
     swap = swap_references(audio_of(higgs, inputs), [None, None])
-    swapped = HiggsAudioV2References(higgs.config).replaced(inputs, swap.codes)["audio_input_ids"]
+    swapped = HiggsAudioV2Family(higgs).swap_reference(inputs, swap.codes)["audio_input_ids"]
     expected = [with_reference_of(samples[row], samples[1 - row], voices.config) for row in range(2)]
     assert torch.equal(swapped, voices.batch(expected)["audio_input_ids"])
 
@@ -202,18 +201,21 @@ def test_frames_without_a_mask(higgs: Any, voices: Voices) -> None:
 def test_nothing_waits_for_the_device(higgs: Any, voices: Voices) -> None:
     inputs = voices.batch(voices.pad(samples_of(voices)), 2)
     audio = audio_of(higgs, inputs)
-    references = HiggsAudioV2References(higgs.config)
+    family = HiggsAudioV2Family(higgs)
     with Watch() as watch:
         swap = swap_references(audio, ["ann", None, "bob"])
-        references.replaced(inputs, swap.codes)
-        references.hidden(inputs, audio.reference)
+        family.swap_reference(inputs, swap.codes)
+        family.hide_reference(inputs, audio.reference)
     assert watch.operations
     assert watch.waits == []
 
 
 def test_models_whose_references_cannot_be_changed(llama: Any, higgs: Any) -> None:
-    assert find_references(llama) is None
-    assert isinstance(find_references(torch.nn.Sequential(higgs)), HiggsAudioV2References)
+    of_text, of_speech = find_family(llama), find_family(torch.nn.Sequential(higgs))
+    assert of_text is not None
+    assert of_speech is not None
+    assert not of_text.swaps_references
+    assert of_speech.swaps_references
 
 
 def test_the_slow_reference_reads_every_code(voices: Voices) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from voice_batches import Sample, Voices
 
 from telemetry.families.chat import ChatFormat, Violation
-from telemetry.families.voice_prompt import CHECKS, PromptClip, Stream, VoicePrompt, clips_of, violations
+from telemetry.families.voice_prompt import CHECKS, ClipLayout, PromptClip, VoicePrompt, clips_of, violations
 
 LANGUAGE_NOTE = "You clone voices. Language: {}"
 
@@ -26,7 +26,8 @@ def prompt(
     chat = ChatFormat.of(voices.tokenizer)
     assert chat is not None
     placeholders = int(is_audio.sum())
-    stream = Stream(voices.config.audio_stream_bos_id, voices.config.audio_stream_eos_id)
+    config = voices.config
+    layout = ClipLayout(config.audio_stream_bos_id, config.audio_stream_eos_id, tuple(range(config.num_codebooks)))
     return VoicePrompt(
         [position.token for position in sample],
         clips_of(starts, is_audio, target, codes),
@@ -35,7 +36,7 @@ def prompt(
         {"language": "en", **(metadata or {})},
         chat,
         voices.tokenizer,
-        stream,
+        layout,
     )
 
 
@@ -180,11 +181,12 @@ def delayed(codes: list[list[int]]) -> np.ndarray:
 
 
 def delay_fault(voices: Voices, codes: np.ndarray, is_delayed: bool = True) -> str:
+    codebooks = codes.shape[1]
     chat = ChatFormat.of(voices.tokenizer)
     assert chat is not None
     clip = PromptClip(7, 7 + len(codes), True, codes)
-    stream = Stream(BOS, EOS, is_delayed)
-    found = violations(VoicePrompt([0] * 99, [clip], 1, 1, {}, chat, voices.tokenizer, stream))["delay_pattern"]
+    layout = ClipLayout(BOS, EOS, tuple(range(codebooks)) if is_delayed else (0,) * codebooks)
+    found = violations(VoicePrompt([0] * 99, [clip], 1, 1, {}, chat, voices.tokenizer, layout))["delay_pattern"]
     assert found is not None
     return found[0].what.removeprefix("the audio at token 7 has ") if found else ""
 
@@ -268,6 +270,6 @@ def test_wild_ids_are_read_without_a_fault_of_the_reader(voices: Voices, ids: li
     starts, is_audio, target = np.array(flags, dtype=bool).reshape(size, 3).T
     clips = clips_of(starts, is_audio, target, np.zeros((size, 2), dtype=int))
     metadata = {"target_transcript": "A ship.", "language": "en"}
-    found = violations(VoicePrompt(ids, clips, 3, 3, metadata, chat, voices.tokenizer, Stream(BOS, EOS)))
+    found = violations(VoicePrompt(ids, clips, 3, 3, metadata, chat, voices.tokenizer, ClipLayout(BOS, EOS, (0, 1, 2))))
     assert set(found) == set(CHECKS)
     assert found["role_order"]  # no header is ever closed
