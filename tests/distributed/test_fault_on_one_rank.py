@@ -146,9 +146,9 @@ def test_the_broken_measure_shows_the_other_ranks_numbers(
 
 def test_a_broken_measure_is_said_where_it_broke(outcomes: dict[str, list[Outcome]]) -> None:
     first, second = outcomes["broken_input_measure"]
-    [said] = lines_with(second, "InputLoggerCallback failed; training goes on")
+    [said] = lines_with(second, "InputInstrument failed; training goes on")
     assert "ValueError: this measure is broken" in said
-    assert len(lines_with(second, "InputLoggerCallback failed 3 times: switched off")) == 1
+    assert len(lines_with(second, "InputInstrument failed 3 times: switched off")) == 1
     assert first.log == outcomes["sound"][0].log
 
     first, second = outcomes["broken_check"]
