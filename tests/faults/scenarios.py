@@ -15,9 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fault_runs
 import psutil
 import tiny_training as tiny
 import torch
+from fault_runs import LOGGED, LOGS, MEASURED
+from support import programs
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -25,7 +28,6 @@ import telemetry.delivery.recorder
 from telemetry import ConsoleBackend, StrategicTelemetry, TensorBoardBackend
 from telemetry.instruments.outputs import OutputLoggerCallback
 
-LOGS = "logs"
 BROKEN_FROM = 100
 BLOCKED_FROM = 5
 FULL_FROM, FREE_FROM = 6, 11
@@ -140,13 +142,25 @@ class Acts(TrainerCallback):
 
 
 def slow_steps(directory: Path) -> None:
-    """Long enough for a signal to come in the middle."""
-    tiny.train(directory, [tiny.Progress(directory, PAUSE), watched(directory)], steps=400)
+    """More than there is time for before a signal comes. Each takes as long as writing the one before."""
+
+    def wait_for_the_last_one(step: int) -> None:
+        programs.wait_until(lambda: all(fault_runs.wrote(directory, tag, step - 1) for tag in (MEASURED[0], LOGGED)))
+
+    tiny.train(directory, [tiny.Progress(directory, wait_for_the_last_one), watched(directory)], steps=2000)
 
 
-def slow_writes(directory: Path) -> None:
-    """The training is over long before its last step is written."""
-    run_beside(directory, dawdling())
+def terminated_while_writing(directory: Path) -> None:
+    """The first write waits for the end of training, and is interrupted by SIGTERM; the others take their time."""
+
+    def write() -> None:
+        if backend.writes == 1:
+            programs.wait_until((directory / tiny.OVER).exists)
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PAUSE / 5)
+
+    backend = FaultyBackend(lambda write: True, write)
+    run_beside(directory, backend)
 
 
 def forked_child_exits(directory: Path) -> None:
