@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ BROKEN_FROM = 100
 BLOCKED_FROM = 5
 FULL_FROM, FREE_FROM = 6, 11
 POISONED = 7
+HELD = "held.json"
 KILLED = 8
 RAISES = 9
 PAUSE = 0.15
@@ -293,10 +295,16 @@ def rank_raises_in_a_measure(directory: Path) -> None:
 
 
 class Resources(TrainerCallback):
-    """Notes what the process holds, each time with nothing waiting to be written."""
+    """Notes what the process holds, each time with nothing waiting to be written.
 
-    def __init__(self, watching: StrategicTelemetry, every: int) -> None:
-        self._watching, self._every = watching, every
+    Args:
+        watching: what writes.
+        every: so many steps.
+        trace: whether to count what Python has allocated since the first note too, which slows everything down.
+    """
+
+    def __init__(self, watching: StrategicTelemetry, every: int, trace: bool) -> None:
+        self._watching, self._every, self._trace = watching, every, trace
         self.held: list[dict[str, int]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -304,25 +312,28 @@ class Resources(TrainerCallback):
             return
         assert self._watching.members[0].session.recorder.drain()
         gc.collect()
+        if self._trace and not self.held:
+            tracemalloc.start()
         process = psutil.Process()
         self.held.append(
             {
                 "step": state.global_step,
                 "bytes": process.memory_info().rss,
+                "allocated": tracemalloc.get_traced_memory()[0],
                 "files": process.num_fds(),
                 "threads": process.num_threads(),
             }
         )
 
 
-def endures(directory: Path, steps: str = "10000") -> None:
+def endures(directory: Path, steps: str, every: str, trace: str = "") -> None:
     """Many due steps. The Trainer logs none of them: its own history would grow."""
     watching = watched(directory)
-    resources = Resources(watching, every=100)
+    resources = Resources(watching, int(every), trace == "trace")
     dataset = tiny.rows(64) * (int(steps) // 32 + 1)
     arguments: dict[str, Any] = {"dataset": dataset, "logging_strategy": "no"}
     tiny.train(directory, [watching, resources], steps=int(steps) + 1, **arguments)
-    (directory / "held.json").write_text(json.dumps(resources.held))
+    (directory / HELD).write_text(json.dumps(resources.held))
 
 
 if __name__ == "__main__":
