@@ -21,7 +21,7 @@ def test_memory_files_and_threads_do_not_grow_with_due_steps(tmp_path: Path) -> 
     held = [entry for entry in json.loads((tmp_path / HELD).read_text()) if entry["step"] >= SETTLED]
     assert [held[0]["step"], held[-1]["step"]] == [SETTLED, STEPS]
     slope, _ = np.polyfit([entry["step"] for entry in held], [entry["allocated"] for entry in held], 1)
-    assert 0 < held[0]["allocated"]
+    assert held[0]["allocated"] > 0
     assert slope < LIMIT, held
     for kind in ("files", "threads"):
         assert {entry[kind] for entry in held} == {held[0][kind]}, held
