@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Request:
     """A program to become.
 
     Attributes:
-        arguments: as in ``sys.argv``: a file, or ``-m`` and a module, and what is handed to it.
+        arguments: of Python: a file, ``-m`` and a module, or ``-c`` and code, and what is handed to it.
         environment: all of it.
         directory: where it runs.
         brief: end after threads and exit hooks, without taking down all that was imported, which takes half a second.
@@ -78,7 +79,7 @@ class Forked:
     """A program that a server has forked; as much of ``subprocess.Popen`` as tests use.
 
     Args:
-        arguments: a file, or ``-m`` and a module, and what is handed to it.
+        arguments: see :class:`Request`.
         stdin, stdout, stderr: descriptors, taken as they are.
         env: all of its environment; this process's where it is None.
         brief: see :class:`Request`.
@@ -142,9 +143,12 @@ class Forked:
 
 def stand_in_for(arguments: Sequence[str], brief: bool) -> None:
     """Run a program as a fork, hand signals on to it, and end as it does."""
+    handed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, handed_on)  # none is lost before there is a program
     program = Forked(arguments, brief=brief)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in handed_on:
         signal.signal(number, lambda number, _frame: program.send_signal(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handed_on)
     status = program.wait()
     if status >= 0:
         sys.exit(status)
@@ -304,7 +308,12 @@ def _run(request: Request) -> None:
         importlib.import_module("huggingface_hub.constants").HF_HOME = os.environ["HF_HOME"]
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first, *rest = request.arguments
-    if first == "-m":
+    if first == "-c":
+        sys.argv = [first, *rest[1:]]
+        sys.path[:1] = ["", *path]
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    elif first == "-m":
         sys.argv = rest
         sys.path[:1] = [request.directory, *path]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -16,6 +16,10 @@ from support import fork_server
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
+# Before the arguments of Python, in the place of its path: a command that runs them as a fork, with the pipes, signals
+# and end of any other. Where the interpreter's own end is not what is tested, a brief one will do.
+FORK = (sys.executable, "-IS", fork_server.__file__, "--whole")
+BRIEF_FORK = (*FORK[:-1], "--brief")
 ENDS_WITHIN = 150.0  # a hang is all that it is there to end, on a machine with much else to do too
 
 
@@ -64,7 +68,7 @@ def started(
     """Start a program; it is gone when the context ends, however it ends.
 
     Args:
-        arguments: of Python: a file, or ``-m`` and a module, and what is handed to it.
+        arguments: of Python, see :class:`fork_server.Request`.
         directory: where what it says is kept.
         fresh: in an interpreter of its own, where the start of one is part of what is tested, not in a fork.
         brief: of a fork: see :class:`fork_server.Request`.
@@ -114,7 +118,7 @@ def run(
 def on_ranks(arguments: Sequence[str], ranks: int = 2, brief: bool = False) -> list[str]:
     """The arguments with which torchrun starts a program on several ranks, each of them a fork, perhaps a brief one."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
-    return [*torchrun, sys.executable, "-IS", fork_server.__file__, "--brief" if brief else "--whole", *arguments]
+    return [*torchrun, *(BRIEF_FORK if brief else FORK), *arguments]
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = ENDS_WITHIN) -> None:
