@@ -107,7 +107,7 @@ def synced(ran: dict[str, Ran], tmp_path_factory: pytest.TempPathFactory) -> dic
         environment = {**os.environ, **server.environment(directory / "client")}
         for command in commands:
             subprocess.run(
-                [sys.executable, "-m", *command], env=environment, check=True, capture_output=True, timeout=60
+                [sys.executable, "-m", *command], env=environment, check=True, capture_output=True, timeout=120
             )
         return {run.name: run for run in server.runs()}
 
