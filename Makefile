@@ -1,6 +1,6 @@
 # make demo   set up, train on the bundled speech, say how to open the dashboard
 # make test   set up, pass the tests
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and who imports whom
 # make bench  measurements
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,6 +28,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks

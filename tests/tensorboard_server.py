@@ -25,6 +25,7 @@ LOADERS: dict[str, list[str]] = {
     "rust": ["--load_fast=true", "--reload_interval=1"],
     "python": ["--load_fast=false", "--reload_task=blocking", "--reload_interval=0"],
 }
+PATIENCE = 100.0  # seconds, on a machine with much else to do
 SAMPLES = "scalars=100000,text=1000,audio=200,images=200"
 
 
@@ -36,7 +37,7 @@ class Server:
 
     def get(self, path: str, **query: str | int) -> bytes:
         url = f"{self.url}/data/{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
             return answer.read()
 
     def json(self, path: str, **query: str | int) -> Any:
@@ -46,10 +47,10 @@ class Server:
         request = urllib.request.Request(
             f"{self.url}/data/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.loads(answer.read())
 
-    def wait_for(self, ready: Callable[[], bool], seconds: float = 30) -> None:
+    def wait_for(self, ready: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Ask again until ``ready`` holds: the data server reads files when it gets to it."""
         deadline = time.monotonic() + seconds
         while True:
@@ -121,7 +122,7 @@ def serve(logdir: Path, loader: str) -> Iterator[Server]:
         yield Server(_address(process))
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE)
 
 
 def _address(process: subprocess.Popen[str]) -> str:
@@ -132,7 +133,7 @@ def _address(process: subprocess.Popen[str]) -> str:
         target=lambda stream: [lines.put(line) for line in stream], args=(process.stderr,), daemon=True
     ).start()
     said = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(Empty):
             said.append(lines.get(timeout=1))

@@ -22,7 +22,7 @@ from trainer.demo.prepare import Demonstration, prepare
 ROOT = Path(__file__).parents[1]
 STEPS = 12
 DUE = [1, 6, 12]
-HOSTILE = "a|b <|endoftext|> <script>alert(1)</script> `x` __init__ [y](z) \\ *bold*\nنص عربي &amp; " + "long " * 400
+HOSTILE = "a|b <|endoftext|> <script>alert(1)</script> `x` __init__ [y](z) \\ *bold*\nنص عربي &amp; " + "long " * 60
 CODEBOOKS = range(8)
 
 SCALARS = {

@@ -27,7 +27,7 @@ from wandb_stand_in.state import Alert, Artifact, Journal, Run, State, Table, Vi
 __all__ = ["API_KEY", "Alert", "Artifact", "Fault", "Run", "Server", "State", "Table", "View", "serve"]
 
 API_KEY = "stand-in-" + "0" * 40
-START_SECONDS = 20.0
+PATIENCE = 100.0  # seconds, on a machine with much else to do
 
 
 class Server:
@@ -87,7 +87,7 @@ class Server:
         """Have these faults from now on, in place of those before; the first that is for a request takes it."""
         body = json.dumps([dataclasses.asdict(fault) for fault in faults]).encode()
         request = urllib.request.Request(f"{self.url}/faults", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=START_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             answer.read()
 
     def heal(self) -> None:
@@ -118,7 +118,7 @@ class Server:
         """Which of these texts reached the server, and where they are found."""
         return self.journal.find(*secrets)
 
-    def wait_for(self, ready: Callable[[State], Any], seconds: float = 30) -> State:
+    def wait_for(self, ready: Callable[[State], Any], seconds: float = PATIENCE) -> State:
         """Read again until ``ready`` holds, taking a run that is not there yet as not ready.
 
         Raises:

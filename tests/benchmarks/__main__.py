@@ -93,6 +93,12 @@ def _wandb_hand_over(console: Console, _arguments: argparse.Namespace) -> None:
     show(console, title, columns, wandb_hand_over.report())
 
 
+def _endurance(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import endurance
+
+    show(console, "Due steps of a tiny model", ("step", "resident MB", "files", "threads"), endurance.report())
+
+
 BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "off_due": _off_due,
     "hand_over": _hand_over,
@@ -102,6 +108,7 @@ BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "gradient_sweep": _gradient_sweep,
     "report": _report,
     "wandb_hand_over": _wandb_hand_over,
+    "endurance": _endurance,
 }
 
 

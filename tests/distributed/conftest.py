@@ -13,6 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry"))  # where voice_batches lies
 
+import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
+
+# isort: split
 from rank_scenarios import RATE, Batch, Waveform, tiny_config
 from voice_batches import Sample, Voices
 

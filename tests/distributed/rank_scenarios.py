@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.programs import on_ranks, run
 from torch import Tensor
 from transformers import HiggsAudioV2Config
 
@@ -98,27 +95,12 @@ def tiny_config(tokenizer: Any, dropout: float = 0.0) -> HiggsAudioV2Config:
 def launch(scenarios: Sequence[Scenario], directory: Path, ranks: int) -> dict[str, list[Outcome]]:
     """Run scenarios one after the other in new processes, under torchrun for several; outcomes by name and rank."""
     torch.save(list(scenarios), directory / "scenarios")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    finish([sys.executable, *torchrun, str(PROGRAM), str(directory)])
+    finish([str(PROGRAM), str(directory)], directory, ranks)
     by_rank = [torch.load(directory / f"outcomes-{rank}", weights_only=False) for rank in range(ranks)]
     return {scenario.name: [outcomes[scenario.name] for outcomes in by_rank] for scenario in scenarios}
 
 
-def finish(command: Sequence[str]) -> None:
-    """Run a program of several ranks to its end, which must be a good one and come in time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a hang can be ended with all of its ranks
-    )
-    try:
-        said, _ = process.communicate(timeout=LAUNCH_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        raise AssertionError(f"no end after {LAUNCH_SECONDS} s:\n{said}") from None
-    assert process.returncode == 0, said
+def finish(program: Sequence[str], directory: Path, ranks: int) -> None:
+    """Run a program of so many ranks to its end, which must be a good one and come in time."""
+    ended = run(on_ranks(program, ranks, brief=True) if ranks > 1 else program, directory, LAUNCH_SECONDS, brief=True)
+    assert ended.status == 0, ended.said

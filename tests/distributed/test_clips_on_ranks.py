@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,7 @@ PROGRAM = Path(__file__).parent / "clip_ranks.py"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the trainings have run."""
     directory = tmp_path_factory.mktemp("clips")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    finish([*command, str(PROGRAM), str(directory)])
+    finish([str(PROGRAM), str(directory)], directory, RANKS)
     return directory
 
 

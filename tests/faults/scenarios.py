@@ -11,13 +11,17 @@ import signal
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fault_runs
 import psutil
 import tiny_training as tiny
 import torch
+from fault_runs import LOGGED, LOGS, MEASURED
+from support import programs
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -25,11 +29,11 @@ import telemetry.delivery.recorder
 from telemetry import ConsoleBackend, OutputLoggerCallback, Step, StrategicTelemetry, TensorBoardBackend
 from telemetry.instruments.outputs import OutputInstrument
 
-LOGS = "logs"
 BROKEN_FROM = 100
 BLOCKED_FROM = 5
 FULL_FROM, FREE_FROM = 6, 11
 POISONED = 7
+HELD = "held.json"
 KILLED = 8
 RAISES = 9
 PAUSE = 0.15
@@ -140,13 +144,25 @@ class Acts(TrainerCallback):
 
 
 def slow_steps(directory: Path) -> None:
-    """Long enough for a signal to come in the middle."""
-    tiny.train(directory, [tiny.Progress(directory, PAUSE), watched(directory)], steps=400)
+    """More than there is time for before a signal comes. Each takes as long as writing the one before."""
+
+    def wait_for_the_last_one(step: int) -> None:
+        programs.wait_until(lambda: all(fault_runs.wrote(directory, tag, step - 1) for tag in (MEASURED[0], LOGGED)))
+
+    tiny.train(directory, [tiny.Progress(directory, wait_for_the_last_one), watched(directory)], steps=2000)
 
 
-def slow_writes(directory: Path) -> None:
-    """The training is over long before its last step is written."""
-    run_beside(directory, dawdling())
+def terminated_while_writing(directory: Path) -> None:
+    """The first write waits for the end of training, and is interrupted by SIGTERM; the others take their time."""
+
+    def write() -> None:
+        if backend.writes == 1:
+            programs.wait_until((directory / tiny.OVER).exists)
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PAUSE / 5)
+
+    backend = FaultyBackend(lambda write: True, write)
+    run_beside(directory, backend)
 
 
 def forked_child_exits(directory: Path) -> None:
@@ -278,10 +294,16 @@ def rank_raises_in_a_measure(directory: Path) -> None:
 
 
 class Resources(TrainerCallback):
-    """Notes what the process holds, each time with nothing waiting to be written."""
+    """Notes what the process holds, each time with nothing waiting to be written.
 
-    def __init__(self, watching: StrategicTelemetry, every: int) -> None:
-        self._watching, self._every = watching, every
+    Args:
+        watching: what writes.
+        every: so many steps.
+        trace: whether to count what Python has allocated since the first note too, which slows everything down.
+    """
+
+    def __init__(self, watching: StrategicTelemetry, every: int, trace: bool) -> None:
+        self._watching, self._every, self._trace = watching, every, trace
         self.held: list[dict[str, int]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -289,25 +311,28 @@ class Resources(TrainerCallback):
             return
         assert self._watching.members[0].session.recorder.drain()
         gc.collect()
+        if self._trace and not self.held:
+            tracemalloc.start()
         process = psutil.Process()
         self.held.append(
             {
                 "step": state.global_step,
                 "bytes": process.memory_info().rss,
+                "allocated": tracemalloc.get_traced_memory()[0],
                 "files": process.num_fds(),
                 "threads": process.num_threads(),
             }
         )
 
 
-def endures(directory: Path, steps: str = "10000") -> None:
+def endures(directory: Path, steps: str, every: str, trace: str = "") -> None:
     """Many due steps. The Trainer logs none of them: its own history would grow."""
     watching = watched(directory)
-    resources = Resources(watching, every=100)
+    resources = Resources(watching, int(every), trace == "trace")
     dataset = tiny.rows(64) * (int(steps) // 32 + 1)
     arguments: dict[str, Any] = {"dataset": dataset, "logging_strategy": "no"}
     tiny.train(directory, [watching, resources], steps=int(steps) + 1, **arguments)
-    (directory / "held.json").write_text(json.dumps(resources.held))
+    (directory / HELD).write_text(json.dumps(resources.held))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_runs import LOGGED, MEASURED, Ended, assert_every_step, run, scalars, steps_of
+from fault_runs import LOGGED, MEASURED, assert_every_step, run, scalars, steps_of
 from scenarios import BLOCKED_FROM, BROKEN_FROM, FREE_FROM, FULL_FROM, LEFT_OUT
+from support.programs import Ended
 from tiny_training import Outcome, outcome, progress
 
 from telemetry.delivery.recorder import MAX_FAILURES
 
 STEPS = 20
+MARGIN = 15.0
 MANY = 70  # two writes each, what was measured and what the Trainer logs, and in the end the Trainer's summary
 
 
@@ -68,8 +70,8 @@ def test_a_backend_that_blocks_forever(
     assert_every_step(tmp_path, range(1, STEPS + 1))
     assert json.loads((tmp_path / "writes.json").read_text()) == {"faulty": BLOCKED_FROM}
     assert ended.said.count(LEFT_OUT) == 1
-    # Some seconds are the interpreter's own end; the thread is blocked all the while.
-    assert ended.at - progress(tmp_path)[STEPS] < bound + 5
+    # Some seconds are the interpreter's own end, on a busy machine; the thread is blocked all the while.
+    assert ended.at - progress(tmp_path)[STEPS] < bound + MARGIN
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path, untouched: Callable[..., Outcome]) -> None:

@@ -8,35 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_runs import (
-    LOGGED,
-    MEASURED,
-    Ended,
-    assert_every_step,
-    run,
-    scenario,
-    started,
-    steps_in_files,
-    steps_of,
-    wait_until,
-)
+from fault_runs import LOGGED, MEASURED, assert_every_step, run, scenario, steps_of, wrote
 from scenarios import RAISES
+from support.programs import started, wait_until
 from tiny_training import Outcome, outcome, progress, rows
 
 SEEN = 5
 PROMPT = 15.0  # half of what telemetry may take to write out what is left
 
 
-def run_until_signal(name: str, directory: Path, number: signal.Signals, ready: Callable[[], bool]) -> Ended:
-    with started(scenario(name, directory), directory) as program:
-        wait_until(lambda: ready() or program.process.poll() is not None)
-        program.process.send_signal(number)
-        return program.wait(seconds=15)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_in_the_middle_costs_at_most_the_last_due_step(number: signal.Signals, tmp_path: Path) -> None:
-    ended = run_until_signal("slow_steps", tmp_path, number, lambda: SEEN in steps_in_files(tmp_path, MEASURED[0]))
+    with started(scenario("slow_steps", tmp_path), tmp_path) as program:
+        wait_until(lambda: wrote(tmp_path, MEASURED[0], SEEN) or program.process.poll() is not None)
+        program.process.send_signal(number)
+        ended = program.wait()
     assert ended.status == -number, ended.said
     last = max(progress(tmp_path))  # noted before telemetry hears that the step has ended
     assert last >= SEEN
@@ -50,7 +36,7 @@ def test_a_signal_in_the_middle_costs_at_most_the_last_due_step(number: signal.S
 def test_sigterm_while_the_end_of_training_is_written(tmp_path: Path) -> None:
     """The handler must not end the process under the thread that writes."""
     steps = 20
-    ended = run_until_signal("slow_writes", tmp_path, signal.SIGTERM, lambda: steps in progress(tmp_path))
+    ended = run("terminated_while_writing", tmp_path)
     assert ended.status == -signal.SIGTERM, ended.said
     assert_every_step(tmp_path, range(1, steps + 1))
 

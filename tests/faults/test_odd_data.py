@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from fault_runs import LOGGED, Ended, run, scalars, steps_of
+from fault_runs import LOGGED, run, scalars, steps_of
 from scenarios import ODD_BATCHES, POISONED
+from support.programs import Ended
 from tiny_training import outcome
 
 STEPS = [1, 2, 3, 4]

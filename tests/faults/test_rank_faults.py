@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fault_runs import MEASURED, Ended, assert_every_step, on_two_ranks, scalars, steps_of
+from fault_runs import MEASURED, assert_every_step, on_two_ranks, scalars, steps_of
 from scenarios import KILLED
+from support.programs import Ended
 from tiny_training import progress
 
 MARGIN = 15.0

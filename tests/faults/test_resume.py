@@ -1,16 +1,16 @@
-"""The real training script, ended or killed behind a checkpoint and resumed from it: one run in TensorBoard."""
+"""The real training script, ended or killed after a checkpoint and resumed from it: one run in TensorBoard."""
 
 from __future__ import annotations
 
 import math
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import LOGS, ROOT, started, steps_in_files, wait_until
+from fault_runs import LOGS, steps_in_files
+from support.programs import ROOT, run, started, wait_until
 from tensorboard_server import LOADERS, serve
 
 from trainer.demo.prepare import Demonstration, prepare
@@ -30,7 +30,7 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
 
 def command(demonstration: Demonstration, directory: Path, steps: int) -> list[str]:
     return [
-        *(sys.executable, str(ROOT / "trainer" / "train_v2_ddp.py"), "--model_path", str(demonstration.model)),
+        *(str(ROOT / "trainer" / "train_v2_ddp.py"), "--model_path", str(demonstration.model)),
         *("--train_data_file", str(demonstration.train_file), "--disable_eval", "--max_steps", str(steps)),
         *("--output_dir", str(directory / "output"), "--logging_dir", str(directory / LOGS)),
         *("--save_steps", "4", "--logging_steps", "1", "--learning_rate", str(LEARNING_RATE)),
@@ -39,17 +39,17 @@ def command(demonstration: Demonstration, directory: Path, steps: int) -> list[s
 
 
 def train_to_the_end(demonstration: Demonstration, directory: Path, steps: int, *arguments: str) -> None:
-    with started([*command(demonstration, directory, steps), *arguments], directory, HF_HOME=str(directory)) as program:
-        ended = program.wait(120)
+    program = [*command(demonstration, directory, steps), *arguments]
+    ended = run(program, directory, brief=True, HF_HOME=str(directory))
     assert ended.status == 0, ended.said
 
 
 def train_until_killed(demonstration: Demonstration, directory: Path) -> None:
-    """Killed two steps behind the checkpoint or a little later; it would have gone on for long."""
+    """Killed two steps after the checkpoint or a little later; it would have gone on for long."""
     with started(command(demonstration, directory, 500), directory, HF_HOME=str(directory)) as program:
         wait_until(lambda: max(steps_in_files(directory, STRATEGIC[0]), default=0) >= CHECKPOINT + 2)
         program.process.send_signal(signal.SIGKILL)
-        assert program.wait(30).status == -signal.SIGKILL
+        assert program.wait().status == -signal.SIGKILL
 
 
 def resumed(how: str, demonstration: Demonstration, directory: Path) -> Path:

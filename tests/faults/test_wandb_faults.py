@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_runs import ENVIRONMENT, HERE, ROOT
+from fault_runs import HERE
+from support import programs
 from wandb_scenarios import (
     CLIPS,
     COLUMNS,
@@ -72,14 +73,8 @@ class Ran:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     """All scenarios, at the same time."""
     directory = tmp_path_factory.mktemp("wandb_faults")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
-    subprocess.run(
-        [sys.executable, str(HERE / "wandb_scenarios.py"), str(directory)],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
-        check=True,
-        timeout=150,
-    )
+    program = programs.run([str(HERE / "wandb_scenarios.py"), str(directory)], directory)
+    assert program.status == 0, program.said
     ended = json.loads((directory / ENDED).read_text())
     return {name: read(directory / name, **ended[name]) for name in NAMES}
 
@@ -112,7 +107,7 @@ def synced(ran: dict[str, Ran], tmp_path_factory: pytest.TempPathFactory) -> dic
         environment = {**os.environ, **server.environment(directory / "client")}
         for command in commands:
             subprocess.run(
-                [sys.executable, "-m", *command], env=environment, check=True, capture_output=True, timeout=60
+                [sys.executable, "-m", *command], env=environment, check=True, capture_output=True, timeout=120
             )
         return {run.name: run for run in server.runs()}
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 VOCABULARY = 13
 RESULT = "result.pt"
 PROGRESS = "progress.txt"
+OVER = "over"
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,24 @@ def _same_bits(mine: Tensor, other: Tensor) -> bool:
 
 
 class Progress(TrainerCallback):
-    """Notes when each step ended, where it is kept though the process is killed. Slows steps down where asked to."""
+    """Notes when each step ended, where it is kept though the process is killed, and that all have.
 
-    def __init__(self, directory: Path, pause: float = 0.0) -> None:
+    Args:
+        directory: where.
+        wait: called with the number of each step at its end, before it is noted.
+    """
+
+    def __init__(self, directory: Path, wait: Callable[[int], Any] = lambda step: None) -> None:
         self._descriptor = os.open(directory / PROGRESS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._pause = pause
+        self._over = directory / OVER
+        self._wait = wait
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        time.sleep(self._pause)
+        self._wait(state.global_step)
         os.write(self._descriptor, f"{state.global_step} {time.monotonic()}\n".encode())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._over.touch()
 
 
 def progress(directory: Path) -> dict[int, float]:

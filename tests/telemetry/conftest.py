@@ -7,6 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
+
+# isort: split
 import pytest
 import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM

@@ -6,7 +6,6 @@ import math
 import os
 import socket
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.programs import BRIEF_FORK
 
 from telemetry.delivery.reduction import RankGather, Share, merge
 from telemetry.records import Max, Mean, Min, Norm, Std, Sum
@@ -103,7 +103,7 @@ class Ended:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         processes = [
             subprocess.Popen(
-                [sys.executable, str(PROGRAM), scenario, str(rank), store],
+                [*BRIEF_FORK, str(PROGRAM), scenario, str(rank), store],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from support.programs import FORK
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 ENDS_WITHIN = 60.0
@@ -46,7 +46,7 @@ def start(body: str, directory: Path, with_telemetry: bool = True) -> subprocess
     """A Python process with ``record()``, which records five steps and closes nothing, and ``ready()``."""
     script = RECORDS + ("" if with_telemetry else NO_RECORDS) + textwrap.dedent(body)
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(directory)],
+        [*FORK, "-c", script, str(directory)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

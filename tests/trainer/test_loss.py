@@ -6,7 +6,6 @@ import copy
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import one_step
 import pytest
 import torch
 from one_step import Job, TrainerFactory, train_one_step
+from support.programs import BRIEF_FORK, on_ranks
 from torch import Tensor
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
@@ -198,9 +198,9 @@ def test_two_ranks_equal_one_process(
     arguments = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     model.save_pretrained(tmp_path / "model")
     torch.save(Job(tmp_path / "model", examples, arguments), tmp_path / "job")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = [one_step.__file__, str(tmp_path / "job"), str(tmp_path / "result")]
     finished = subprocess.run(
-        [*torchrun, one_step.__file__, str(tmp_path / "job"), str(tmp_path / "result")],
+        [*BRIEF_FORK, *on_ranks(program, brief=True)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

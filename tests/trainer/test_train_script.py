@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.programs import BRIEF_FORK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainer.train_v2_ddp
@@ -30,9 +31,10 @@ TIMEOUT_SECONDS = 150
 
 
 def run(*arguments: Any, interpreter: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """A whole program of its own."""
+    """A whole program of its own, in a new interpreter where that is given options."""
+    python = (sys.executable, *interpreter) if interpreter else BRIEF_FORK
     return subprocess.run(
-        [sys.executable, *interpreter, SCRIPT, *map(str, arguments)],
+        [*python, SCRIPT, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.programs import FORK
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from wandb_server import client_environment
 
@@ -31,7 +31,7 @@ def test_the_script_trains_as_if_the_server_were_there(
     tiny_model_path: Path, demo: Demonstration, dead_address: str, tmp_path: Path
 ) -> None:
     command = [
-        *(sys.executable, str(trainer.train_v2_ddp.__file__), "--model_path", str(tiny_model_path)),
+        *(*FORK, str(trainer.train_v2_ddp.__file__), "--model_path", str(tiny_model_path)),
         *("--train_data_file", str(demo.train_file), "--output_dir", str(tmp_path / "output")),
         *("--logging_dir", str(tmp_path / "logs"), "--max_steps", str(STEPS), "--report_to", "tensorboard", "wandb"),
         *("--enable_strategic_logging", "--strategic_logging_components", "inputs"),

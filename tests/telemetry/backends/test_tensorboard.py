@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
+from support.programs import FORK
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugin_util import markdown_to_safe_html
@@ -531,7 +532,7 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
 
 def run_script(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own, where it may be killed, limited and forked."""
-    command = [sys.executable, "-c", textwrap.dedent(script), str(directory)]
+    command = [*FORK, "-c", textwrap.dedent(script), str(directory)]
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.getenv("PYTHONPATH")])])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image as PillowImage
+from support.programs import FORK
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_facts import CHECKPOINT, CRASHED, END, EVERY, GO, SAID, SECRETS, SEEN, STEPS, WAITS, WAITS_AT
 from wandb_server import API_KEY, Server, client_environment, serve
@@ -64,7 +65,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     directory = tmp_path_factory.mktemp("runs")
     with serve(tmp_path_factory.mktemp("server")) as server:
         program = subprocess.Popen(
-            [sys.executable, str(HERE / "wandb_runs.py"), str(directory), server.url],
+            [*FORK, str(HERE / "wandb_runs.py"), str(directory), server.url],
             env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
         arrived = steps_while_it_waits(server, directory / "training", program)
