@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -36,12 +35,21 @@ class Worker(Generic[JobT]):
         work: called with each job on the thread; must not raise.
         max_bytes: how much may wait.
         on_drop: told how many records were dropped.
+        idle: called on the thread after a job, when no other waits, and again for as long as it returns True; must not
+            raise.
     """
 
-    def __init__(self, work: Callable[[JobT], None], max_bytes: int, on_drop: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        work: Callable[[JobT], None],
+        max_bytes: int,
+        on_drop: Callable[[int], None],
+        idle: Callable[[], bool] | None = None,
+    ) -> None:
         self._work = work
         self._max_bytes = max_bytes
         self._on_drop = on_drop
+        self._idle = idle
         self._queue: deque[JobT] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -63,34 +71,16 @@ class Worker(Generic[JobT]):
             self._queue.append(job)
             self._held += job.nbytes
             self._make_room()
-            self._start()
+            if self._thread is None:
+                # A daemon: nothing here keeps the process from ending.
+                self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+                self._thread.start()
             self._changed.notify_all()
 
-    def replace(self, unfinished: JobT) -> None:
-        """Leave the thread to what it is stuck in; another takes over, with ``unfinished`` first."""
+    def drain(self, seconds: float) -> bool:
+        """Wait until all jobs are done, at most so long. Returns whether they are."""
         with self._changed:
-            self._queue.appendleft(unfinished)
-            self._held += unfinished.nbytes
-            self._busy = False
-            self._thread = None
-            self._start()
-
-    def is_current(self) -> bool:
-        """Whether the calling thread is the one that works (and has not been replaced)."""
-        return threading.current_thread() is self._thread
-
-    def drain(self, seconds: float, poll: Callable[[], None] | None = None) -> bool:
-        """Wait until all jobs are done, at most so long; calls ``poll`` meanwhile. Returns whether they are."""
-        deadline = time.monotonic() + seconds
-        while True:
-            with self._changed:
-                if not self._queue and not self._busy:
-                    return True
-                self._changed.wait(0.05)
-            if poll is not None:
-                poll()
-            if time.monotonic() > deadline:
-                return False
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
 
     def close(self) -> int:
         """Take no more jobs and end the thread after the job in hand; returns how many records were still waiting."""
@@ -113,25 +103,22 @@ class Worker(Generic[JobT]):
                 if dropped:
                     self._on_drop(dropped)
 
-    def _start(self) -> None:
-        if self._thread is None:
-            # A daemon: nothing here keeps the process from ending.
-            self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
-            self._thread.start()
-
     def _run(self) -> None:
+        more = False
         while True:
             with self._changed:
-                while not self._queue and not self._closed and self.is_current():
-                    self._changed.wait()
-                if not self.is_current() or not self._queue:
-                    return
-                job = self._queue.popleft()
-                self._held -= job.nbytes
-                self._busy = True
-            self._work(job)
-            with self._changed:
-                if not self.is_current():
-                    return
-                self._busy = False
+                self._busy = more and not self._closed
                 self._changed.notify_all()
+                while not self._queue and not self._busy and not self._closed:
+                    self._changed.wait()
+                if not self._queue and self._closed:
+                    return
+                job = self._queue.popleft() if self._queue else None
+                if job is not None:
+                    self._held -= job.nbytes
+                self._busy = True
+            if job is not None:
+                self._work(job)
+                more = self._idle is not None
+            elif self._idle is not None:
+                more = self._idle()

@@ -93,13 +93,12 @@ def backends_raise(directory: Path) -> None:
 
 
 def backend_blocks(directory: Path) -> None:
-    telemetry.delivery.recorder.BLOCKED_SECONDS = 0.3
     telemetry.delivery.recorder.DRAIN_SECONDS = 5.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 
 
 def backend_blocks_until_the_end(directory: Path) -> None:
-    """It would be left out after a minute, and the training is over long before."""
+    """With less time for the end."""
     telemetry.delivery.recorder.DRAIN_SECONDS = 4.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 

@@ -67,11 +67,14 @@ class EventFile:
         )
         self._try_write(b"")
 
-    def append(self, step: int, values: Sequence[Summary.Value]) -> bool:
-        """Write one event, and say whether it is in the file. A disk that fails costs events, never an exception."""
+    def append(self, step: int, values: Sequence[Summary.Value], at: float | None = None) -> bool:
+        """Write one event, and say whether it is in the file. A disk that fails costs events, never an exception.
+
+        ``at`` is when it happened, in seconds since the epoch; None for now.
+        """
         if self._descriptor is None or self._owner != os.getpid():
             return False
-        written = self._try_write(self._record(step=step, summary=Summary(value=values)))
+        written = self._try_write(self._record(at, step=step, summary=Summary(value=values)))
         self.lost_steps += not written
         return written
 
@@ -81,8 +84,8 @@ class EventFile:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _record(self, **fields: Any) -> bytes:
-        return _framed(Event(wall_time=self._clock.time(), **fields).SerializeToString())
+    def _record(self, at: float | None = None, **fields: Any) -> bytes:
+        return _framed(Event(wall_time=self._clock.time(at), **fields).SerializeToString())
 
     def _try_write(self, record: bytes) -> bool:
         try:
@@ -120,8 +123,8 @@ class _Clock:
         self._shift = max(0.0, start - time.time())
         self._last = start
 
-    def time(self) -> float:
-        self._last = max(self._last, time.time() + self._shift)
+    def time(self, at: float | None = None) -> float:
+        self._last = max(self._last, (time.time() if at is None else at) + self._shift)
         return self._last
 
 

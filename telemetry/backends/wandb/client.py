@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
@@ -108,6 +109,10 @@ class WandbClient:
         for step, values in lost:
             self.log(step, values, values)
         return first_lost
+
+    def answers(self) -> bool:
+        """Whether the server can be reached, if the run needs it."""
+        return self._offline or _answers(wandb.setup().settings.base_url)
 
     def is_alive(self) -> bool:
         """Whether the client's process still takes what it is told (whether the server does, is its business)."""
@@ -319,10 +324,11 @@ def _answers(url: str) -> bool:
 
 def _remote_has_secret() -> bool:
     """Whether the git remote of the working directory has a user or a password in it."""
-    with contextlib.suppress(Exception):
-        from wandb.sdk.lib.gitlib import GitRepo
-
-        remote = GitRepo().remote_url or ""
+    with contextlib.suppress(OSError):  # without git the client cannot read it either
+        asked = subprocess.run(
+            ["git", "config", "--get", "remote.origin.url"], capture_output=True, text=True, check=False
+        )
+        remote = asked.stdout.strip()
         return redact_arguments([remote]) != [remote]
     return False
 
