@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_HELD_BYTES = 128 * 2**20  # of tables and sounds that wait for their turn, or for a server that is away
 MAX_SENT = 4  # steps whose tables and sounds are kept for a client's process that dies with them
+SLOW_SECONDS = 5.0  # of a table: the next ones then let all numbers go first. The very first takes 3 s anywhere
 AWAY_SECONDS = 30.0  # before they are tried again: each try may keep numbers from the disk for 20 s
 ALERT_SECONDS = 600.0
 TRAINER_SECTIONS = ("train/", "eval/", "test/")
@@ -42,8 +43,8 @@ class WandbBackend:
     run on disk and says at the end how to send it. Every method may wait for the server.
 
     A step is a row of its numbers and, where it has tables, sound or pictures, a second one, on the axis
-    ``train/global_step``. :meth:`write` sends numbers and alerts; the second row is sent by :meth:`catch_up`, when no
-    numbers wait. A resumed run goes on where its checkpoint is.
+    ``train/global_step``. Where the server is slow or away, second rows wait until no numbers do (:meth:`catch_up`).
+    A resumed run goes on where its checkpoint is.
 
     Args:
         trainer_logs: whether to send ``train/``, ``eval/`` and ``test/``; False where the Trainer's own WandbCallback
@@ -69,6 +70,7 @@ class WandbBackend:
         self._values: Values | None = None
         self._held: deque[_Media] = deque()
         self._sent: deque[tuple[int, _Media]] = deque(maxlen=MAX_SENT)  # row, what it shows
+        self._took = 0.0
         self._away_until = 0.0
         self._gone = False
         self._alerted: dict[tuple[str, str], float] = {}
@@ -102,7 +104,7 @@ class WandbBackend:
         self._client = client
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        """Send the numbers and alerts of one step, and keep what else there is for :meth:`catch_up`.
+        """Send the records of one step, numbers first, or keep what is no number for :meth:`catch_up`.
 
         Raises:
             RuntimeError: before :meth:`open`, or when W&B was given up.
@@ -118,11 +120,13 @@ class WandbBackend:
         numbers = {record.tag: record.value for record in records if isinstance(record, Scalar)}
         if numbers and not client.has(step, numbers):
             self._tell(client, lambda: client.log(step, numbers, numbers))
-        if media := [record for record in records if not isinstance(record, Scalar | Alert)]:
-            self._hold(_Media(step, media))
         for record in records:
             if isinstance(record, Alert):
                 self._alert(client, record)
+        if media := [record for record in records if not isinstance(record, Scalar | Alert)]:
+            self._hold(_Media(step, media))
+            if len(self._held) == 1 and self._took <= SLOW_SECONDS:
+                self.catch_up(last=False)
 
     def catch_up(self, last: bool) -> bool:
         """Send the tables, sound and pictures of one step, or with ``last`` of all that the server takes.
@@ -173,7 +177,8 @@ class WandbBackend:
         except Exception:
             if client.is_alive():
                 raise
-            self._reopen(client)
+            if not self._reopen(client):
+                raise
             action()
 
     def _is_gone(self, client: WandbClient) -> bool:
@@ -190,19 +195,21 @@ class WandbBackend:
         assert self._values is not None
         media = self._held[0]
         tags = [record.tag for record in media.records]
+        began = time.monotonic()
         try:
             if not client.has(media.step, tags) and (values := self._values.shows(media.step, media.records)):
                 self._sent.append((client.log(media.step, values, tags), media))
         except Exception as error:  # noqa: BLE001  (whatever the client makes of a server that is away)
             self._values.begin_tables_again()
             if not client.is_alive():
-                self._reopen(client)
-                return True
+                return self._reopen(client)
             if "held" not in self._said:
                 self._said.add("held")
                 logger.warning("W&B did not take the tables of step %d (%s): they are sent again", media.step, error)
             self._away_until = time.monotonic() + AWAY_SECONDS
             return False
+        finally:
+            self._took = time.monotonic() - began
         self._held.popleft()
         return True
 
@@ -218,12 +225,8 @@ class WandbBackend:
             logger.warning("W&B did not take an alert: %s", error)
             self._drop(1)
 
-    def _reopen(self, client: WandbClient) -> None:
-        """The client's process has died: go on in another, once.
-
-        Raises:
-            RuntimeError: when W&B is given up.
-        """
+    def _reopen(self, client: WandbClient) -> bool:
+        """Go on in another process of the client's, once: the one before has died. Returns whether that could be."""
         assert self._values is not None
         if not self._reopened:
             self._reopened = True
@@ -236,12 +239,12 @@ class WandbBackend:
                 self._held.extendleft(sent for row, sent in reversed(self._sent) if row >= first_lost)
                 self._sent.clear()
                 self._values.begin_tables_again()
-                return
+                return True
         self._given_up = True
         self._drop_held()
         client.abandon()
         logger.error("W&B is given up; training goes on. Send what is on disk with: %s", client.sync_command)
-        raise RuntimeError("W&B was given up")
+        return False
 
     def _drop_held(self) -> None:
         self._drop(sum(len(media.records) for media in self._held))

@@ -148,6 +148,7 @@ def test_numbers_wait_for_one_table_at_most(
         return log(step, values, tags)
 
     monkeypatch.setattr(client, "log", slow)
+    monkeypatch.setattr(telemetry.backends.wandb.backend, "SLOW_SECONDS", 0.0)
     recorder.write(1, rows(1))
     assert stuck.wait(20)
     for step in range(2, 11):
@@ -404,7 +405,8 @@ def test_rows_of_attempts(tmp_path: Path) -> None:
     assert found.last_row(99) is None
     assert found.last_step() == 212
     assert found.last_step(end=4) == 200
-    assert found.tags_of(200, end=3) == {7}
+    assert found.rows_after(199, end=3) == {(200, 7)}
+    assert found.rows_after(100, end=5) == {(200, 7), (200, 8), (212, 7)}
 
 
 def test_a_row_that_comes_again_supersedes_what_is_behind_it(tmp_path: Path) -> None:
