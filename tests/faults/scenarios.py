@@ -93,7 +93,7 @@ def backends_raise(directory: Path) -> None:
 
 
 def backend_blocks(directory: Path) -> None:
-    telemetry.delivery.recorder.DRAIN_SECONDS = 5.0
+    telemetry.delivery.recorder.DRAIN_SECONDS = 2.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 
 

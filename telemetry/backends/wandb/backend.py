@@ -182,7 +182,7 @@ class WandbBackend:
             action()
 
     def _is_gone(self, client: WandbClient) -> bool:
-        """Whether a server that has refused something of late cannot even be reached."""
+        """Whether a server that has been away of late cannot even be reached."""
         return time.monotonic() < self._away_until and not client.answers()
 
     def _hold(self, media: _Media) -> None:
@@ -211,7 +211,9 @@ class WandbBackend:
         finally:
             self._took = time.monotonic() - began
         self._held.popleft()
-        return True
+        if self._took > SLOW_SECONDS and not client.answers():  # the client's own copy may reach the disk even so
+            self._away_until = time.monotonic() + AWAY_SECONDS
+        return time.monotonic() >= self._away_until
 
     def _alert(self, client: WandbClient, alert: Alert) -> None:
         """One alert of a tag and title in ten minutes: what is wrong at one due step is mostly wrong at the next."""

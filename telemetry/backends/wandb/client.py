@@ -113,7 +113,7 @@ class WandbClient:
 
     def answers(self) -> bool:
         """Whether the server can be reached, if the run needs it."""
-        return self._offline or _answers(wandb.setup().settings.base_url)
+        return self._offline or _answers(wandb.setup().settings.base_url, 0.0)
 
     def is_alive(self) -> bool:
         """Whether the client's process still takes what it is told (whether the server does, is its business)."""
@@ -271,7 +271,7 @@ class WandbClient:
         if not wandb.login(prompt=False, verify=False):
             self._say_offline("no W&B key is configured (WANDB_API_KEY, or `wandb login`)")
             return "offline"
-        if not _answers(url):
+        if not _answers(url, REACH_SECONDS):
             self._say_offline(f"{url} does not answer")
             return "offline"
         return "online"
@@ -308,13 +308,13 @@ def _config_value(value: Any) -> Any:
     return shortened(value, MAX_CONFIG_TEXT) if isinstance(value, str) else value
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, patience: float) -> bool:
     """Whether something listens at an address; taken for granted behind a proxy, which only the client knows to use."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(host):
         return True
-    deadline = time.monotonic() + REACH_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         try:
             socket.create_connection((host, parts.port or (80 if parts.scheme == "http" else 443)), timeout=3).close()
