@@ -25,7 +25,7 @@ class TensorBoardBackend:
 
     A resumed run supersedes what an earlier attempt left in the same directory after the checkpoint's step. A step is
     in the file when :meth:`write` returns, unless the disk refuses it: that is counted, logged once, and tried again
-    with the next step.
+    with the next step. So is a file that was deleted: the next step is in a new one.
 
     Attributes:
         path: the event file, or None before :meth:`open`.
