@@ -13,13 +13,13 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from telemetry import catalogue
-from telemetry.delivery.lane import Lane, LastWord
+from telemetry.delivery.lane import Lane, LastWord, bytes_of
 from telemetry.delivery.losses import Losses
 from telemetry.delivery.measured import Deferred, Emitter, Measured
 from telemetry.delivery.reduction import RankGather, Share, merge
 from telemetry.delivery.transfer import Transfer
 from telemetry.delivery.worker import Worker
-from telemetry.records import Alert, Audio, Image, Max, Metric, Record, Scalar, Sum, Table, held_bytes
+from telemetry.records import Alert, Audio, Image, Max, Metric, Record, Scalar, Sum, Table
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,10 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        held = [*self.records, *(self.measured.records if self.measured is not None else ())]
-        metrics = 128 * len(self.measured.metrics) if self.measured is not None else 0
-        return metrics + sum(map(held_bytes, held)) + (self.transfer.nbytes if self.transfer is not None else 0)
+        measured = (
+            128 * len(self.measured.metrics) + bytes_of(self.measured.records) if self.measured is not None else 0
+        )
+        return bytes_of(self.records) + measured + (self.transfer.nbytes if self.transfer is not None else 0)
 
     def drop_media(self) -> int:
         before = len(self.records)

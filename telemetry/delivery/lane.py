@@ -45,7 +45,7 @@ class Delivery:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(held_bytes, self.records))
+        return bytes_of(self.records)
 
     def drop_media(self) -> int:
         before = len(self.records)
@@ -212,6 +212,11 @@ class Lane:
         before, self._reported = self._reported, _reported(self._backend)
         # One that is used again begins to count anew.
         return self._reported - before if self._reported >= before else self._reported
+
+
+def bytes_of(records: Sequence[Record]) -> int:
+    """Roughly what records hold in memory while they wait."""
+    return 64 * len(records) + sum(held_bytes(record) for record in records if not isinstance(record, Scalar))
 
 
 def _reported(backend: Backend) -> int:

@@ -50,7 +50,7 @@ class Worker(Generic[JobT]):
         self._max_bytes = max_bytes
         self._on_drop = on_drop
         self._idle = idle
-        self._queue: deque[JobT] = deque()
+        self._queue: deque[tuple[JobT, int]] = deque()  # with the bytes that it holds
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._held = 0
@@ -68,9 +68,11 @@ class Worker(Generic[JobT]):
             if self._closed:
                 self._on_drop(job.drop_all())
                 return
-            self._queue.append(job)
-            self._held += job.nbytes
-            self._make_room()
+            nbytes = job.nbytes
+            self._queue.append((job, nbytes))
+            self._held += nbytes
+            if self._held > self._max_bytes:
+                self._make_room()
             if self._thread is None:
                 # A daemon: nothing here keeps the process from ending.
                 self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
@@ -86,7 +88,7 @@ class Worker(Generic[JobT]):
         """Take no more jobs and end the thread after the job in hand; returns how many records were still waiting."""
         with self._changed:
             self._closed = True
-            dropped = sum(job.drop_all() for job in self._queue)
+            dropped = sum(job.drop_all() for job, _ in self._queue)
             self._queue.clear()
             self._held = 0
             self._changed.notify_all()
@@ -94,11 +96,11 @@ class Worker(Generic[JobT]):
 
     def _make_room(self) -> None:
         for drop in ("drop_media", "drop_all"):
-            for job in self._queue:
+            for place, (job, before) in enumerate(self._queue):
                 if self._held <= self._max_bytes:
                     return
-                before = job.nbytes
                 dropped = getattr(job, drop)()
+                self._queue[place] = (job, job.nbytes)
                 self._held -= before - job.nbytes
                 if dropped:
                     self._on_drop(dropped)
@@ -113,9 +115,8 @@ class Worker(Generic[JobT]):
                     self._changed.wait()
                 if not self._queue and self._closed:
                     return
-                job = self._queue.popleft() if self._queue else None
-                if job is not None:
-                    self._held -= job.nbytes
+                job, nbytes = self._queue.popleft() if self._queue else (None, 0)
+                self._held -= nbytes
                 self._busy = True
             if job is not None:
                 self._work(job)
