@@ -138,10 +138,6 @@ class Lane:
         self._losses.add(lost + self._newly_reported())
         logger.error("backend %s did not end in time, %d records are lost: left out from now on", self.name, lost)
 
-    def close(self) -> None:
-        """Take nothing more: what still comes is lost."""
-        self._losses.add(self._worker.close())
-
     # -- the lane's own thread ----------------------------------------------------------------------------------------
 
     def _work(self, delivery: Delivery) -> None:
@@ -178,6 +174,7 @@ class Lane:
             self._write(word.step, word.at, word.records)
         if self._active and self._opened:
             self._attempt("close", self._backend.close)
+        self._losses.add(self._worker.close())  # what still comes is lost
 
     def _attempt(self, verb: str, action: Callable[[], Any], at_stake: int = 0) -> tuple[bool, Any]:
         """Have the backend do something, and count what that loses: whether it could, and what it says."""

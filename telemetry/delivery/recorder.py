@@ -194,5 +194,3 @@ class Recorder:
         for lane in others:
             if not lane.drain(left(1.0)):
                 lane.give_up()
-        for lane in self._lanes:
-            lane.close()

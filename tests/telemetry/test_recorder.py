@@ -493,6 +493,7 @@ def test_a_full_queue_costs_media_first_and_numbers_last(telemetry_log: pytest.L
         recorder.record(Text("text", "x" * 10_000))
         recorder.flush(step)
         assert blocking.stuck.wait(WRITTEN_SECONDS)
+    assert recorder._home.drain(WRITTEN_SECONDS)  # all steps are at the backend's door
     blocking.gate.set()
     drained(recorder)
     assert blocking.scalars("a") == {step: float(step) for step in range(1, 9)}
