@@ -42,6 +42,7 @@ SCALARS = {
         )
         for kind in ("min", "max", "mean", "std", "zero_fraction", "nonfinite")
     ),
+    "outputs/loss/model",
     "outputs/loss/total",
     *(f"outputs/{kind}/{part}" for kind in ("loss", "accuracy", "top5", "entropy") for part in ("text", "audio")),
     *(f"outputs/{kind}/codebook_{k}" for kind in ("loss", "accuracy", "top5") for k in CODEBOOKS),

@@ -37,8 +37,24 @@ class Run:
 class Backend(Protocol):
     """Shows the records of a run. One writer per run: only rank 0 opens one, but see :func:`is_on_every_rank`.
 
-    Any method may raise: the recorder reports it once, counts the lost records and goes on without this backend
-    after repeated failures. A backend never raises for the content of a record that another backend can show.
+    Every method is called on a thread of this backend's own, and may take its time: nobody waits for it but its own
+    records, of which the oldest are dropped and counted when too many wait. At the end of training all backends
+    together have 30 seconds.
+
+    Any method may raise: that is reported once, the records of a failed :meth:`write` are counted as lost, and after
+    repeated failures the backend is left out. A backend never raises for the content of a record that another backend
+    can show.
+
+    A backend may have more than this, each for itself:
+
+    - ``dropped_records: int``: records lost so far that :meth:`write` could not know of.
+    - ``catch_up(last: bool) -> bool``: do some of what :meth:`write` has put off. Called when nothing waits to be
+      written, and again at once where it returns True; with ``last`` before :meth:`close`: what is then not done is
+      lost, and counted in ``dropped_records``.
+    - ``abandon()``: called on another thread when :meth:`close` or what comes before it takes too long. Let go of
+      whatever keeps the process from ending.
+    - ``step_time: float | None``: before :meth:`write` set to when the step ended, in seconds since the epoch.
+    - ``every_rank: bool``: see :func:`is_on_every_rank`.
     """
 
     name: str
@@ -46,8 +62,12 @@ class Backend(Protocol):
     def open(self, run: Run) -> None:
         """Get ready. Called once, before the first :meth:`write`."""
 
-    def write(self, step: int, records: Sequence[Record]) -> None:
-        """Show the records of one step. Steps never decrease; a step may be written more than once."""
+    def write(self, step: int, records: Sequence[Record]) -> int | None:
+        """Show the records of one step. Steps never decrease; a step may be written more than once.
+
+        Returns:
+            How many of the records were lost; None for none.
+        """
 
     def close(self) -> None:
         """Write out what is left and let go of files. Called once; no :meth:`write` follows."""

@@ -68,17 +68,19 @@ class TrackioBackend:
             raise RuntimeError("write() before open()")
         values: dict[str, Any] = {}
         for record in records:
-            if isinstance(record, Scalar) and not self._trainer_logs and is_the_trainers(record.tag):
+            if isinstance(record, Alert) or (
+                isinstance(record, Scalar) and not self._trainer_logs and is_the_trainers(record.tag)
+            ):
                 continue
             try:
-                if isinstance(record, Alert):
-                    self._alert(step, record)
-                else:
-                    values.update(_values(record))
+                values.update(_values(record))
             except (TypeError, ValueError, OverflowError) as error:
                 self._unshown(record.tag, error)
         if values:
             self._run.log(values, step=step)
+        for record in records:
+            if isinstance(record, Alert):
+                self._alert(step, record)
 
     def close(self) -> None:
         """Write out what is left."""

@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import threading
-import weakref
 from types import FrameType
 from typing import Protocol
 
@@ -22,7 +21,7 @@ class Closable(Protocol):
         """Write it out, in at most so many seconds."""
 
 
-_open: weakref.WeakSet[Closable] = weakref.WeakSet()
+_open: set[Closable] = set()
 _lock = threading.Lock()
 _installed = False
 _wakeup = -1

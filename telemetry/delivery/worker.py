@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -36,13 +35,22 @@ class Worker(Generic[JobT]):
         work: called with each job on the thread; must not raise.
         max_bytes: how much may wait.
         on_drop: told how many records were dropped.
+        idle: called on the thread after a job, when no other waits, and again for as long as it returns True; must not
+            raise.
     """
 
-    def __init__(self, work: Callable[[JobT], None], max_bytes: int, on_drop: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        work: Callable[[JobT], None],
+        max_bytes: int,
+        on_drop: Callable[[int], None],
+        idle: Callable[[], bool] | None = None,
+    ) -> None:
         self._work = work
         self._max_bytes = max_bytes
         self._on_drop = on_drop
-        self._queue: deque[JobT] = deque()
+        self._idle = idle
+        self._queue: deque[tuple[JobT, int]] = deque()  # with the bytes that it holds
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._held = 0
@@ -60,43 +68,27 @@ class Worker(Generic[JobT]):
             if self._closed:
                 self._on_drop(job.drop_all())
                 return
-            self._queue.append(job)
-            self._held += job.nbytes
-            self._make_room()
-            self._start()
+            nbytes = job.nbytes
+            self._queue.append((job, nbytes))
+            self._held += nbytes
+            if self._held > self._max_bytes:
+                self._make_room()
+            if self._thread is None:
+                # A daemon: nothing here keeps the process from ending.
+                self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+                self._thread.start()
             self._changed.notify_all()
 
-    def replace(self, unfinished: JobT) -> None:
-        """Leave the thread to what it is stuck in; another takes over, with ``unfinished`` first."""
+    def drain(self, seconds: float) -> bool:
+        """Wait until all jobs are done, at most so long. Returns whether they are."""
         with self._changed:
-            self._queue.appendleft(unfinished)
-            self._held += unfinished.nbytes
-            self._busy = False
-            self._thread = None
-            self._start()
-
-    def is_current(self) -> bool:
-        """Whether the calling thread is the one that works (and has not been replaced)."""
-        return threading.current_thread() is self._thread
-
-    def drain(self, seconds: float, poll: Callable[[], None] | None = None) -> bool:
-        """Wait until all jobs are done, at most so long; calls ``poll`` meanwhile. Returns whether they are."""
-        deadline = time.monotonic() + seconds
-        while True:
-            with self._changed:
-                if not self._queue and not self._busy:
-                    return True
-                self._changed.wait(0.05)
-            if poll is not None:
-                poll()
-            if time.monotonic() > deadline:
-                return False
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
 
     def close(self) -> int:
         """Take no more jobs and end the thread after the job in hand; returns how many records were still waiting."""
         with self._changed:
             self._closed = True
-            dropped = sum(job.drop_all() for job in self._queue)
+            dropped = sum(job.drop_all() for job, _ in self._queue)
             self._queue.clear()
             self._held = 0
             self._changed.notify_all()
@@ -104,34 +96,30 @@ class Worker(Generic[JobT]):
 
     def _make_room(self) -> None:
         for drop in ("drop_media", "drop_all"):
-            for job in self._queue:
+            for place, (job, before) in enumerate(self._queue):
                 if self._held <= self._max_bytes:
                     return
-                before = job.nbytes
                 dropped = getattr(job, drop)()
+                self._queue[place] = (job, job.nbytes)
                 self._held -= before - job.nbytes
                 if dropped:
                     self._on_drop(dropped)
 
-    def _start(self) -> None:
-        if self._thread is None:
-            # A daemon: nothing here keeps the process from ending.
-            self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
-            self._thread.start()
-
     def _run(self) -> None:
+        more = False
         while True:
             with self._changed:
-                while not self._queue and not self._closed and self.is_current():
-                    self._changed.wait()
-                if not self.is_current() or not self._queue:
-                    return
-                job = self._queue.popleft()
-                self._held -= job.nbytes
-                self._busy = True
-            self._work(job)
-            with self._changed:
-                if not self.is_current():
-                    return
-                self._busy = False
+                self._busy = more and not self._closed
                 self._changed.notify_all()
+                while not self._queue and not self._busy and not self._closed:
+                    self._changed.wait()
+                if not self._queue and self._closed:
+                    return
+                job, nbytes = self._queue.popleft() if self._queue else (None, 0)
+                self._held -= nbytes
+                self._busy = True
+            if job is not None:
+                self._work(job)
+                more = self._idle is not None
+            elif self._idle is not None:
+                more = self._idle()

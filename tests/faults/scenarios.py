@@ -97,13 +97,12 @@ def backends_raise(directory: Path) -> None:
 
 
 def backend_blocks(directory: Path) -> None:
-    telemetry.delivery.recorder.BLOCKED_SECONDS = 0.3
-    telemetry.delivery.recorder.DRAIN_SECONDS = 5.0
+    telemetry.delivery.recorder.DRAIN_SECONDS = 2.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 
 
 def backend_blocks_until_the_end(directory: Path) -> None:
-    """It would be left out after a minute, and the training is over long before."""
+    """With less time for the end."""
     telemetry.delivery.recorder.DRAIN_SECONDS = 4.0
     run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
 
@@ -123,10 +122,23 @@ class Disk(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 
+class Given(FaultyBackend):
+    """Has no fault, and knows the step and tag of everything that backends are given."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _: False, fail, "given")
+        self.records: list[tuple[int, str]] = []
+
+    def write(self, step: int, records: Any) -> None:
+        self.records += [(step, record.tag) for record in records]
+
+
 def disk_is_full_for_a_while(directory: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    watching = watched(directory)
+    given = Given()
+    watching = watched(directory, given)
     tiny.train(directory, [watching, Disk(watching, directory / LOGS)])
+    (directory / "given.json").write_text(json.dumps(given.records))
 
 
 # ----------------------------------------------------------------------------------------------------------------- ends

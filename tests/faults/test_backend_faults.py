@@ -7,16 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_runs import LOGGED, MEASURED, assert_every_step, run, scalars, steps_of
+from fault_runs import LOGGED, LOGS, MEASURED, assert_every_step, run, scalars, steps_of
 from scenarios import BLOCKED_FROM, BROKEN_FROM, FREE_FROM, FULL_FROM, LEFT_OUT
 from support.programs import Ended
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tiny_training import Outcome, outcome, progress
 
+from dashboards.report.media import collect
+from dashboards.report.overview import overview
+from dashboards.runs import read_runs
 from telemetry.delivery.recorder import MAX_FAILURES
+from telemetry.health.rules import Level
 
 STEPS = 20
 MARGIN = 15.0
-MANY = 70  # two writes each, what was measured and what the Trainer logs, and in the end the Trainer's summary
+MANY = 70  # two writes each, what was measured and what the Trainer logs; in the end the Trainer's summary, and losses
 
 
 def assert_trained_as(expected: Outcome, directory: Path, ended: Ended) -> None:
@@ -34,7 +39,7 @@ def raising(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
 
 @pytest.mark.parametrize(
     ("name", "writes", "left_out"),
-    [("always", MAX_FAILURES, True), ("once", 2 * MANY + 1, False), ("late", BROKEN_FROM + MAX_FAILURES, True)],
+    [("always", MAX_FAILURES, True), ("once", 2 * MANY + 2, False), ("late", BROKEN_FROM + MAX_FAILURES, True)],
 )
 def test_a_backend_that_raises_is_said_once_and_left_out_where_it_goes_on(
     name: str, writes: int, left_out: bool, raising: tuple[Path, Ended]
@@ -85,3 +90,18 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, untouched: Callable[...
     assert steps[LOGGED] == [step for step in range(1, STEPS + 1) if not FULL_FROM - 1 <= step < FREE_FROM - 1]
     assert ended.said.count("losing steps until it can be written again") == 1
     assert ended.said.count("steps were lost") == 1
+
+    given = [(step, tag) for step, tag in json.loads((tmp_path / "given.json").read_text())]
+    found = shown(tmp_path)
+    missing = len([one for one in given if one not in found])
+    assert missing > len(MEASURED) * (FREE_FROM - FULL_FROM)
+    assert scalars(tmp_path)["telemetry/dropped_records"][-1] == (STEPS, missing)
+    assert scalars(tmp_path)["health/records_lost"][-1] == (STEPS, Level.WARNING)
+    runs = read_runs([tmp_path / LOGS])
+    assert overview(runs, collect(runs)).dropped == ((0, missing),)
+
+
+def shown(directory: Path) -> set[tuple[int, str]]:
+    """Step and tag of everything that is in a run's only event file."""
+    (path,) = (directory / LOGS).iterdir()
+    return {(event.step, value.tag) for event in EventFileLoader(str(path)).Load() for value in event.summary.value}

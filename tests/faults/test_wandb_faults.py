@@ -185,6 +185,16 @@ def test_the_numbers_of_a_run_whose_server_is_gone_for_good_are_on_disk(
     assert_has_steps(synced[GONE], one.steps)
 
 
+def test_what_is_lost_is_what_is_missing(ran: dict[str, Ran], synced: dict[str, Run]) -> None:
+    """Each table comes with its sound: two records. The number of those that are lost is there when all is synced."""
+    for name in (*STREAMED, *REFUSED, NEVER_REACHABLE, CLIENT_KILLED):
+        assert ran[name].seen.dropped == 0, name
+    one, kept = ran[GONE], synced[GONE]
+    missing = set(steps_with_tables(one.steps)) - {step for step, _ in kept.points(CLIPS)}
+    assert one.seen.dropped == 2 * len(missing) > 0
+    assert kept.points("telemetry/dropped_records")[-1] == (one.seen.steps, one.seen.dropped)
+
+
 def test_where_blobs_are_forbidden_numbers_stream(ran: dict[str, Ran], synced: dict[str, Run]) -> None:
     one = ran[FORBIDDEN]
     assert_has_steps(one.live, one.steps)

@@ -57,6 +57,7 @@ class Seen:
         open_seconds: how long opening the recorder took.
         stalls: seconds that each step's calls took, on a machine with cores to spare.
         close_seconds: how long closing took.
+        dropped: records that telemetry has counted as lost.
         streamed: a step that the server had a second before the trainer was killed.
     """
 
@@ -64,6 +65,7 @@ class Seen:
     open_seconds: float = 0.0
     stalls: list[float] = field(default_factory=list)
     close_seconds: float = 0.0
+    dropped: int = 0
     streamed: int = 0
     said: list[str] = field(default_factory=list)
 
@@ -129,6 +131,7 @@ class Training:
         began = time.perf_counter()
         self.recorder.close()
         self.seen.close_seconds = time.perf_counter() - began
+        self.seen.dropped = self.recorder.dropped_records
         self.keep()
 
     def keep(self) -> None:

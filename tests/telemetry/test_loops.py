@@ -253,6 +253,7 @@ def test_a_step_outside_of_its_context_says_what_to_do(llama: LlamaForCausalLM, 
 
 @pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
 def test_the_examples_run_as_the_documentation_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     events = EventAccumulator(str(tmp_path / "runs" / "telemetry"))

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
-from telemetry.delivery import recorder as recorder_module
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter, Recorder
+from telemetry.health import HealthMonitor
+from telemetry.health.rules import Level
 from telemetry.records import Alert, Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Table, UsedFraction
 
 WRITTEN_SECONDS = 20.0  # generous: other programs share the machine
@@ -248,7 +250,8 @@ def test_lost_records_are_counted_and_a_backend_is_left_out_after_repeated_failu
     assert list(failing.scalars("a")) == [1, 4]
     assert failing.count == 5  # left out after its third failure
     assert MAX_FAILURES == 3
-    assert recorder.dropped_records == sum(len(records_of(good, step)) for step in (2, 3, 5, 6, 7, 8))
+    lost = sum(len(records_of(good, step)) for step in (2, 3, 5, 6, 7, 8))
+    assert recorder.dropped_records == lost - told_last(good, recorder)
     messages = [record.getMessage() for record in telemetry_log.records]
     assert messages == [
         "backend failing could not write; training goes on",
@@ -272,7 +275,7 @@ def test_a_backend_that_cannot_be_opened_is_left_out(telemetry_log: pytest.LogCa
         "backend failing could not open; training goes on",
         "telemetry had to drop records; telemetry/dropped_records counts them",
     ]
-    assert recorder.dropped_records == len(records_of(good, 1))
+    assert recorder.dropped_records == len(records_of(good, 1)) - told_last(good, recorder) > 0
 
 
 def test_a_backend_that_cannot_be_closed_keeps_no_other_from_it(telemetry_log: pytest.LogCaptureFixture) -> None:
@@ -327,25 +330,48 @@ class Blocking(MemoryBackend):
                 raise OSError("connection timed out")
 
 
+class Awaited(MemoryBackend):
+    """Tells when it has been given the records of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[tuple[int, Sequence[Record]]] = []
+        self.given: dict[int, threading.Event] = defaultdict(threading.Event)
+
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        super().write(step, records)
+        self.writes.append((step, records))
+        self.given[step].set()
+
+
+def count_of(backend: MemoryBackend) -> int:
+    """How many records a backend has."""
+    return sum(map(len, backend.records.values()))
+
+
 @pytest.mark.parametrize("verb", ["open", "write"])
 @pytest.mark.parametrize("raises", [True, False])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_backend_that_blocks_is_skipped_and_the_others_have_everything_once(
-    verb: str, raises: bool, first: bool, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+def test_a_backend_that_blocks_blocks_itself_and_the_others_have_everything_meanwhile(
+    verb: str, raises: bool, first: bool, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(recorder_module, "BLOCKED_SECONDS", 0.2)
-    good, other, blocking = MemoryBackend(), MemoryBackend(), Blocking(verb, raises=raises)
+    good, other, blocking = Awaited(), Awaited(), Blocking(verb, raises=raises)
     recorder = opened(*([blocking, good, other] if first else [good, blocking, other]))
     for step in range(1, 4):
         recorder.metric("a", Sum(step))
         recorder.flush(step)
     assert blocking.stuck.wait(WRITTEN_SECONDS)
-    drained(recorder)
-    dropped = recorder.dropped_records
-    messages = [record.getMessage() for record in telemetry_log.records]
+    for backend in (good, other):
+        assert backend.given[3].wait(WRITTEN_SECONDS)
+        assert list(backend.scalars("a")) == [1, 2, 3]
+    assert blocking.records == {}
+    assert not recorder.drain(0)
+    assert recorder.dropped_records == 0
+    assert telemetry_log.records == []
 
     blocking.gate.set()  # it comes back when all has gone on without it
     assert blocking.woken.wait(WRITTEN_SECONDS)
+    drained(recorder)
     recorder.metric("a", Sum(4))
     recorder.flush(4)
     recorder.close()
@@ -354,13 +380,46 @@ def test_a_backend_that_blocks_is_skipped_and_the_others_have_everything_once(
             (1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0),
         ]  # fmt: skip
         assert backend.closed
-    assert blocking.calls == (["open"] if verb == "open" else ["open", "write"])
-    assert dropped == sum(len(records_of(good, step)) for step in (1, 2, 3))
-    assert recorder.dropped_records == dropped + len(records_of(good, 4))
-    assert messages.count("backend blocking has blocked for 0 s: left out from now on") == 1
-    assert messages.count("telemetry had to drop records; telemetry/dropped_records counts them") == 1
-    assert [record.getMessage() for record in telemetry_log.records] == messages  # nothing more is said of it
-    assert good.scalars("telemetry/dropped_records")[4] == dropped
+    lost = {True: [1, 2, 3, 4] if verb == "open" else [1], False: []}[raises]
+    assert list(blocking.scalars("a")) == [step for step in (1, 2, 3, 4) if step not in lost]
+    assert blocking.calls == (["open"] if len(lost) == 4 else ["open", "write", "write", "write", "write", "close"])
+    assert recorder.dropped_records == sum(len(records_of(good, step)) for step in lost) - told_last(good, recorder)
+    assert good.scalars("telemetry/dropped_records")[4] == recorder.dropped_records
+    messages = [record.getMessage() for record in telemetry_log.records]
+    assert messages == raises * [
+        f"backend blocking could not {verb}; training goes on",
+        "telemetry had to drop records; telemetry/dropped_records counts them",
+    ]
+
+
+def told_last(backend: MemoryBackend, recorder: Recorder) -> int:
+    """1 where a backend was told at the end how much others had lost since its last step: no other lacks that."""
+    told = [record.value for _, record in backend.records["telemetry/dropped_records"] if isinstance(record, Scalar)]
+    assert told[-1] == recorder.dropped_records
+    return len(told) - len(set(backend.scalars("telemetry/dropped_records")))
+
+
+@pytest.mark.parametrize("room", [25_000, 10**6], ids=["a queue that is too small", "a queue for everything"])
+def test_what_a_blocked_backend_lacks_is_counted_and_shown_exactly(room: int) -> None:
+    """It never comes back: what it shows is compared with what another has been given."""
+    good, blocking = Awaited(), Blocking(call=2)
+    recorder = opened(blocking, good, max_queue_bytes=room, judge=HealthMonitor())
+    for step in range(1, 9):
+        recorder.metric("a", Sum(step))
+        recorder.record(Alert("text", "", "x" * 10_000))
+        recorder.flush(step)
+        assert good.given[step].wait(WRITTEN_SECONDS)
+        assert step < 2 or blocking.stuck.wait(WRITTEN_SECONDS)
+    recorder.close(1.0)
+    *handed, (step, told) = good.writes
+    missing = sum(len(records) for _, records in handed) - count_of(blocking)
+    assert recorder.dropped_records == missing
+    assert (step, told[0]) == (8, Scalar("telemetry/dropped_records", float(missing)))
+    assert good.scalars("health/records_lost")[8] == Level.WARNING
+    assert f"{missing}" in str(good.last("health/checks", Table).rows)
+    assert len(good.records["health/alerts"]) == 1
+    assert good.closed
+    blocking.gate.set()
 
 
 def test_a_backend_that_takes_its_time_is_not_left_out(telemetry_log: pytest.LogCaptureFixture) -> None:
@@ -434,6 +493,7 @@ def test_a_full_queue_costs_media_first_and_numbers_last(telemetry_log: pytest.L
         recorder.record(Alert("text", "", "x" * 10_000))
         recorder.flush(step)
         assert blocking.stuck.wait(WRITTEN_SECONDS)
+    assert recorder._home.drain(WRITTEN_SECONDS)  # all steps are at the backend's door
     blocking.gate.set()
     drained(recorder)
     assert blocking.scalars("a") == {step: float(step) for step in range(1, 9)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import socket
 import subprocess
 from collections import defaultdict
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.programs import BRIEF_FORK
 
+from telemetry.backends.memory import MemoryBackend
+from telemetry.delivery import reduction
+from telemetry.delivery.recorder import Recorder
 from telemetry.delivery.reduction import RankGather, Share, merge
-from telemetry.records import Max, Mean, Min, Norm, Std, Sum
+from telemetry.records import Max, Mean, Min, Norm, Std, Sum, SumOfMeans, UsedFraction
 
 ENDS_WITHIN = 90.0
 PROGRAM = Path(__file__).with_name("rank_pair.py")
@@ -87,6 +92,33 @@ def test_merging_leaves_every_share_as_it_was() -> None:
         {"a": 3.0, "b": 1.0},
     ]
     assert [share.notes for share in shares] == [{"a": "x"}, {"b": "y"}]
+
+
+def test_a_rank_sends_its_values_and_not_the_buffer_that_brought_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host values are views of one buffer that holds everything a step had to bring: here 8 MB for pictures."""
+    sent: list[bytes] = []
+
+    def gather_object(share: Share, shares: list[Any], **_: Any) -> None:
+        sent.append(pickle.dumps(share))
+        shares[:] = [pickle.loads(sent[0])] * 2
+
+    monkeypatch.setattr(reduction.dist, "gather_object", gather_object)
+    backend = MemoryBackend()
+    recorder = Recorder([backend], RankGather(None, rank=0, world_size=2))
+    vectors = [torch.rand(100, dtype=torch.float64) for _ in range(50)]
+    for index, vector in enumerate(vectors):
+        recorder.metric(f"sum/{index}", Sum(vector.sum()))
+        recorder.metric(f"used/{index}", UsedFraction(vector))
+        recorder.metric(f"means/{index}", SumOfMeans(vector, torch.ones(100)))
+    recorder.show({"picture": torch.rand(1_000_000, dtype=torch.float64)}, lambda _host, _emit: None)
+    recorder.flush(1)
+    recorder.close()
+    measured = len(vectors) * (8 + 3 * 100 * 8)
+    assert measured < len(sent[0]) < 1.25 * measured
+    for index, vector in enumerate(vectors):
+        assert backend.scalars(f"sum/{index}") == {1: pytest.approx(2 * float(vector.sum()))}
+        assert backend.scalars(f"used/{index}") == {1: 1.0}
+        assert backend.scalars(f"means/{index}") == {1: pytest.approx(float(vector.sum()))}
 
 
 def test_a_single_process_needs_no_gather() -> None:

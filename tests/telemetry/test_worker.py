@@ -1,4 +1,4 @@
-"""The background thread: in order, within its bytes, and past whatever it gets stuck in."""
+"""The background thread: in order, within its bytes, and idle work only when nothing waits."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ class Bench:
     def _work(self, job: Parcel) -> None:
         self.threads.append(threading.current_thread())
         job.before()
-        if self.worker.is_current():
-            self.done.append((job.name, job.media, job.scalars))
+        self.done.append((job.name, job.media, job.scalars))
 
     def wait_at_the_gate(self) -> None:
         self.began.set()
@@ -148,38 +147,11 @@ def test_bytes_are_given_back_when_a_job_is_begun() -> None:
     assert len(bench.done) == 100
 
 
-def test_a_stuck_thread_is_replaced_and_touches_nothing_when_it_wakes(bench: Bench) -> None:
+def test_draining_returns_within_its_bound(bench: Bench) -> None:
     bench.stick()
-    bench.worker.put(Parcel("next"))
-    stuck = bench.threads[0]
-    bench.worker.replace(Parcel("rest of the stuck one"))
-    assert bench.worker.drain(SOON)
-    assert [name for name, *_ in bench.done] == ["rest of the stuck one", "next"]
-    assert stuck.is_alive()
-    assert bench.threads[1] is bench.threads[2] is not stuck
-
-    # It wakes while the new thread is in a job: that job stays the one in hand.
-    second = threading.Event()
-    begun = threading.Event()
-    bench.worker.put(Parcel("slow", before=lambda: (begun.set(), second.wait(SOON))))
-    assert begun.wait(SOON)
-    bench.gate.set()
-    assert ended(stuck)
-    assert not bench.worker.drain(0.2)
-    bench.worker.put(Parcel("last"))
-    second.set()
-    assert bench.worker.drain(SOON)
-    assert [name for name, *_ in bench.done] == ["rest of the stuck one", "next", "slow", "last"]
-    assert threading.current_thread() not in bench.threads
-
-
-def test_draining_returns_within_its_bound_and_polls_meanwhile(bench: Bench) -> None:
-    bench.stick()
-    polls: list[float] = []
     began = time.monotonic()
-    assert not bench.worker.drain(0.3, lambda: polls.append(time.monotonic()))
+    assert not bench.worker.drain(0.3)
     assert 0.3 <= time.monotonic() - began < SOON
-    assert polls
     bench.gate.set()
     assert bench.worker.drain(SOON)
 
@@ -190,18 +162,49 @@ def test_draining_waits_for_the_job_in_hand(bench: Bench) -> None:
     assert not bench.worker.drain(0.1)
 
 
-def test_a_poll_may_replace_the_stuck_thread(bench: Bench) -> None:
-    bench.stick()
-    bench.worker.put(Parcel("next"))
-    replaced: list[bool] = []
+def test_idle_work_is_done_when_no_job_waits_and_for_as_long_as_there_is_some() -> None:
+    done: list[str] = []
+    left = 3
+    begun, gate = threading.Event(), threading.Event()
 
-    def poll() -> None:
-        if not replaced:
-            replaced.append(True)
-            bench.worker.replace(Parcel("rest"))
+    def idle() -> bool:
+        nonlocal left
+        done.append("idle")
+        if left == 3:
+            begun.set()
+            assert gate.wait(SOON)
+        left -= 1
+        return left > 0
 
-    assert bench.worker.drain(SOON, poll)
-    assert [name for name, *_ in bench.done] == ["rest", "next"]
+    worker: Worker[Parcel] = Worker(lambda job: done.append(job.name), 10**6, lambda _: None, idle)
+    worker.put(Parcel("a"))
+    assert begun.wait(SOON)
+    worker.put(Parcel("b"))
+    worker.put(Parcel("c"))
+    assert not worker.drain(0)
+    gate.set()
+    assert worker.drain(SOON)
+    assert done == ["a", "idle", "b", "c", "idle", "idle"]
+    worker.close()
+
+
+def test_a_closed_worker_does_no_more_idle_work() -> None:
+    begun, gate = threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def idle() -> bool:
+        threads.append(threading.current_thread())
+        begun.set()
+        assert gate.wait(SOON)
+        return True
+
+    worker: Worker[Parcel] = Worker(lambda _: None, 10**6, lambda _: None, idle)
+    worker.put(Parcel("a"))
+    assert begun.wait(SOON)
+    worker.close()
+    gate.set()
+    assert ended(threads[0])
+    assert len(threads) == 1
 
 
 def test_what_still_waits_at_the_end_is_counted_and_so_is_what_comes_late(bench: Bench) -> None:

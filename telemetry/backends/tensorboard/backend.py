@@ -25,25 +25,22 @@ class TensorBoardBackend:
 
     A resumed run supersedes what an earlier attempt left in the same directory after the checkpoint's step. A step is
     in the file when :meth:`write` returns, unless the disk refuses it: that is counted, logged once, and tried again
-    with the next step.
+    with the next step. So is a file that was deleted: the next step is in a new one.
 
     Attributes:
         path: the event file, or None before :meth:`open`.
+        step_time: when the step that is written next ended, in seconds since the epoch; None for now.
     """
 
     name = "tensorboard"
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.step_time: float | None = None
         self._file: EventFile | None = None
         self._summaries = Summaries()
         self._layout = Layout()
         self._step = 0
-
-    @property
-    def lost_steps(self) -> int:
-        """Writes that the disk refused."""
-        return self._file.lost_steps if self._file else 0
 
     @property
     def unshown_records(self) -> int:
@@ -62,8 +59,11 @@ class TensorBoardBackend:
         self.path = self._file.path
         self._step = run.starting_step
 
-    def write(self, step: int, records: Sequence[Record]) -> None:
+    def write(self, step: int, records: Sequence[Record]) -> int:
         """Show the records of one step.
+
+        Returns:
+            How many of them the disk has refused.
 
         Raises:
             RuntimeError: before :meth:`open`.
@@ -75,10 +75,13 @@ class TensorBoardBackend:
             raise ValueError(f"step {step} after step {self._step}: steps must not decrease")
         self._step = step
         layout = self._layout.update(record.tag for record in records if isinstance(record, Scalar))
+        unshown = self.unshown_records
         values = [*([layout] if layout is not None else []), *self._summaries.encode(records)]
-        if values and not self._file.append(step, values):
-            self._summaries.describe_again()
-            self._layout.forget()
+        if not values or self._file.append(step, values, self.step_time):
+            return 0
+        self._summaries.describe_again()
+        self._layout.forget()
+        return len(records) - (self.unshown_records - unshown)
 
     def close(self) -> None:
         """End the session and let go of the file."""

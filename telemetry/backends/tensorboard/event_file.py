@@ -52,22 +52,26 @@ class EventFile:
         self._owner = os.getpid()
         self._size = 0
         self._failing = False
-        self._descriptor: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        # Kept until it is in the file: without it readers misplace everything that follows.
-        self._preamble = b"".join(
+        self._descriptor: int | None = self._made()
+        self._beginning = b"".join(
             (
                 self._record(file_version="brain.Event:2"),
                 self._record(step=first_step, session_log=SessionLog(status=SessionLog.START)),
                 self._record(step=first_step, summary=Summary(value=first_values)),
             )
         )
+        # Kept until it is in the file: without it readers misplace everything that follows.
+        self._preamble = self._beginning
         self._try_write(b"")
 
-    def append(self, step: int, values: Sequence[Summary.Value]) -> bool:
-        """Write one event, and say whether it is in the file. A disk that fails costs events, never an exception."""
+    def append(self, step: int, values: Sequence[Summary.Value], at: float | None = None) -> bool:
+        """Write one event, and say whether it is in the file. A disk that fails costs events, never an exception.
+
+        ``at`` is when it happened, in seconds since the epoch; None for now.
+        """
         if self._descriptor is None or self._owner != os.getpid():
             return False
-        written = self._try_write(self._record(step=step, summary=Summary(value=values)))
+        written = self._try_write(self._record(at, step=step, summary=Summary(value=values)))
         self.lost_steps += not written
         return written
 
@@ -77,8 +81,19 @@ class EventFile:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _record(self, **fields: Any) -> bytes:
-        return tfrecord.pack(Event(wall_time=self._clock.time(), **fields).SerializeToString())
+    def _made(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+
+    def _make_again(self) -> None:
+        """Begin the file anew, for later steps: someone has deleted it."""
+        descriptor = self._made()
+        assert self._descriptor is not None
+        os.close(self._descriptor)
+        self._descriptor, self._size, self._preamble = descriptor, 0, self._beginning
+
+    def _record(self, at: float | None = None, **fields: Any) -> bytes:
+        return tfrecord.pack(Event(wall_time=self._clock.time(at), **fields).SerializeToString())
 
     def _try_write(self, record: bytes) -> bool:
         try:
@@ -97,6 +112,9 @@ class EventFile:
     def _write(self, data: bytes) -> None:
         """All of ``data`` after the last whole record, or none of it: a torn record would hide all later ones."""
         assert self._descriptor is not None
+        if not self.path.exists():
+            self._make_again()
+            raise FileNotFoundError(f"{self.path.name} was deleted")
         if self._failing:
             os.ftruncate(self._descriptor, self._size)
         try:
@@ -116,8 +134,8 @@ class _Clock:
         self._shift = max(0.0, start - time.time())
         self._last = start
 
-    def time(self) -> float:
-        self._last = max(self._last, time.time() + self._shift)
+    def time(self, at: float | None = None) -> float:
+        self._last = max(self._last, (time.time() if at is None else at) + self._shift)
         return self._last
 
 

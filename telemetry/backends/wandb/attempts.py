@@ -72,9 +72,12 @@ class Attempts:
         """The latest step that has a row, before row ``end`` if one is given; -1 when there is none."""
         return max((of for row, (of, _) in self.rows.items() if end is None or row < end), default=-1)
 
-    def tags_of(self, step: int, end: int) -> set[int]:
-        """Digests of the rows of a step, before row ``end``."""
-        return {tags for row, (of, tags) in self.rows.items() if of == step and row < end}
+    def rows_after(self, step: int, end: int) -> set[tuple[int, int]]:
+        """Step and digest of each row of a step after this one, before row ``end``.
+
+        A table that had to wait for the server has its row after those of later steps.
+        """
+        return {(of, tags) for row, (of, tags) in self.rows.items() if of > step and row < end}
 
 
 class AttemptsFile:

@@ -1,69 +1,50 @@
-"""The W&B backend: a queue, a thread of its own, and bounds on everything that may wait."""
+"""The W&B backend: numbers at once, tables and sounds when the server takes them, and bounds on what may wait."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from telemetry.backends.base import Run
 from telemetry.catalogue import is_the_trainers
 from telemetry.delivery import shutdown
-from telemetry.delivery.worker import Worker
 from telemetry.records import Alert, Record, Scalar, held_bytes
 
 if TYPE_CHECKING:
     from telemetry.backends.wandb.client import WandbClient
     from telemetry.backends.wandb.values import Values
 
-MAX_QUEUE_BYTES = 128 * 2**20
-CLOSE_SECONDS = 25.0  # less than the recorder waits for all backends together
-NUMBERS_SECONDS = 5.0  # of these, for numbers that a table has kept from the disk
-ALERT_SECONDS = 600.0
-MAX_HELD = 16  # steps whose tables and sounds wait for a server that is away
+MAX_HELD_BYTES = 128 * 2**20  # of tables and sounds that wait for their turn, or for a server that is away
 MAX_SENT = 4  # steps whose tables and sounds are kept for a client's process that dies with them
+SLOW_SECONDS = 5.0  # of a table: the next ones then let all numbers go first. The very first takes 3 s anywhere
 AWAY_SECONDS = 30.0  # before they are tried again: each try may keep numbers from the disk for 20 s
+ALERT_SECONDS = 600.0
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Job:
-    """Something to do for W&B."""
+class _Media:
+    """What is no number of a step."""
 
-    kind: Literal["open", "write", "close"]
-    step: int = 0
-    records: Sequence[Record] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(held_bytes(record) for record in self.records)
-
-    def drop_media(self) -> int:
-        before = len(self.records)
-        self.records = [record for record in self.records if isinstance(record, Scalar)]
-        return before - len(self.records)
-
-    def drop_all(self) -> int:
-        dropped, self.records = len(self.records), ()
-        return dropped
+    step: int
+    records: Sequence[Record]
 
 
 class WandbBackend:
     """Shows records in Weights & Biases.
 
     Joins the run that is active in the process, or opens one and finishes it. Without a key or a server it keeps the
-    run on disk and says at the end how to send it. :meth:`open` and :meth:`write` return at once, whatever the server
-    does: the client's calls, which may wait for it, are made on a thread of this backend's own. :meth:`close` takes
-    25 seconds at most.
+    run on disk and says at the end how to send it. Every method may wait for the server.
 
     A step is a row of its numbers and, where it has tables, sound or pictures, a second one, on the axis
-    ``train/global_step``. A resumed run goes on where its checkpoint is.
+    ``train/global_step``. Where the server is slow or away, second rows wait until no numbers do (:meth:`catch_up`).
+    A resumed run goes on where its checkpoint is.
 
     Args:
         trainer_logs: whether to send ``train/``, ``eval/`` and ``test/``; False where the Trainer's own WandbCallback
@@ -72,7 +53,7 @@ class WandbBackend:
             own and its own scalars, before ranks are brought together, under ``rank_<r>/``.
 
     Attributes:
-        dropped_records: records that were lost, because they had to wait for too long or W&B gave up.
+        dropped_records: records that were lost after :meth:`write` had taken them.
     """
 
     name = "wandb"
@@ -80,19 +61,18 @@ class WandbBackend:
     def __init__(self, trainer_logs: bool = True, every_rank: bool = False) -> None:
         self.every_rank = every_rank
         self._trainer_logs = trainer_logs
-        self._run: Run | None = None
         self._begin()
 
     def _begin(self) -> None:
         """As new: one backend serves the trainings of a Trainer one after the other."""
         self.dropped_records = 0
-        self._worker: Worker[_Job] = Worker(self._work, MAX_QUEUE_BYTES, self._count_dropped)
         self._client: WandbClient | None = None
         self._values: Values | None = None
-        self._held: deque[_Job] = deque()
-        self._sent: deque[tuple[int, _Job]] = deque(maxlen=MAX_SENT)  # row, what it shows
+        self._held: deque[_Media] = deque()
+        self._sent: deque[tuple[int, _Media]] = deque(maxlen=MAX_SENT)  # row, what it shows
+        self._took = 0.0
         self._away_until = 0.0
-        self._sending_held = False
+        self._gone = False
         self._alerted: dict[tuple[str, str], float] = {}
         self._reopened = False
         self._given_up = False
@@ -104,167 +84,188 @@ class WandbBackend:
         return self._values.unshown_records if self._values is not None else 0
 
     def open(self, run: Run) -> None:
-        """Have a run opened, in the background.
+        """Open a run, or join the one that is active.
 
         Raises:
             ImportError: when the client is not installed.
+            Exception: whatever the client raises when it cannot even write to the disk.
         """
         if importlib.util.find_spec("wandb") is None:
             raise ImportError("Weights & Biases needs its client: pip install wandb")
         self._begin()
-        self._run = run
-        self._worker.put(_Job("open"))
-
-    def write(self, step: int, records: Sequence[Record]) -> None:
-        """Have the records of one step sent, in the background.
-
-        Raises:
-            RuntimeError: before :meth:`open`, or when W&B was given up.
-        """
-        if self._run is None:
-            raise RuntimeError("write() before open()")
-        if self._given_up:
-            raise RuntimeError("W&B was given up")
-        self._worker.put(_Job("write", step, records if self._trainer_logs else _without_trainers(records)))
-
-    def close(self) -> None:
-        """Send what is left and finish the run, within 25 seconds; what is left then stays on disk."""
-        if self._run is None:
-            return
-        self._worker.put(_Job("close"))
-        done = self._worker.drain(CLOSE_SECONDS - NUMBERS_SECONDS) or self._numbers_written()
-        self._worker.close()
-        client = self._client
-        if client is None:
-            if not done:
-                logger.warning("W&B could not be opened before training ended")
-            return
-        if not done:
-            client.abandon()
-            logger.warning("W&B did not take everything within %.0f s", CLOSE_SECONDS)
-        if (not done or client.is_offline) and client.sync_command:
-            logger.info("send this run to W&B with: %s", client.sync_command)
-
-    def _numbers_written(self) -> bool:
-        """Have the numbers written that wait behind a table which the server does not take; whether all was done."""
-        if self._sending_held:
-            self._away_until = math.inf
-            self._worker.replace(_Job("write"))
-        return self._worker.drain(NUMBERS_SECONDS)
-
-    # -- the backend's own thread -------------------------------------------------------------------------------------
-
-    def _work(self, job: _Job) -> None:
-        try:
-            if job.kind == "open":
-                self._open()
-            elif self._given_up or self._client is None:
-                self._count_dropped(len(job.records))
-            elif job.kind == "write":
-                self._write(self._client, job)
-            else:
-                self._send_held(self._client)
-                self._count_dropped(sum(held.drop_all() for held in self._held))
-                self._client.finish()
-        except Exception:
-            if job.kind == "write" and self._client is not None and not self._client.is_alive():
-                self._reopen(self._client, job)
-                return
-            self._count_dropped(len(job.records))
-            if job.kind == "open":
-                self._given_up = True
-            if job.kind not in self._said:
-                self._said.add(job.kind)
-                logger.exception("W&B could not %s; training goes on", job.kind)
-
-    def _open(self) -> None:
-        # The client takes a second to import: not on the recorder's thread, where TensorBoard's steps wait.
+        # The client takes a second to import.
         from telemetry.backends.wandb.client import WandbClient
         from telemetry.backends.wandb.values import Values
 
         shutdown.close_before_others()  # the import has left exit hooks, which remove files that are yet to be sent
-        assert self._run is not None
         self._values = Values()
-        client = WandbClient(self._run, self.every_rank)
+        client = WandbClient(run, self.every_rank)
         client.open()
         self._client = client
 
-    def _write(self, client: WandbClient, job: _Job) -> None:
-        numbers = {record.tag: record.value for record in job.records if isinstance(record, Scalar)}
-        if numbers:  # first, and by themselves: a server that is away holds tables up, not numbers
-            if not client.has(job.step, numbers):
-                client.log(job.step, numbers, numbers)
-            job.records = [record for record in job.records if not isinstance(record, Scalar)]
-        while alert := next((record for record in job.records if isinstance(record, Alert)), None):
-            self._alert(client, alert)
-            job.records = [record for record in job.records if record is not alert]
-        if job.records:
-            self._held.append(job)
-            if len(self._held) > MAX_HELD:
-                self._count_dropped(self._held.popleft().drop_all())
-            if time.monotonic() >= self._away_until:
-                self._send_held(client)
+    def write(self, step: int, records: Sequence[Record]) -> None:
+        """Send the records of one step, numbers first, or keep what is no number for :meth:`catch_up`.
 
-    def _send_held(self, client: WandbClient) -> None:
-        """Send tables, sound and pictures, those first that a server that was away has not taken."""
+        Raises:
+            RuntimeError: before :meth:`open`, or when W&B was given up.
+            Exception: whatever the client raises for numbers, of a step that is then lost.
+        """
+        client = self._client
+        if client is None:
+            raise RuntimeError("write() before open()")
+        if self._given_up:
+            raise RuntimeError("W&B was given up")
+        if not self._trainer_logs:
+            records = _without_trainers(records)
+        numbers = {record.tag: record.value for record in records if isinstance(record, Scalar)}
+        if numbers and not client.has(step, numbers):
+            self._tell(client, lambda: client.log(step, numbers, numbers))
+        for record in records:
+            if isinstance(record, Alert):
+                self._alert(client, record)
+        if media := [record for record in records if not isinstance(record, Scalar | Alert)]:
+            self._hold(_Media(step, media))
+            if len(self._held) == 1 and self._took <= SLOW_SECONDS:
+                self.catch_up(last=False)
+
+    def catch_up(self, last: bool) -> bool:
+        """Send the tables, sound and pictures of one step, or with ``last`` of all that the server takes.
+
+        Returns:
+            Whether there are more that it may take now.
+        """
+        client = self._client
+        if client is None or not self._held:
+            return False
+        if not last:
+            return time.monotonic() >= self._away_until and self._send_first(client) and bool(self._held)
+        self._gone = self._is_gone(client)
+        while self._held and not self._gone:
+            if not self._send_first(client):
+                self._gone = self._is_gone(client)
+                break
+        self._drop_held()
+        return False
+
+    def close(self) -> None:
+        """Send what is left and finish the run. Where the server is gone, what is left stays on disk."""
+        client = self._client
+        if client is None or self._given_up:
+            return
+        self.catch_up(last=True)
+        if self._gone:
+            self.abandon()
+            return
+        client.finish()
+        if client.is_offline:
+            _say_how_to_send(client)
+
+    def abandon(self) -> None:
+        """Have the process end without waiting for the server."""
+        self._drop_held()
+        if self._client is None:
+            logger.warning("W&B could not be opened before training ended")
+            return
+        self._client.abandon()
+        logger.warning("W&B did not take everything before training ended")
+        _say_how_to_send(self._client)
+
+    def _tell(self, client: WandbClient, action: Callable[[], object]) -> None:
+        """Tell the client something, if its process has died another one."""
+        try:
+            action()
+        except Exception:
+            if client.is_alive():
+                raise
+            if not self._reopen(client):
+                raise
+            action()
+
+    def _is_gone(self, client: WandbClient) -> bool:
+        """Whether a server that has been away of late cannot even be reached."""
+        return time.monotonic() < self._away_until and not client.answers()
+
+    def _hold(self, media: _Media) -> None:
+        self._held.append(media)
+        while sum(map(_bytes, self._held)) > MAX_HELD_BYTES:
+            self._drop(len(self._held.popleft().records))
+
+    def _send_first(self, client: WandbClient) -> bool:
+        """Send what has been held for longest. Returns whether more can be sent."""
         assert self._values is not None
-        while self._held and self._away_until < math.inf:
-            job = self._held[0]
-            tags = [record.tag for record in job.records]
-            self._sending_held = True
-            try:
-                if not client.has(job.step, tags) and (values := self._values.shows(job.step, job.records)):
-                    self._sent.append((client.log(job.step, values, tags), job))
-            except Exception as error:
-                self._values.begin_tables_again()
-                if not client.is_alive():
-                    raise
-                if "held" not in self._said:
-                    self._said.add("held")
-                    logger.warning("W&B did not take the tables of step %d (%s): they are sent again", job.step, error)
-                self._away_until = max(self._away_until, time.monotonic() + AWAY_SECONDS)
-                return
-            finally:
-                self._sending_held = False
-            if self._worker.is_current():
-                self._held.popleft()
+        media = self._held[0]
+        tags = [record.tag for record in media.records]
+        began = time.monotonic()
+        try:
+            if not client.has(media.step, tags) and (values := self._values.shows(media.step, media.records)):
+                self._sent.append((client.log(media.step, values, tags), media))
+        except Exception as error:  # noqa: BLE001  (whatever the client makes of a server that is away)
+            self._values.begin_tables_again()
+            if not client.is_alive():
+                return self._reopen(client)
+            if "held" not in self._said:
+                self._said.add("held")
+                logger.warning("W&B did not take the tables of step %d (%s): they are sent again", media.step, error)
+            self._away_until = time.monotonic() + AWAY_SECONDS
+            return False
+        finally:
+            self._took = time.monotonic() - began
+        self._held.popleft()
+        if self._took > SLOW_SECONDS and not client.answers():  # the client's own copy may reach the disk even so
+            self._away_until = time.monotonic() + AWAY_SECONDS
+        return time.monotonic() >= self._away_until
 
     def _alert(self, client: WandbClient, alert: Alert) -> None:
         """One alert of a tag and title in ten minutes: what is wrong at one due step is mostly wrong at the next."""
         rule, now = (alert.tag, alert.title), time.monotonic()
-        if now - self._alerted.get(rule, -ALERT_SECONDS) >= ALERT_SECONDS:
-            self._alerted[rule] = now
-            client.alert(alert.title, alert.text, alert.level)
+        if now - self._alerted.get(rule, -ALERT_SECONDS) < ALERT_SECONDS:
+            return
+        self._alerted[rule] = now
+        try:
+            self._tell(client, lambda: client.alert(alert.title, alert.text, alert.level))
+        except Exception as error:  # noqa: BLE001  (the step's numbers have been taken)
+            logger.warning("W&B did not take an alert: %s", error)
+            self._drop(1)
 
-    def _reopen(self, client: WandbClient, job: _Job) -> None:
-        """The client's process has died: go on in another, once."""
+    def _reopen(self, client: WandbClient) -> bool:
+        """Go on in another process of the client's, once: the one before has died. Returns whether that could be."""
+        assert self._values is not None
         if not self._reopened:
             self._reopened = True
             logger.warning("the W&B client's process has died: going on in another")
             try:
                 first_lost = client.reopen()
-                self._held.extendleft(sent for row, sent in reversed(self._sent) if row >= first_lost)
-                self._sent.clear()
-                if self._values is not None:
-                    self._values.begin_tables_again()
-                if job in self._held:
-                    self._send_held(client)
-                else:
-                    self._write(client, job)
-                return
             except Exception:
                 logger.exception("W&B could not be opened again")
+            else:
+                self._held.extendleft(sent for row, sent in reversed(self._sent) if row >= first_lost)
+                self._sent.clear()
+                self._values.begin_tables_again()
+                return True
         self._given_up = True
-        self._count_dropped(len(job.records) + sum(held.drop_all() for held in self._held if held is not job))
-        self._held.clear()
+        self._drop_held()
         client.abandon()
         logger.error("W&B is given up; training goes on. Send what is on disk with: %s", client.sync_command)
+        return False
 
-    def _count_dropped(self, records: int) -> None:
+    def _drop_held(self) -> None:
+        self._drop(sum(len(media.records) for media in self._held))
+        self._held.clear()
+
+    def _drop(self, records: int) -> None:
         self.dropped_records += records
         if records and "dropped" not in self._said:
             self._said.add("dropped")
             logger.warning("records were lost on their way to W&B")
+
+
+def _bytes(media: _Media) -> int:
+    return sum(map(held_bytes, media.records))
+
+
+def _say_how_to_send(client: WandbClient) -> None:
+    if client.sync_command:
+        logger.info("send this run to W&B with: %s", client.sync_command)
 
 
 def _without_trainers(records: Sequence[Record]) -> list[Record]:

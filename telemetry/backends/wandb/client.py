@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
@@ -32,6 +33,7 @@ DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
 INIT_SECONDS = 20
 REACH_SECONDS = 5.0  # for a server that is starting again
 FINISH_SECONDS = 20.0
+FLUSH_SECONDS = 0.5  # after which the client's process has written down what it was told
 MAX_CONFIG_TEXT = 10_000  # characters
 MAX_RECENT = 256  # rows that are kept for a client's process that dies with what it was told last
 
@@ -57,9 +59,9 @@ class WandbClient:
         self._owned = True
         self._offline = False
         self._next_row = 0
-        # What the server has of an earlier attempt: everything before a step, and of that step rows of these tags.
+        # What the server has of an earlier attempt: everything before a step, and these rows (step, digest of tags).
         self._had_before = -1
-        self._had: set[int] = set()
+        self._had: set[tuple[int, int]] = set()
         self._recent: deque[tuple[int, int, Mapping[str, Any]]] = deque(maxlen=MAX_RECENT)  # row, step, numbers
         self._defined: set[str] = set()
 
@@ -109,6 +111,10 @@ class WandbClient:
             self.log(step, values, values)
         return first_lost
 
+    def answers(self) -> bool:
+        """Whether the server can be reached, if the run needs it."""
+        return self._offline or _answers(wandb.setup().settings.base_url, 0.0)
+
     def is_alive(self) -> bool:
         """Whether the client's process still takes what it is told (whether the server does, is its business)."""
         try:
@@ -121,7 +127,7 @@ class WandbClient:
 
     def has(self, step: int, tags: Iterable[str]) -> bool:
         """Whether an earlier attempt has sent such a row of a step, which the server could not take back."""
-        return step < self._had_before or (step == self._had_before and digest(tags) in self._had)
+        return step < self._had_before or (step, digest(tags)) in self._had
 
     def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> int:
         """Send one row, at once: a row that waited for others of its step would be on the server a step late.
@@ -166,6 +172,7 @@ class WandbClient:
             unregister = getattr(connection, "_cleanup", None)
             if unregister is not None:
                 unregister()
+            time.sleep(2 * FLUSH_SECONDS)
 
     def _join(self, active: Any) -> None:
         self._wandb_run, self._owned = active, False
@@ -213,13 +220,14 @@ class WandbClient:
             try:
                 self._begin(self._init("", resume_from=f"{earlier.run_id}?_step={row}", **arguments))
                 self._next_row = row + 1
+                self._had = earlier.rows_after(self._run.starting_step, row + 1)
                 return
             except (CommError, UsageError) as error:
                 logger.info("this W&B server does not rewind runs (%s): rows that it has are not sent again", error)
                 _tear_down()
         self._begin(self._init("", id=earlier.run_id, resume="allow", **arguments))
         self._had_before = earlier.last_step(self._next_row)
-        self._had = earlier.tags_of(self._had_before, self._next_row)
+        self._had = earlier.rows_after(self._had_before - 1, self._next_row)
 
     def _begin(self, wandb_run: Any) -> None:
         self._wandb_run = wandb_run
@@ -240,7 +248,7 @@ class WandbClient:
         given: dict[str, Any] = {
             # Live: the least that the client takes (15 s by default), and in the file soon should the process die.
             "x_file_stream_transmit_interval": 1,
-            "x_transaction_log_flush_interval": 0.5,
+            "x_transaction_log_flush_interval": FLUSH_SECONDS,
             "init_timeout": INIT_SECONDS,
             "finish_timeout": FINISH_SECONDS,
             # Capturing the console means the client's code in every print of the training thread.
@@ -263,7 +271,7 @@ class WandbClient:
         if not wandb.login(prompt=False, verify=False):
             self._say_offline("no W&B key is configured (WANDB_API_KEY, or `wandb login`)")
             return "offline"
-        if not _answers(url):
+        if not _answers(url, REACH_SECONDS):
             self._say_offline(f"{url} does not answer")
             return "offline"
         return "online"
@@ -300,13 +308,13 @@ def _config_value(value: Any) -> Any:
     return shortened(value, MAX_CONFIG_TEXT) if isinstance(value, str) else value
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, patience: float) -> bool:
     """Whether something listens at an address; taken for granted behind a proxy, which only the client knows to use."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(host):
         return True
-    deadline = time.monotonic() + REACH_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         try:
             socket.create_connection((host, parts.port or (80 if parts.scheme == "http" else 443)), timeout=3).close()
@@ -319,10 +327,11 @@ def _answers(url: str) -> bool:
 
 def _remote_has_secret() -> bool:
     """Whether the git remote of the working directory has a user or a password in it."""
-    with contextlib.suppress(Exception):
-        from wandb.sdk.lib.gitlib import GitRepo
-
-        remote = GitRepo().remote_url or ""
+    with contextlib.suppress(OSError):  # without git the client cannot read it either
+        asked = subprocess.run(
+            ["git", "config", "--get", "remote.origin.url"], capture_output=True, text=True, check=False
+        )
+        remote = asked.stdout.strip()
         return redact_arguments([remote]) != [remote]
     return False
 

@@ -9,11 +9,13 @@ import math
 import os
 import re
 import shlex
+import shutil
 import string
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -37,7 +39,8 @@ from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
 from telemetry.backends.tensorboard.hparams import flatten
 from telemetry.backends.tensorboard.markdown import MAX_CELL, MAX_ROWS, escape, table_markdown, table_texts
 from telemetry.catalogue import describe
-from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
+from telemetry.delivery.recorder import Recorder
+from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Sum, Table
 
 HOSTILE = (
     "a|b|c <|endoftext|> <|im_start|>",
@@ -458,16 +461,16 @@ def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
         backend.write(1, [Scalar("train/loss", 1.0)])
         full = backend.path.stat().st_size + 100
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
+        lost = []
         for step in (2, 3, 4):
-            large = Alert("a/b", "", "c" * 500)
-            backend.write(step, [Scalar("train/loss", float(step)), Scalar("eval/loss", 1.0), large])
+            records = [Scalar("train/loss", float(step)), Scalar("eval/loss", 1.0), Alert("a/b", "", "c" * 500)]
+            lost.append(backend.write(step, records))
             assert backend.path.stat().st_size == full - 100, "a torn record is left"
-        assert backend.lost_steps == 3, backend.lost_steps
+        assert lost == [3, 3, 3], lost
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        backend.write(5, [Scalar("train/loss", 5.0), Scalar("eval/loss", 1.0)])
-        backend.write(6, [Scalar("train/loss", 6.0)])
+        lost = backend.write(5, [Scalar("train/loss", 5.0), Scalar("eval/loss", 1.0)])
+        assert lost + backend.write(6, [Scalar("train/loss", 6.0)]) == 0
         backend.close()
-        assert backend.lost_steps == 3, backend.lost_steps
     """
     done = run_script(script, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -478,6 +481,65 @@ def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
     losing, again = done.stderr.strip().splitlines()
     assert "losing steps" in losing
     assert "3 steps were lost" in again
+
+
+def test_a_directory_that_is_deleted_costs_one_step_that_is_counted(
+    tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = TensorBoardBackend()
+    backend.open(Run(tmp_path / "logs", config={"a": 1}))
+    lost = []
+    for step in range(1, 5):
+        if step == 3:
+            shutil.rmtree(tmp_path / "logs")
+        lost.append(backend.write(step, [Scalar("train/loss", float(step)), Scalar("eval/loss", 1.0)]))
+    backend.close()
+    assert lost == [0, 0, 2, 0]
+    (path,) = (tmp_path / "logs").iterdir()
+    assert path == backend.path
+    assert steps_in(path) == [4]
+    assert events(path)[0].file_version == "brain.Event:2"
+    assert steps_in(path, "_hparams_/session_start_info") == [0]
+    values = [value for event in events(path) for value in event.summary.value]
+    assert any(value.tag == "eval/loss" and value.metadata.summary_description for value in values)
+    said = [record.getMessage() for record in telemetry_log.records]
+    assert len(said) == 2
+    assert "was deleted" in said[0]
+    assert "1 steps were lost" in said[1]
+
+
+def test_a_step_has_the_time_at_which_it_ended(tmp_path: Path) -> None:
+    """However long its writing takes, or that of the one before."""
+    gate, writing = threading.Event(), threading.Event()
+
+    class Slow(TensorBoardBackend):
+        def write(self, step: int, records: Sequence[Record]) -> int:
+            writing.set()
+            assert gate.wait(20)
+            return super().write(step, records)
+
+    backend = Slow()
+    recorder = Recorder([backend])
+    recorder.open(Run(tmp_path))
+    assert recorder.drain(20)
+    ended = {}
+    for step in (1, 2, 3):
+        recorder.metric("train/loss", Sum(float(step)))
+        before = time.time()
+        recorder.flush(step)
+        ended[step] = (before, time.time())
+    assert writing.wait(20)
+    while time.time() < ended[3][1] + 0.05:
+        time.sleep(0.01)
+    gate.set()
+    recorder.close()
+    times = {
+        event.step: event.wall_time
+        for event in events(backend.path)
+        if any(value.tag == "train/loss" for value in event.summary.value)
+    }
+    assert times.keys() == ended.keys()
+    assert all(ended[step][0] <= times[step] <= ended[step][1] for step in ended), (times, ended)
 
 
 def test_a_disk_that_is_full_from_the_start_is_written_once_it_is_not(tmp_path: Path) -> None:

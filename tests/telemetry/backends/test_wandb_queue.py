@@ -22,6 +22,7 @@ from telemetry.backends.wandb import WandbBackend
 from telemetry.backends.wandb.attempts import FILE, Attempts, AttemptsFile, digest
 from telemetry.backends.wandb.tables import GrowingTable, Tables, shortened
 from telemetry.backends.wandb.values import Values
+from telemetry.delivery.recorder import Recorder
 from telemetry.records import Alert, Audio, Clip, Image, Scalar, Table
 
 
@@ -41,6 +42,7 @@ class FakeClient:
         self.finished = self.abandoned = False
         self.sync_command = "wandb sync HERE"
         self.is_offline = False
+        self.answering = True
 
     def __call__(self, _run: Run, _shared: bool) -> FakeClient:
         return self
@@ -55,6 +57,9 @@ class FakeClient:
 
     def is_alive(self) -> bool:
         return self.alive
+
+    def answers(self) -> bool:
+        return self.answering
 
     def has(self, _step: int, _tags: Iterable[str]) -> bool:
         return False
@@ -89,8 +94,14 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
 
 
 @pytest.fixture
-def backend(client: FakeClient, tmp_path: Path) -> WandbBackend:
-    made = WandbBackend()
+def backend(client: FakeClient) -> WandbBackend:
+    return WandbBackend()
+
+
+@pytest.fixture
+def recorder(backend: WandbBackend, tmp_path: Path) -> Recorder:
+    """The way to the backend."""
+    made = Recorder([backend])
     made.open(Run(tmp_path))
     return made
 
@@ -99,107 +110,142 @@ def rows(step: int) -> list[Any]:
     return [Scalar("x", float(step)), Table("t", ("v",), ((step,),))]
 
 
-def settle(backend: WandbBackend) -> None:
-    assert backend._worker.drain(20)
+def settle(recorder: Recorder) -> None:
+    assert recorder.drain(20)
 
 
-def test_nothing_waits_for_the_opening_and_nothing_is_lost(client: FakeClient, backend: WandbBackend) -> None:
+def test_nothing_waits_for_the_opening_and_nothing_is_lost(client: FakeClient, recorder: Recorder) -> None:
     client.opening.clear()
     began = time.perf_counter()
     for step in range(1, 51):
-        backend.write(step, rows(step))
+        recorder.write(step, rows(step))
     assert time.perf_counter() - began < 1
     assert client.rows == []
     client.opening.set()
-    settle(backend)
+    settle(recorder)
     assert client.numbers() == [(step, float(step)) for step in range(1, 51)]
     assert client.tables() == list(range(1, 51))
 
 
-def test_numbers_go_first_and_by_themselves(client: FakeClient, backend: WandbBackend) -> None:
-    backend.write(3, [Table("text", ("said",), (("a",),)), *rows(3), Scalar("y", 2.0)])
-    settle(backend)
+def test_numbers_go_first_and_by_themselves(client: FakeClient, recorder: Recorder) -> None:
+    recorder.write(3, [Table("text", ("said",), (("a",),)), *rows(3), Scalar("y", 2.0)])
+    settle(recorder)
     assert client.rows[0] == (3, {"x": 3.0, "y": 2.0})
     assert client.rows[1][1].keys() == {"text", "t"}
     assert len(client.rows) == 2
 
 
+def test_numbers_wait_for_one_table_at_most(
+    client: FakeClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server takes its time over the first table: the numbers that came meanwhile go before the next."""
+    log, stuck, gate = client.log, threading.Event(), threading.Event()
+
+    def slow(step: int, values: Mapping[str, Any], tags: Iterable[str]) -> int:
+        if "t" in values and not stuck.is_set():
+            stuck.set()
+            assert gate.wait(20)
+        return log(step, values, tags)
+
+    monkeypatch.setattr(client, "log", slow)
+    monkeypatch.setattr(telemetry.backends.wandb.backend, "SLOW_SECONDS", 0.0)
+    recorder.write(1, rows(1))
+    assert stuck.wait(20)
+    for step in range(2, 11):
+        recorder.write(step, rows(step))
+    assert recorder._home.drain(20)
+    gate.set()
+    settle(recorder)
+    assert [next(iter(values)) for _, values in client.rows] == ["x", "t", *9 * ["x"], *9 * ["t"]]
+    assert client.tables() == list(range(1, 11))
+
+
 def test_tables_that_were_not_taken_are_sent_again_and_numbers_go_on(
-    client: FakeClient, backend: WandbBackend, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+    client: FakeClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(telemetry.backends.wandb.backend, "AWAY_SECONDS", 0.0)
     client.fails_on_tables = True
     for step in (1, 2):
-        backend.write(step, rows(step))
-    settle(backend)
+        recorder.write(step, rows(step))
+    settle(recorder)
     assert client.numbers() == [(1, 1.0), (2, 2.0)]
     assert client.tables() == []
     client.fails_on_tables = False
-    backend.write(3, rows(3))
-    settle(backend)
+    recorder.write(3, rows(3))
+    settle(recorder)
     assert client.tables() == [1, 2, 3]
     assert telemetry_log.text.count("did not take the tables") == 1
-    assert backend.dropped_records == 0
+    assert recorder.dropped_records == 0
 
 
+@pytest.mark.parametrize(
+    ("room", "answering"), [(0, True), (10**6, True), (10**6, False)], ids=["no room", "refused", "gone"]
+)
 def test_tables_that_are_never_taken_are_counted(
-    client: FakeClient, backend: WandbBackend, telemetry_log: pytest.LogCaptureFixture
+    room: int,
+    answering: bool,
+    client: FakeClient,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    telemetry_log: pytest.LogCaptureFixture,
 ) -> None:
-    client.fails_on_tables = True
+    monkeypatch.setattr(telemetry.backends.wandb.backend, "MAX_HELD_BYTES", room)
+    client.fails_on_tables, client.answering = True, answering
     for step in range(1, 31):
-        backend.write(step, rows(step))
-    backend.close()
+        recorder.write(step, rows(step))
+    recorder.close()
     assert len(client.numbers()) == 30
-    assert backend.dropped_records == 30
+    assert recorder.dropped_records == 30
+    assert client.rows[-1] == (30, {"telemetry/dropped_records": 30.0})
     assert telemetry_log.text.count("records were lost on their way to W&B") == 1
-    assert client.finished
+    assert (client.finished, client.abandoned) == ((True, False) if answering else (False, True))
 
 
 @pytest.mark.parametrize("dies_with", ["numbers", "tables"])
 def test_a_client_that_dies_is_opened_again_once(
-    dies_with: str, client: FakeClient, backend: WandbBackend, telemetry_log: pytest.LogCaptureFixture
+    dies_with: str,
+    client: FakeClient,
+    backend: WandbBackend,
+    recorder: Recorder,
+    telemetry_log: pytest.LogCaptureFixture,
 ) -> None:
-    backend.write(1, rows(1))
-    settle(backend)
+    recorder.write(1, rows(1))
+    settle(recorder)
     client.alive = False
-    backend.write(2, rows(2) if dies_with == "numbers" else rows(2)[1:])
-    settle(backend)
+    recorder.write(2, rows(2) if dies_with == "numbers" else rows(2)[1:])
+    settle(recorder)
     assert client.reopened == 1
     assert client.tables() == [1, 2]
     client.alive = False
-    backend.write(3, rows(3))
-    settle(backend)
+    recorder.write(3, rows(3))
+    settle(recorder)
     assert client.reopened == 1
     assert client.abandoned
     assert "W&B is given up" in telemetry_log.text
     assert "wandb sync HERE" in telemetry_log.text
-    assert backend.dropped_records == 2
+    assert recorder.dropped_records == 2
     with pytest.raises(RuntimeError, match="given up"):
         backend.write(4, rows(4))
 
 
-def test_tables_that_died_with_the_client_are_sent_again(client: FakeClient, backend: WandbBackend) -> None:
+def test_tables_that_died_with_the_client_are_sent_again(client: FakeClient, recorder: Recorder) -> None:
     for step in (1, 2, 3):
-        backend.write(step, rows(step))
-    settle(backend)
+        recorder.write(step, rows(step))
+        settle(recorder)
     client.alive, client.first_lost = False, 3  # the server has step 1, and the numbers of step 2
-    backend.write(4, rows(4))
-    settle(backend)
+    recorder.write(4, rows(4))
+    settle(recorder)
     assert client.tables() == [1, 2, 3, 2, 3, 4]
 
 
 def test_closing_takes_its_time_and_no_more(
-    client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+    client: FakeClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(telemetry.backends.wandb.backend, "CLOSE_SECONDS", 0.4)
-    monkeypatch.setattr(telemetry.backends.wandb.backend, "NUMBERS_SECONDS", 0.1)
-    backend = WandbBackend()
-    backend.open(Run(tmp_path))
-    settle(backend)
+    settle(recorder)
     hangs = threading.Event()
     monkeypatch.setattr(client, "finish", lambda: hangs.wait(20))
     began = time.perf_counter()
-    backend.close()
+    recorder.close(0.4)
     assert 0.2 < time.perf_counter() - began < 5
     hangs.set()
     assert client.abandoned
@@ -207,50 +253,66 @@ def test_closing_takes_its_time_and_no_more(
 
 
 def test_an_opening_that_fails_is_said_once_and_counted(
-    client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
     monkeypatch.setattr(client, "open", fail)
     backend = WandbBackend()
-    backend.open(Run(tmp_path))
-    settle(backend)
-    with pytest.raises(RuntimeError, match="given up"):
+    recorder = Recorder([backend])
+    recorder.open(Run(Path("nowhere")))
+    recorder.write(1, rows(1))
+    settle(recorder)
+    assert recorder.dropped_records == 2
+    assert telemetry_log.text.count("backend wandb could not open") == 1
+    with pytest.raises(RuntimeError, match="before open"):
         backend.write(1, rows(1))
-    assert telemetry_log.text.count("W&B could not open") == 1
-    backend.close()
+    recorder.close()
 
 
 def test_a_backend_serves_one_training_after_the_other(client: FakeClient, tmp_path: Path) -> None:
+    """Whatever the first has lost is not the second's."""
     backend = WandbBackend()
-    for _ in range(2):
-        backend.open(Run(tmp_path))
-        backend.write(1, rows(1))
-        backend.close()
-        assert backend.dropped_records == 0
+    for lost in (1, 0):
+        recorder = Recorder([backend])
+        recorder.open(Run(tmp_path))
+        client.fails_on_tables = lost == 1
+        recorder.write(1, rows(1))
+        recorder.close()
+        assert recorder.dropped_records == backend.dropped_records == lost
     assert client.numbers() == [(1, 1.0), (1, 1.0)]
 
 
 def test_an_alert_comes_once_in_ten_minutes_for_a_rule(
-    client: FakeClient, backend: WandbBackend, monkeypatch: pytest.MonkeyPatch
+    client: FakeClient, backend: WandbBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    backend.open(Run(tmp_path))
     now = [1000.0]
     monkeypatch.setattr(telemetry.backends.wandb.backend.time, "monotonic", lambda: now[0])
     for at, title in ((0, "a"), (10, "a"), (20, "b"), (599, "a"), (601, "a")):
         now[0] = 1000.0 + at
         backend.write(1, [Alert("health/x", title, str(at))])
-        backend._worker.drain(20, lambda: None)
-        while backend._worker.waiting or backend._worker._busy:
-            time.sleep(0.01)
     assert [(title, text) for title, text, _ in client.alerts] == [("a", "0"), ("b", "20"), ("a", "601")]
+
+
+def test_an_alert_that_is_not_taken_is_the_only_thing_lost(
+    client: FakeClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: str) -> None:
+        raise RuntimeError("the server is away")
+
+    monkeypatch.setattr(client, "alert", fail)
+    recorder.write(1, [*rows(1), Alert("health/x", "a", "b")])
+    settle(recorder)
+    assert (client.numbers(), client.tables()) == ([(1, 1.0)], [1])
+    assert recorder.dropped_records == 1
 
 
 def test_what_the_trainers_own_callback_reports_is_left_to_it(client: FakeClient, tmp_path: Path) -> None:
     backend = WandbBackend(trainer_logs=False)
     backend.open(Run(tmp_path))
     backend.write(1, [Scalar("train/loss", 1.0), Scalar("x", 2.0), Scalar("eval/loss", 3.0)])
-    settle(backend)
     assert client.rows == [(1, {"x": 2.0})]
 
 
@@ -341,7 +403,8 @@ def test_rows_of_attempts(tmp_path: Path) -> None:
     assert found.last_row(99) is None
     assert found.last_step() == 212
     assert found.last_step(end=4) == 200
-    assert found.tags_of(200, end=3) == {7}
+    assert found.rows_after(199, end=3) == {(200, 7)}
+    assert found.rows_after(100, end=5) == {(200, 7), (200, 8), (212, 7)}
 
 
 def test_a_row_that_comes_again_supersedes_what_is_behind_it(tmp_path: Path) -> None:

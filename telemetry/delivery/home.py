@@ -1,0 +1,362 @@
+"""Makes records of measured steps, in the background: waits for host copies, brings ranks together, has all judged."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from telemetry import catalogue
+from telemetry.delivery.lane import Lane, LastWord, bytes_of
+from telemetry.delivery.losses import Losses
+from telemetry.delivery.measured import Deferred, Emitter, Measured
+from telemetry.delivery.reduction import RankGather, Share, merge
+from telemetry.delivery.transfer import Transfer
+from telemetry.delivery.worker import Worker
+from telemetry.records import Alert, Audio, Image, Max, Metric, Record, Scalar, Sum, Table
+from telemetry.sound import SoundPolicy
+
+logger = logging.getLogger(__name__)
+
+NAMED_TAGS = 5
+LOST = "telemetry/dropped_records"
+
+
+class Judge(Protocol):
+    """Looks at what is about to be written, and has something to say about it."""
+
+    def check(self, step: int, records: Sequence[Record], due: bool) -> Sequence[Record]:
+        """What to write beside the records; ``due`` for those of a due step."""
+
+
+@dataclass
+class Job:
+    """A step on its way: what was measured, to be brought home and reduced over ranks, or finished ``records``."""
+
+    step: int
+    at: float
+    measured: Measured | None = None
+    transfer: Transfer | None = None
+    records: Sequence[Record] = ()
+    due: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        measured = (
+            128 * len(self.measured.metrics) + bytes_of(self.measured.records) if self.measured is not None else 0
+        )
+        return bytes_of(self.records) + measured + (self.transfer.nbytes if self.transfer is not None else 0)
+
+    def drop_media(self) -> int:
+        before = len(self.records)
+        self.records = [record for record in self.records if isinstance(record, Scalar)]
+        return before - len(self.records) + (_drop_media(self.measured) if self.measured is not None else 0)
+
+    def drop_all(self) -> int:
+        dropped = len(self.records)
+        self.records = ()
+        if self.measured is not None:
+            dropped += _records(self.measured)
+            self.measured, self.transfer = Measured(), None
+        return dropped
+
+
+class Home:
+    """Turns steps into records for the lanes, in the order of their steps. Nothing here waits, but :meth:`drain`.
+
+    Args:
+        lanes: the ways to the backends.
+        losses: where lost records are counted: what is lost here, every lane lacks.
+        gather: brings the ranks' values together; None for a single process.
+        judge: adds its verdicts to what is written.
+        sound: what may be heard.
+        rank: of this process.
+        max_bytes: how much may wait.
+
+    Attributes:
+        sound: see above.
+    """
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        losses: Losses,
+        gather: RankGather | None,
+        judge: Judge | None,
+        sound: SoundPolicy,
+        rank: int,
+        max_bytes: int,
+    ) -> None:
+        self.sound = sound
+        self.shows = bool(lanes) and rank == 0
+        self._lanes = lanes
+        self._losses = losses
+        self._gather = gather
+        self._judge = judge
+        self._rank = rank
+        self._said: set[str] = set()
+        self._absences: dict[str, str] = {}
+        self._absences_shown = 0
+        self._worker: Worker[Job] = Worker(self._work, max_bytes, self._count)
+        self._written = threading.Lock()
+        self._last = LastWord(0, 0.0, ())
+        self._verdict: dict[str, float] = {}
+        self._lost_elsewhere = 0  # on other ranks, when they last said it
+        self._lost_shown = 0
+
+    def begin(self, step: int) -> None:
+        """The run goes on from a step."""
+        self._last = LastWord(step, time.time(), ())
+
+    def put(self, job: Job) -> None:
+        """Take a step on."""
+        if self._lanes or self._gather is not None:
+            self._worker.put(job)
+
+    def drain(self, seconds: float) -> bool:
+        """Wait until the lanes have all steps, at most so long. Returns whether they have."""
+        return self._worker.drain(seconds)
+
+    def close(self) -> None:
+        """Take no more steps; those that wait are lost."""
+        self._count(self._worker.close())
+
+    def absent(self, tag: str, reason: str) -> None:
+        """Say once for this run why a tag has no value, in the log and in the table ``telemetry/absent``."""
+        self._absences.setdefault(tag, reason)
+        self.say_once(f"absent:{tag}", "no %s: %s", tag, reason, level=logging.INFO)
+
+    def say_once(self, key: str, message: str, *args: object, level: int = logging.WARNING) -> None:
+        """Log a message the first time its key comes up."""
+        if key not in self._said:
+            self._said.add(key)
+            logger.log(level, message, *args)
+
+    def last_word(self) -> LastWord:
+        """Return what a backend has to be told last: how much was lost since that was shown, and the verdict on it."""
+        with self._written:
+            lost = self._losses.total + self._lost_elsewhere
+            if lost != self._lost_shown and self.shows:
+                self._lost_shown = lost
+                count, shown = Scalar(LOST, float(lost)), self._verdict
+                verdicts = self._verdicts(self._last.step, [count], due=True)
+                changed = [one for one in verdicts if not isinstance(one, Scalar) or one.value != shown.get(one.tag)]
+                alerts = [one for one in self._last.records if isinstance(one, Alert)]  # are raised once
+                self._last = LastWord(self._last.step, time.time(), [count, *alerts, *changed])
+            return self._last
+
+    # -- the background thread ----------------------------------------------------------------------------------------
+
+    def _count(self, records: int) -> None:
+        self._losses.add(records * max(1, len(self._lanes)))
+
+    def _work(self, job: Job) -> None:
+        try:
+            records, own = job.records, list[Scalar]()
+            if job.measured is not None:
+                records, own = self._brought_home(job, job.measured)
+            if records:
+                records = [*records, *self._new_absences(job.due)]
+                verdicts = self._verdicts(job.step, records, job.due)
+                self._verdict |= {one.tag: one.value for one in verdicts if isinstance(one, Scalar)}
+                records = [*records, *verdicts]
+            self._deliver(job, records, own)
+        except Exception:  # the thread lives on
+            logger.exception("telemetry failed on step %d; training goes on", job.step)
+            self._count(job.drop_all())
+
+    def _brought_home(self, job: Job, measured: Measured) -> tuple[Sequence[Record], list[Scalar]]:
+        """The records of a step, from this rank's values, or on rank 0 from all ranks'; and this rank's own scalars."""
+        step = measured.hosted(job.transfer.wait() if job.transfer is not None else ())
+        lost = self._losses.total
+        if job.due and (step.metrics or step.records or step.deferred):
+            step.metrics["telemetry/queue_depth"] = Max(self._waiting())
+            step.metrics[LOST] = Sum(lost)
+        for work in step.deferred:
+            if not work.shows:
+                self._build(work, step)
+        own = self._own_scalars(step)
+        nonfinite = tuple(tag for tag, metric in step.metrics.items() if not _finite(metric))
+        shares = self._gathered(job.step, step, nonfinite)
+        if shares is None:
+            return (), own
+        step.metrics, step.notes = merge(shares)
+        for work in step.deferred:
+            if work.shows:
+                self._build(work, step)
+        self._name_nonfinite(job.step, shares)
+        records = [*self._scalars(step), *step.records]
+        if LOST in step.metrics:
+            self._lost_shown = int(step.metrics[LOST].result() or 0)
+            self._lost_elsewhere = self._lost_shown - lost
+        return _with_tables(
+            records, [_of_rank(table, rank) for rank, share in enumerate(shares) for table in share.tables]
+        ), own
+
+    def _waiting(self) -> int:
+        """Steps that some backend has not begun to write."""
+        return self._worker.waiting + max((lane.waiting for lane in self._lanes), default=0)
+
+    def _new_absences(self, due: bool) -> list[Record]:
+        absences = tuple(self._absences.items())
+        if not due or len(absences) <= self._absences_shown:
+            return []
+        self._absences_shown = len(absences)
+        return [Table("telemetry/absent", ("metric", "why"), absences)]
+
+    def _verdicts(self, step: int, records: Sequence[Record], due: bool) -> Sequence[Record]:
+        if self._judge is None:
+            return ()
+        try:
+            return self._judge.check(step, records, due)
+        except Exception:
+            self._judge = None
+            logger.exception("telemetry could not judge step %d: no more verdicts; training goes on", step)
+            return ()
+
+    def _gathered(self, number: int, step: Measured, nonfinite: tuple[str, ...]) -> list[Share] | None:
+        share = Share(number, step.metrics, step.notes, nonfinite)
+        if self._gather is None:
+            return [share]
+        if nonfinite and not self.shows:
+            share = replace(share, tables=self._tables(step))
+        try:
+            return self._gather.gather(share)
+        except Exception as error:  # noqa: BLE001  (a rank is gone: this one goes on alone)
+            self._gather = None
+            logger.warning(
+                "ranks can no longer be brought together (%s): from step %d on, this rank's numbers only", error, number
+            )
+            return [share] if self.shows else None
+
+    def _tables(self, step: Measured) -> tuple[Table, ...]:
+        scratch = Measured()
+        for work in step.deferred:
+            if work.shows:
+                self._build(work, scratch)
+        return tuple(_without_media(record) for record in scratch.records if isinstance(record, Table))
+
+    def _build(self, work: Deferred, step: Measured) -> None:
+        try:
+            work.build(work.tensors, _StepEmitter(step, self))
+        except Exception:
+            name = getattr(work.build, "__qualname__", work.build)
+            if f"build:{name}" not in self._said:
+                self._said.add(f"build:{name}")
+                logger.exception("telemetry could not show what %s makes; training goes on", name)
+
+    def _name_nonfinite(self, step: int, shares: Sequence[Share]) -> None:
+        for rank, share in enumerate(shares):
+            if share.nonfinite:
+                named = ", ".join(share.nonfinite[:NAMED_TAGS])
+                left = len(share.nonfinite) - NAMED_TAGS
+                more = f" and {left} more" if left > 0 else ""
+                self.say_once(f"nonfinite:{rank}", "step %d: not finite on rank %d: %s%s", step, rank, named, more)
+
+    def _scalars(self, step: Measured) -> list[Scalar]:
+        scalars = []
+        for tag, metric in step.metrics.items():
+            if not metric.shown:
+                continue
+            value = metric.result()
+            if value is None:
+                entry = catalogue.find(tag)
+                self.absent(tag, (entry.absent if entry else "") or "nothing to measure in the step")
+            else:
+                scalars.append(Scalar(tag, value, step.notes.get(tag, "")))
+        return scalars
+
+    def _own_scalars(self, step: Measured) -> list[Scalar]:
+        """What this rank alone has measured, where some backend shows that beside what all ranks have."""
+        if self._gather is None or not any(lane.every_rank for lane in self._lanes):
+            return []
+        values = {tag: metric.result() for tag, metric in step.metrics.items() if metric.shown}
+        return [Scalar(f"rank_{self._rank}/{tag}", value) for tag, value in values.items() if value is not None]
+
+    def _deliver(self, job: Job, records: Sequence[Record], own: Sequence[Scalar]) -> None:
+        records = self.sound.allowed(records) if self.shows else []
+        with self._written:
+            self._last = LastWord(job.step, job.at, ())
+        for lane in self._lanes:
+            given = [*records, *own] if lane.every_rank else records
+            if given:
+                lane.put(job.step, job.at, given)
+
+
+class _StepEmitter:
+    """Adds to a step that has already been taken from the recorder."""
+
+    def __init__(self, step: Measured, home: Home) -> None:
+        self._step = step
+        self._home = home
+
+    def metric(self, tag: str, value: Metric, note: str = "") -> None:
+        self._step.add_metric(tag, value, note)
+
+    def record(self, record: Record) -> None:
+        self._step.records.append(record)
+
+    def absent(self, tag: str, reason: str) -> None:
+        self._home.absent(tag, reason)
+
+    def merged(self, tag: str) -> Metric | None:
+        return self._step.metrics.get(tag)
+
+
+def _nothing(_tensors: Mapping[str, Tensor], _emit: Emitter) -> None:
+    """What is left of deferred work that was dropped."""
+
+
+def _records(measured: Measured) -> int:
+    """How many records it makes, as far as that can be told: work that is still to be done counts as one."""
+    metrics = sum(metric.shown for metric in measured.metrics.values())
+    return metrics + len(measured.records) + sum(work.build is not _nothing for work in measured.deferred)
+
+
+def _drop_media(measured: Measured) -> int:
+    before = _records(measured)
+    measured.records = [record for record in measured.records if isinstance(record, Scalar)]
+    for work in measured.deferred:
+        work.build = _nothing if work.shows else work.build
+    return before - _records(measured)
+
+
+def _finite(metric: Metric) -> bool:
+    value = metric.result() if metric.shown else None
+    return value is None or math.isfinite(value)
+
+
+def _without_media(table: Table) -> Table:
+    """The table with the tags of its sounds and pictures in their place: numbers and text travel between ranks."""
+    rows = (tuple(cell.tag if isinstance(cell, Audio | Image) else cell for cell in row) for row in table.rows)
+    return replace(table, rows=tuple(rows))
+
+
+def _of_rank(table: Table, rank: int) -> Table:
+    """The table with its rows' first cell saying which rank they are of."""
+    return replace(table, rows=tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row))
+
+
+def _with_tables(records: list[Record], others: Sequence[Table]) -> list[Record]:
+    """Rank 0's records with other ranks' rows after its own."""
+    for table in others:
+        at = next(
+            (
+                i
+                for i, own in enumerate(records)
+                if isinstance(own, Table) and own.tag == table.tag and own.columns == table.columns
+            ),
+            None,
+        )
+        if at is None:
+            records.append(table)
+        else:
+            own = cast(Table, records[at])
+            records[at] = replace(own, rows=own.rows + table.rows)
+    return records
