@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from telemetry import shutdown
 from telemetry.backends.base import Backend, Run
 from telemetry.clock import StepClock
-from telemetry.delivery import shutdown
 from telemetry.delivery.home import Home, Job, Judge
 from telemetry.delivery.lane import MAX_FAILURES, Lane
 from telemetry.delivery.losses import Losses

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from telemetry.ranks import all_here
 from telemetry.records import Metric, Table
 
 logger = logging.getLogger(__name__)
 
-JOIN_SECONDS = 20.0
 GATHER_SECONDS = 120.0
-
-_sessions = count()
 
 
 @dataclass(frozen=True)
@@ -125,16 +121,3 @@ def _converted(share: Share, convert: Callable[[Any], Any]) -> Share:
     for metric in metrics.values():
         metric.components = tuple(map(convert, metric.components))
     return replace(share, metrics=metrics)
-
-
-def all_here(world_size: int) -> bool:
-    """Whether every rank calls this within 20 s, which all ranks are told alike. Call it as often on each."""
-    store = dist.distributed_c10d._get_default_store()
-    key = f"strategic_telemetry/{next(_sessions)}"
-    store.add(f"{key}/ranks", 1)
-    deadline = time.monotonic() + JOIN_SECONDS
-    while (here := store.add(f"{key}/ranks", 0)) < world_size and time.monotonic() < deadline:
-        time.sleep(0.01)
-    # The first to decide decides for all: a rank that comes late must not wait for ranks that have given up.
-    mine = "all" if here >= world_size else "some"
-    return bool(store.compare_set(f"{key}/decision", "", mine) == b"all")

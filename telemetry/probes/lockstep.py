@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from telemetry.delivery.reduction import all_here
 from telemetry.probes.sharding import forwards_are_collective
+from telemetry.ranks import all_here
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from telemetry import ranks
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
-from telemetry.delivery import reduction
 from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.delivery.reduction import RankGather
 from telemetry.records import Max, Mean, Scalar, Sum, Table
@@ -76,7 +76,7 @@ def nonfinite(rank: int) -> None:
 
 def alone(rank: int) -> None:
     """Only rank 0 runs telemetry; both meet in training's own collectives before, between and after."""
-    reduction.JOIN_SECONDS = 1.0
+    ranks.JOIN_SECONDS = 1.0
     tensor = torch.ones(1)
     dist.all_reduce(tensor)
     backend = MemoryBackend()
@@ -92,7 +92,7 @@ def alone(rank: int) -> None:
 
 def late(rank: int) -> None:
     """Rank 1 comes when rank 0 has given up."""
-    reduction.JOIN_SECONDS = 0.5
+    ranks.JOIN_SECONDS = 0.5
     if rank == 1:
         time.sleep(3)
     print("gather", RankGather.join(), flush=True)

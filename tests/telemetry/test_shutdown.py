@@ -204,7 +204,7 @@ def test_a_forked_child_that_exits_waits_for_nothing(tmp_path: Path) -> None:
 def test_sigterm_with_a_backend_that_blocks_ends_within_the_bound(tmp_path: Path) -> None:
     """The backend beside it has everything; the process does not wait longer than telemetry is allowed to."""
     body = f"""
-    from telemetry.delivery import shutdown
+    from telemetry import shutdown
     shutdown.TERMINATE_SECONDS = 2.0
     class Blocks(TensorBoardBackend):
         name = "blocks"

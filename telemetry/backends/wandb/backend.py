@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from telemetry import shutdown
 from telemetry.backends.base import Run
 from telemetry.catalogue import is_the_trainers
-from telemetry.delivery import shutdown
 from telemetry.records import Alert, Record, Scalar, held_bytes
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from urllib.parse import urlsplit
 import wandb
 from wandb.errors import CommError, UsageError
 
+from telemetry import shutdown
 from telemetry.backends.base import Run
 from telemetry.backends.wandb.attempts import Attempts, AttemptsFile, digest
 from telemetry.backends.wandb.tables import shortened
 from telemetry.catalogue import find
-from telemetry.delivery import shutdown
 from telemetry.redaction import redact_arguments
 
 AXIS = "train/global_step"

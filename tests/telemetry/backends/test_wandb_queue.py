@@ -454,7 +454,7 @@ def test_telemetry_ends_before_what_was_registered_after_it() -> None:
     """At the interpreter's exit: a client's own exit hook would else run first."""
     program = """
 import atexit
-from telemetry.delivery import shutdown
+from telemetry import shutdown
 
 class Writes:
     def close(self, seconds=None):
