@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ZeroShotVerificationLoggerCallback,
     )
     from telemetry.callbacks.trainer import StrategicCallback
+    from telemetry.families.base import Family, LossPart, Stream, reads
     from telemetry.instruments.base import Instrument, Step
     from telemetry.logs import setup_logging
     from telemetry.loop import Telemetry
@@ -29,14 +30,17 @@ _HOMES = {
     "COMPONENTS": "telemetry.callbacks.questions",
     "ConsoleBackend": "telemetry.backends.console",
     "DESTINATIONS": "telemetry.backends.registry",
+    "Family": "telemetry.families.base",
     "InputLoggerCallback": "telemetry.callbacks.questions",
     "Instrument": "telemetry.instruments.base",
+    "LossPart": "telemetry.families.base",
     "OutputLoggerCallback": "telemetry.callbacks.questions",
     "SharedAttentionLoggerCallback": "telemetry.callbacks.questions",
     "SoundPolicy": "telemetry.sound",
     "Step": "telemetry.instruments.base",
     "StrategicCallback": "telemetry.callbacks.trainer",
     "StrategicTelemetry": "telemetry.callbacks.questions",
+    "Stream": "telemetry.families.base",
     "Telemetry": "telemetry.loop",
     "TensorBoardBackend": "telemetry.backends.tensorboard",
     "TrackioBackend": "telemetry.backends.trackio",
@@ -44,6 +48,7 @@ _HOMES = {
     "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.questions",
     "backends_for": "telemetry.backends.registry",
     "launch_command": "telemetry.backends.tensorboard",
+    "reads": "telemetry.families.base",
     "setup_logging": "telemetry.logs",
 }
 
@@ -51,14 +56,17 @@ __all__ = [
     "COMPONENTS",
     "DESTINATIONS",
     "ConsoleBackend",
+    "Family",
     "InputLoggerCallback",
     "Instrument",
+    "LossPart",
     "OutputLoggerCallback",
     "SharedAttentionLoggerCallback",
     "SoundPolicy",
     "Step",
     "StrategicCallback",
     "StrategicTelemetry",
+    "Stream",
     "Telemetry",
     "TensorBoardBackend",
     "TrackioBackend",
@@ -66,6 +74,7 @@ __all__ = [
     "ZeroShotVerificationLoggerCallback",
     "backends_for",
     "launch_command",
+    "reads",
     "setup_logging",
 ]
 
