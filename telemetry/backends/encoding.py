@@ -1,18 +1,57 @@
-"""Sound and pictures as files in memory: what a destination that shows media takes."""
+"""What a destination makes of records: sound and pictures as files in memory, and a count of what it cannot show."""
 
 from __future__ import annotations
 
 import io
+import logging
 import wave
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image as PillowImage
 
-from telemetry.records import Clip
+from telemetry.records import Clip, Record
+
+RecordT = TypeVar("RecordT", bound=Record)
+MadeT = TypeVar("MadeT")
+
+logger = logging.getLogger(__name__)
 
 _FULL_SCALE = 32767  # of a float sample at 1.0, so that -1.0 and 1.0 are equally far from silence
 _INTEGER_FULL_SCALE = 32768  # of integers, so that 16-bit samples stay as they are
+
+
+class Shown:
+    """What a destination makes of records. One that it cannot show does not keep the others away.
+
+    Args:
+        destination: what it is called.
+
+    Attributes:
+        unshown_records: how many it could not show. A warning names each of their tags once.
+    """
+
+    def __init__(self, destination: str) -> None:
+        self.unshown_records = 0
+        self._destination = destination
+        self._warned: set[str] = set()
+
+    def made(self, records: Iterable[RecordT], make: Callable[[RecordT], MadeT]) -> Iterator[MadeT]:
+        """What ``make`` makes of each record that can be shown."""
+        for record in records:
+            try:
+                yield make(record)
+            except (TypeError, ValueError, OverflowError) as error:
+                self.unshown_records += 1
+                self.warn_once(record.tag, f"{self._destination} cannot show {record.tag}: {error}")
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Log a warning the first time its key comes up."""
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message)
 
 
 @dataclass(frozen=True)
@@ -21,12 +60,14 @@ class Wav:
 
     Attributes:
         data: the whole file.
+        caption: what the clip's says.
         frames: samples per channel.
         clipped: finite samples beyond full scale, written at full scale.
         nonfinite: NaN and infinite samples, written as silence.
     """
 
     data: bytes
+    caption: str
     frames: int
     clipped: int
     nonfinite: int
@@ -38,16 +79,21 @@ class Wav:
             return np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
 
     @property
-    def remarks(self) -> list[str]:
-        """What listeners should know about how the clip was changed, one sentence each."""
-        remarks = []
+    def is_changed(self) -> bool:
+        """Whether the clip's samples could not be written as they are."""
+        return bool(self.clipped or self.nonfinite)
+
+    @property
+    def label(self) -> str:
+        """The caption, and what listeners should know about how the clip was changed."""
+        remarks = [self.caption] if self.caption else []
         if not self.frames:
             remarks.append("This clip is empty.")
         if self.nonfinite:
             remarks.append(f"{self.nonfinite} samples were NaN or infinite and are silent here.")
         if self.clipped:
             remarks.append(f"{self.clipped} samples were beyond full scale and are clipped here.")
-        return remarks
+        return " ".join(remarks)
 
 
 def encode_wav(clip: Clip) -> Wav:
@@ -70,7 +116,7 @@ def encode_wav(clip: Clip) -> Wav:
         file.setsampwidth(2)
         file.setframerate(int(clip.sampling_rate))
         file.writeframes(pcm.tobytes())
-    return Wav(stream.getvalue(), pcm.size // channels, clipped, nonfinite)
+    return Wav(stream.getvalue(), clip.caption, pcm.size // channels, clipped, nonfinite)
 
 
 def _pcm16(samples: np.ndarray) -> tuple[np.ndarray, int, int]:

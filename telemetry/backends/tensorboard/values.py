@@ -50,9 +50,9 @@ def text_value(markdown: str, data: Mapping[str, Any]) -> Summary.Value:
     return Summary.Value(metadata=metadata, tensor=_strings([markdown.encode()]))
 
 
-def audio_value(wavs: Sequence[Wav], labels: Sequence[str]) -> Summary.Value:
+def audio_value(wavs: Sequence[Wav]) -> Summary.Value:
     """Clips side by side. TensorBoard keeps the labels in the file and does not show them."""
-    strings = [part for wav, label in zip(wavs, labels, strict=True) for part in (wav.data, escape(label).encode())]
+    strings = [part for wav in wavs for part in (wav.data, escape(wav.label).encode())]
     metadata = audio_metadata.create_summary_metadata(None, None, audio_metadata.Encoding.Value("WAV"))
     return Summary.Value(metadata=metadata, tensor=_strings(strings, len(wavs), 2))
 
