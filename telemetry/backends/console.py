@@ -21,8 +21,8 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 from rich.tree import Tree
 
-from telemetry.backends.base import Run
-from telemetry.catalogue import SECTIONS, is_the_trainers
+from telemetry.backends.base import Run, without_the_trainers
+from telemetry.catalogue import SECTIONS
 from telemetry.records import Alert, Audio, Cell, Image, Record, Scalar, Table
 
 _LOGGER = logging.getLogger("telemetry.console")
@@ -62,8 +62,7 @@ class ConsoleBackend:
         """Nothing to get ready."""
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        printed = all(isinstance(record, Scalar) and is_the_trainers(record.tag) for record in records)
-        if not printed and _LOGGER.isEnabledFor(logging.INFO):
+        if without_the_trainers(records) and _LOGGER.isEnabledFor(logging.INFO):
             _LOGGER.info("%s", self._render(step, records))
 
     def close(self) -> None:

@@ -7,9 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from telemetry.backends.base import Run
+from telemetry.backends.base import Run, without_the_trainers
 from telemetry.backends.encoding import Shown, encode_png, encode_wav
-from telemetry.catalogue import is_the_trainers
 from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
 
 DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
@@ -59,15 +58,15 @@ class TrackioBackend(Shown):
         """
         if self._run is None:
             raise RuntimeError("write() before open()")
-        alerts = [record for record in records if isinstance(record, Alert)]
-        others = [record for record in records if not isinstance(record, Alert)]
         if not self._trainer_logs:
-            others = [record for record in others if not (isinstance(record, Scalar) and is_the_trainers(record.tag))]
+            records = without_the_trainers(records)
+        others = [record for record in records if not isinstance(record, Alert)]
         values = {tag: value for made in self.made(others, _values) for tag, value in made.items()}
         if values:
             self._run.log(values, step=step)
-        for alert in alerts:
-            self._alert(step, alert)
+        for record in records:
+            if isinstance(record, Alert):
+                self._alert(step, record)
 
     def close(self) -> None:
         """Write out what is left."""
