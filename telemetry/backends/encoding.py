@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
-import wave
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import soundfile
 from PIL import Image as PillowImage
 
 from telemetry.records import Clip, Record
@@ -60,23 +60,17 @@ class Wav:
 
     Attributes:
         data: the whole file.
+        samples: int16 of shape ``[frames, channels]``.
         caption: what the clip's says.
-        frames: samples per channel.
         clipped: finite samples beyond full scale, written at full scale.
         nonfinite: NaN and infinite samples, written as silence.
     """
 
     data: bytes
+    samples: np.ndarray
     caption: str
-    frames: int
     clipped: int
     nonfinite: int
-
-    @property
-    def samples(self) -> np.ndarray:
-        """int16 of shape ``[frames, channels]``."""
-        with wave.open(io.BytesIO(self.data)) as file:
-            return np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
 
     @property
     def is_changed(self) -> bool:
@@ -87,7 +81,7 @@ class Wav:
     def label(self) -> str:
         """The caption, and what listeners should know about how the clip was changed."""
         remarks = [self.caption] if self.caption else []
-        if not self.frames:
+        if not len(self.samples):
             remarks.append("This clip is empty.")
         if self.nonfinite:
             remarks.append(f"{self.nonfinite} samples were NaN or infinite and are silent here.")
@@ -110,17 +104,14 @@ def encode_wav(clip: Clip) -> Wav:
         raise ValueError(f"a sampling rate must be positive, got {clip.sampling_rate}")
     channels = samples.shape[1] if samples.ndim == 2 and samples.shape[1] else 1
     pcm, clipped, nonfinite = _pcm16(samples)
+    pcm = pcm.reshape(-1, channels)
     stream = io.BytesIO()
-    with wave.open(stream, "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(int(clip.sampling_rate))
-        file.writeframes(pcm.tobytes())
-    return Wav(stream.getvalue(), clip.caption, pcm.size // channels, clipped, nonfinite)
+    soundfile.write(stream, pcm, int(clip.sampling_rate), format="WAV", subtype="PCM_16")
+    return Wav(stream.getvalue(), pcm, clip.caption, clipped, nonfinite)
 
 
 def _pcm16(samples: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Samples as little-endian int16, how many were clipped, and how many were not finite."""
+    """Samples as int16, how many were clipped, and how many were not finite."""
     if np.issubdtype(samples.dtype, np.integer):
         return _integers_to_pcm16(samples), 0, 0
     if not np.issubdtype(samples.dtype, np.floating):
@@ -129,7 +120,7 @@ def _pcm16(samples: np.ndarray) -> tuple[np.ndarray, int, int]:
     # Single precision holds 24 bits, more than the 16 that are written, and halves the work.
     scaled = np.where(finite, samples, 0).astype(np.float32)
     clipped = int(np.count_nonzero(np.abs(scaled) > 1))
-    pcm = np.rint(np.clip(scaled, -1, 1) * _FULL_SCALE).astype("<i2")
+    pcm = np.rint(np.clip(scaled, -1, 1) * _FULL_SCALE).astype(np.int16)
     return pcm, clipped, int(samples.size - np.count_nonzero(finite))
 
 
@@ -139,7 +130,7 @@ def _integers_to_pcm16(samples: np.ndarray) -> np.ndarray:
     half = (int(limits.max) - int(limits.min) + 1) // 2
     middle = int(limits.min) + half
     scaled = np.rint((samples.astype(np.float64) - middle) * (_INTEGER_FULL_SCALE / half))
-    return np.clip(scaled, -_INTEGER_FULL_SCALE, _FULL_SCALE).astype("<i2")
+    return np.clip(scaled, -_INTEGER_FULL_SCALE, _FULL_SCALE).astype(np.int16)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
