@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -81,7 +80,7 @@ class Measured:
 
     def emptied(self) -> Measured:
         """The same without its tensors, for which places are kept: they may be large, on a device."""
-        metrics = {tag: _emptied(metric) for tag, metric in self.metrics.items()}
+        metrics = {tag: metric.mapped(_emptied) for tag, metric in self.metrics.items()}
         deferred = [replace(work, tensors=dict.fromkeys(work.tensors, _PLACE)) for work in self.deferred]
         return replace(self, metrics=metrics, deferred=deferred)
 
@@ -89,7 +88,7 @@ class Measured:
         """The same over host values, which take the tensors' places."""
         rest = iter(copies)
         metrics = {
-            tag: metric.with_components([_host(next(rest)) if isinstance(p, Tensor) else p for p in metric.components])
+            tag: metric.mapped(lambda part: _host(next(rest)) if isinstance(part, Tensor) else part)
             for tag, metric in self.metrics.items()
         }
         deferred = [replace(work, tensors={name: next(rest) for name in work.tensors}) for work in self.deferred]
@@ -137,12 +136,8 @@ Emitter: TypeAlias = Measured
 Build: TypeAlias = Callable[[Mapping[str, Tensor], Emitter], None]
 
 
-def _emptied(metric: Metric) -> Metric:
-    if not any(isinstance(part, Tensor) for part in metric.components):
-        return metric
-    emptied = copy.copy(metric)
-    emptied.components = tuple(_PLACE if isinstance(part, Tensor) else part for part in metric.components)
-    return emptied
+def _emptied(part: Tensor | float) -> Tensor | float:
+    return _PLACE if isinstance(part, Tensor) else part
 
 
 def _host(tensor: Tensor) -> Tensor | float:

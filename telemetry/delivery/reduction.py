@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -117,7 +116,4 @@ def _with_tensors(share: Share) -> Share:
 
 
 def _converted(share: Share, convert: Callable[[Any], Any]) -> Share:
-    metrics = {tag: copy.copy(metric) for tag, metric in share.metrics.items()}
-    for metric in metrics.values():
-        metric.components = tuple(map(convert, metric.components))
-    return replace(share, metrics=metrics)
+    return replace(share, metrics={tag: metric.mapped(convert) for tag, metric in share.metrics.items()})

@@ -131,7 +131,7 @@ def test_what_was_measured_as_zero_is_zero() -> None:
     ],
 )
 def test_a_nan_stays_one_whatever_it_is_merged_with(metric: Metric) -> None:
-    calm = metric.with_components([torch.ones_like(torch.as_tensor(part)) for part in metric.components])
+    calm = metric.mapped(lambda part: torch.ones_like(torch.as_tensor(part)))
     for value in (metric, metric.merge(calm), calm.merge(metric)):
         result = value.result()
         assert result is not None
@@ -161,7 +161,8 @@ def test_components_are_detached_float64_and_keep_their_kind() -> None:
         assert not component.requires_grad
         assert component == value
     assert [type(component) for component in Mean(1, 2).merge(Mean(3, 4)).components] == [float, float]
-    again = metric.with_components([torch.tensor(6.0), torch.tensor(3)])
+    others = iter([torch.tensor(6.0), torch.tensor(3)])
+    again = metric.mapped(lambda _: next(others))
     assert type(again) is Mean
     assert again.result() == 2.0
 
