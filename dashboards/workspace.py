@@ -63,7 +63,7 @@ def publish(entity: str, project: str) -> Published:
     held = _held(entity, project)
     if held is not None:
         built._internal_id = held.id
-        if _same(held, built._to_model()):
+        if _shown(held) == _shown(built._to_model()):
             return Published(built.url, "unchanged")
     built.save()
     return Published(built.url, "created" if held is None else "updated")
@@ -79,12 +79,8 @@ def _held(entity: str, project: str) -> internal.View | None:
         raise
 
 
-def _same(held: internal.View, built: internal.View) -> bool:
-    return (held.display_name, _spec(held)) == (built.display_name, _spec(built))
-
-
-def _spec(view: internal.View) -> Any:
-    return view.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+def _shown(view: internal.View) -> Any:
+    return view.display_name, view.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _section(question: Question, first: bool) -> ws.Section:

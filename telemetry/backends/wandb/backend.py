@@ -186,7 +186,7 @@ class WandbBackend:
 
     def _hold(self, media: _Media) -> None:
         self._held.append(media)
-        while sum(map(_bytes, self._held)) > MAX_HELD_BYTES:
+        while sum(held_bytes(record) for held in self._held for record in held.records) > MAX_HELD_BYTES:
             self._drop(len(self._held.popleft().records))
 
     def _send_first(self, client: WandbClient) -> bool:
@@ -256,10 +256,6 @@ class WandbBackend:
         if records and "dropped" not in self._said:
             self._said.add("dropped")
             logger.warning("records were lost on their way to W&B")
-
-
-def _bytes(media: _Media) -> int:
-    return sum(map(held_bytes, media.records))
 
 
 def _say_how_to_send(client: WandbClient) -> None:
