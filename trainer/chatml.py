@@ -237,7 +237,9 @@ class _Row:
 
 def _read_rows(file: Path) -> list[_Row]:
     text = _read_text(file)
-    rows = list(_json_lines(text)) if _is_json_lines(file, text) else _json_list(file, text)
+    extension = file.suffix.lower()
+    is_lines = extension == ".jsonl" or (extension != ".json" and not text.lstrip().startswith("["))
+    rows = list(_json_lines(text)) if is_lines else _json_list(file, text)
     if not rows:
         raise _file_error(file, "holds no samples", "Add at least one sample.")
     return rows
@@ -257,11 +259,6 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise _file_error(file, f"is not UTF-8 (byte {error.start})", "Save the data file as UTF-8.", line) from error
-
-
-def _is_json_lines(file: Path, text: str) -> bool:
-    extension = file.suffix.lower()
-    return extension == ".jsonl" or (extension != ".json" and not text.lstrip().startswith("["))
 
 
 def _json_list(file: Path, text: str) -> list[_Row]:

@@ -122,12 +122,14 @@ class VoiceCloningDataset(Dataset[Example]):
         labels: list[int] = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if token == self._processor.audio_token_id:
-                expanded = self._placeholders(next(lengths))
-                input_ids += expanded
-                labels += [IGNORE_INDEX] * len(expanded)
+                frames, delays = next(lengths), self._codebooks - 1
+                # As many as there are frames, the last ones for the codebooks that end later.
+                input_ids += [token] * (frames - delays) + [self._processor.audio_delay_token_id] * delays
+                labels += [IGNORE_INDEX] * frames
             else:
                 input_ids.append(token)
-                labels.append(token if _overlaps(start, end, spans) else IGNORE_INDEX)
+                is_supervised = any(max(start, first) < min(end, last) for first, last in spans)
+                labels.append(token if is_supervised else IGNORE_INDEX)
         return torch.tensor(input_ids), torch.tensor(labels)
 
     def _audio(self, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -197,15 +199,6 @@ class VoiceCloningDataset(Dataset[Example]):
             raise _layout_error(
                 sample, f"{found} audio tokens for {clips} clips: a text holds an audio token of the model's"
             )
-
-    def _placeholders(self, frames: int) -> list[int]:
-        """Ids of one clip: as many as it has frames, the last ones for the codebooks that end later."""
-        delays = self._codebooks - 1
-        return [self._processor.audio_token_id] * (frames - delays) + [self._processor.audio_delay_token_id] * delays
-
-
-def _overlaps(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
-    return end > start and any(start < span_end and end > span_start for span_start, span_end in spans)
 
 
 def _shared_length(text: str, other: str) -> int:

@@ -96,16 +96,13 @@ class HiggsAudioTrainer(Trainer):
         if self._observers:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             shown = {**inputs, **counted, METADATA: self._metadata}
-            seen = {"inputs": shown, "outputs": _detached(outputs, self._scale(bool(counted)))}
+            # What the Trainer has multiplied the model's loss by, in place: gradients are averaged over ranks.
+            scale = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
+            seen = {"inputs": shown, "outputs": _detached(outputs, scale)}
             for observer in self._observers:
                 observer.on_outputs(self.args, self.state, self.control, **seen)
             self._step_data_handler.step_data = seen
         return (loss, outputs) if return_outputs else loss
-
-    def _scale(self, counted: bool) -> int:
-        """What the Trainer has multiplied the model's loss by, in place: gradients are averaged over ranks."""
-        across = counted and self.args.average_tokens_across_devices
-        return int(self.accelerator.num_processes) if across else 1
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Supervised tokens of each part of the loss over the accumulated batch and all ranks."""

@@ -77,12 +77,9 @@ def _verdicts(runs: Sequence[Run], media: Media) -> Iterator[Verdicts]:
         if not rules and checks is None:
             continue
         step = max([series.steps[-1] for series in rules] + ([checks.step] if checks else []))
-        counts = Counter(_verdict(series.values[-1]) for series in rules)
+        newest = [series.values[-1] if math.isfinite(series.values[-1]) else len(VERDICTS) for series in rules]
+        counts = Counter(VERDICTS[min(max(int(value), 0), len(VERDICTS) - 1)] for value in newest)
         yield Verdicts(number, step, tuple((name, counts[name]) for name in reversed(VERDICTS) if counts[name]), checks)
-
-
-def _verdict(value: float) -> str:
-    return VERDICTS[min(max(int(value), 0), len(VERDICTS) - 1)] if math.isfinite(value) else VERDICTS[-1]
 
 
 def _nonfinite(runs: Sequence[Run]) -> Iterator[Nonfinite]:

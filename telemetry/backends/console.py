@@ -167,16 +167,16 @@ def _grid(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str], width: 
     while start < len(columns):
         left, stop = width - taken, start
         while stop < len(columns):
-            left -= _GAP + _column_width(columns[start:stop], columns[stop], rows)
+            cells = (
+                _heading(columns[start:stop], columns[stop]),
+                *(row.get(columns[stop], "") for row in rows.values()),
+            )
+            left -= _GAP + max(map(cell_len, cells))
             if left < 0 and stop > start:
                 break
             stop += 1
         yield _grid_part(rows, columns[start:stop])
         start = stop
-
-
-def _column_width(before: Sequence[str], column: str, rows: Mapping[str, Mapping[str, str]]) -> int:
-    return max(cell_len(_heading(before, column)), *(cell_len(cells.get(column, "")) for cells in rows.values()))
 
 
 def _grid_part(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> RenderableType:

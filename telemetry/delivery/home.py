@@ -162,9 +162,7 @@ class Home:
         if LOST in step.metrics:
             self._lost_shown = int(step.metrics[LOST].result() or 0)
             self._lost_elsewhere = self._lost_shown - lost
-        return _with_tables(
-            records, [_of_rank(table, rank) for rank, share in enumerate(shares) for table in share.tables]
-        ), own
+        return _with_tables(records, shares), own
 
     def _waiting(self) -> int:
         """Steps that some backend has not begun to write."""
@@ -272,16 +270,13 @@ def _without_media(table: Table) -> Table:
     return replace(table, rows=tuple(rows))
 
 
-def _of_rank(table: Table, rank: int) -> Table:
-    """The table with its rows' first cell saying which rank they are of."""
-    return replace(table, rows=tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row))
-
-
-def _with_tables(records: Sequence[Record], others: Sequence[Table]) -> list[Record]:
-    """Rank 0's records with other ranks' rows after its own."""
+def _with_tables(records: Sequence[Record], shares: Sequence[Share]) -> list[Record]:
+    """Rank 0's records with other ranks' rows after its own; their first cell says which rank they are of."""
     rows: dict[tuple[str, tuple[str, ...]], tuple[tuple[Cell, ...], ...]] = {}
-    for table in others:
-        rows[table.tag, table.columns] = rows.get((table.tag, table.columns), ()) + table.rows
+    for rank, share in enumerate(shares):
+        for table in share.tables:
+            named = tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row)
+            rows[table.tag, table.columns] = rows.get((table.tag, table.columns), ()) + named
     joined = [
         replace(record, rows=record.rows + rows.pop((record.tag, record.columns), ()))
         if isinstance(record, Table)
