@@ -12,7 +12,7 @@ from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser, WeaveP
 from wandb_workspaces.workspaces import internal
 
 from telemetry.catalogue import CATALOGUE, SECTIONS
-from telemetry.charts import QUESTIONS, Chart, Question, anchored, expanded
+from telemetry.charts import QUESTIONS, Question, anchored, expanded
 
 TITLE = "Strategic telemetry"
 STEP = "train/global_step"
@@ -84,17 +84,16 @@ def _shown(view: internal.View) -> Any:
 
 
 def _section(question: Question, first: bool) -> ws.Section:
-    shown = [*map(_line_plot, question.charts), *_media(question.section)]
+    plots = [
+        LinePlot(title=chart.title, x=STEP, metric_regex="|".join(map(anchored, chart.tags)))
+        for chart in question.charts
+    ]
+    shown = [*plots, *_media(question.section)]
     for panel in shown:
         # The library gives panels a random name, by which every call would change the workspace.
         panel._id = uuid.uuid5(_NAMES, f"{question.section} {panel!r}").hex[:11]
     settings = ws.SectionPanelSettings(x_axis=STEP)
     return ws.Section(name=question.title, panels=shown, is_open=first, panel_settings=settings)
-
-
-def _line_plot(chart: Chart) -> LinePlot:
-    regex = "|".join(anchored(tag) for tag in chart.tags)
-    return LinePlot(title=chart.title, x=STEP, metric_regex=regex)
 
 
 def _media(section: str) -> Iterator[Any]:

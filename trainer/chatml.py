@@ -320,7 +320,10 @@ class _Reader:
             if not {"misc", "misc.sample_id"} & {where for where, *_ in faults}:
                 named = _get(_get(row.raw, "misc", dict), "sample_id", str)
                 sample_id = named if named.strip() else f"{self._file.stem}-{row.position:05d}"
-            faults += [*self._repeated_id(sample_id, row.position), *_bad_values(row.raw), *self._meaning(row.raw)]
+            if sample_id is not None and (first := self._positions.setdefault(sample_id, row.position)) != row.position:
+                what = f"the id of sample {row.position} is already that of sample {first}"
+                faults.append(("misc.sample_id", what, "Give every sample an id of its own."))
+            faults += [*_bad_values(row.raw), *self._meaning(row.raw)]
         if faults or parsed is None or sample_id is None:
             return None, [Problem(row.position, sample_id, *fault, path=self._file, line=row.line) for fault in faults]
         start, misc = parsed.start_index or 0, parsed.misc or MiscFields()
@@ -347,12 +350,6 @@ class _Reader:
 
     def _path(self, url: str) -> Path:
         return (self._file.parent / url).resolve()
-
-    def _repeated_id(self, sample_id: str | None, position: int) -> Iterator[Fault]:
-        first = self._positions.setdefault(sample_id, position) if sample_id is not None else position
-        if first != position:
-            what = f"the id of sample {position} is already that of sample {first}"
-            yield "misc.sample_id", what, "Give every sample an id of its own."
 
     def _meaning(self, raw: Mapping[str, Any]) -> Iterator[Fault]:
         """Faults of fields of the right type, whatever is wrong with the others."""
