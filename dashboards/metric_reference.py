@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from telemetry.catalogue import CATALOGUE, SECTIONS, Entry
+from telemetry.catalogue import CATALOGUE, SECTIONS
 
 _HEAD = """# Metric reference
 
@@ -22,26 +22,11 @@ def metric_reference() -> str:
 
 def _sections() -> Iterator[str]:
     for section, question in SECTIONS.items():
-        entries = [entry for entry in CATALOGUE if section in _sections_of(entry)]
         yield f"## `{section}/`\n\n{question}\n"
         yield "| tag | shown as | meaning | unit | combined over microbatches and ranks | better | absent when |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"
-        yield from (_row(entry) for entry in entries)
+        for entry in CATALOGUE:
+            if section in entry.section.strip("{}").split(","):
+                said = (entry.kind, entry.meaning, entry.unit, entry.reduction, entry.better or "", entry.absent)
+                yield f"| `{entry.tag}` | {' | '.join(said)} |"
         yield ""
-
-
-def _sections_of(entry: Entry) -> list[str]:
-    return entry.section.strip("{}").split(",")
-
-
-def _row(entry: Entry) -> str:
-    cells = (
-        f"`{entry.tag}`",
-        entry.kind,
-        entry.meaning,
-        entry.unit,
-        entry.reduction,
-        entry.better or "",
-        entry.absent,
-    )
-    return f"| {' | '.join(cells)} |"

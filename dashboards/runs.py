@@ -170,7 +170,8 @@ class Run:
             self.faults.append(f"{path.name} is damaged: {error}. What follows it is left out.")
         except OSError as error:
             self.faults.append(f"{path.name} cannot be read: {error.strerror}.")
-        self._forget_empty()
+        self.scalars = {tag: series for tag, series in self.scalars.items() if series.steps}
+        self.media = {tag: stored for tag, stored in self.media.items() if stored}
 
     def _add(self, event: Event, path: Path, offset: int) -> None:
         if self.first_time is None:
@@ -218,10 +219,6 @@ class Run:
         if data.HasField("session_start_info"):
             self.config = {name: _plain(hparam) for name, hparam in sorted(data.session_start_info.hparams.items())}
         self.ended = data.HasField("session_end_info")
-
-    def _forget_empty(self) -> None:
-        self.scalars = {tag: series for tag, series in self.scalars.items() if series.steps}
-        self.media = {tag: stored for tag, stored in self.media.items() if stored}
 
 
 def unescape(line: str) -> str:

@@ -12,7 +12,7 @@ from wandb_workspaces.reports.v2.interface import LinePlot, MediaBrowser, WeaveP
 from wandb_workspaces.workspaces import internal
 
 from telemetry.catalogue import CATALOGUE, SECTIONS
-from telemetry.charts import QUESTIONS, Chart, Question, anchored, expanded
+from telemetry.charts import QUESTIONS, Question, anchored, expanded
 
 TITLE = "Strategic telemetry"
 STEP = "train/global_step"
@@ -63,7 +63,7 @@ def publish(entity: str, project: str) -> Published:
     held = _held(entity, project)
     if held is not None:
         built._internal_id = held.id
-        if _same(held, built._to_model()):
+        if _shown(held) == _shown(built._to_model()):
             return Published(built.url, "unchanged")
     built.save()
     return Published(built.url, "created" if held is None else "updated")
@@ -79,26 +79,21 @@ def _held(entity: str, project: str) -> internal.View | None:
         raise
 
 
-def _same(held: internal.View, built: internal.View) -> bool:
-    return (held.display_name, _spec(held)) == (built.display_name, _spec(built))
-
-
-def _spec(view: internal.View) -> Any:
-    return view.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+def _shown(view: internal.View) -> Any:
+    return view.display_name, view.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _section(question: Question, first: bool) -> ws.Section:
-    shown = [*map(_line_plot, question.charts), *_media(question.section)]
+    plots = [
+        LinePlot(title=chart.title, x=STEP, metric_regex="|".join(map(anchored, chart.tags)))
+        for chart in question.charts
+    ]
+    shown = [*plots, *_media(question.section)]
     for panel in shown:
         # The library gives panels a random name, by which every call would change the workspace.
         panel._id = uuid.uuid5(_NAMES, f"{question.section} {panel!r}").hex[:11]
     settings = ws.SectionPanelSettings(x_axis=STEP)
     return ws.Section(name=question.title, panels=shown, is_open=first, panel_settings=settings)
-
-
-def _line_plot(chart: Chart) -> LinePlot:
-    regex = "|".join(anchored(tag) for tag in chart.tags)
-    return LinePlot(title=chart.title, x=STEP, metric_regex=regex)
 
 
 def _media(section: str) -> Iterator[Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Better = Literal["higher", "lower"] | None
@@ -88,37 +89,54 @@ TRAINER_SECTIONS = ("train", "eval", "test")
 """Where what the Trainer logs goes: ``eval_`` and ``test_`` at the beginning of a name say the section, else it is the
 first."""
 
-_TOKENS = "over all positions of the step"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
-_NO_SWAP = (
-    "not measured on this step, or no sample of the batch has another speaker's reference to swap in, or ranks could "
-    "not run the model together"
-)
-_QUERIES = "mean over sampled queries"
 _NO_ATTENTION = "the layer's attention could not be read"
-_POSITIONS = "over the positions that it serves"
 _NO_POSITIONS = "it has no positions in the step"
+_NO_GRADIENT = "frozen, or none of its parameters has a gradient"
+_NO_WAVEFORM = "the batch carries no reference waveform"
+_NO_FORMAT = "the family's chat format is not known"
+_CUT_OFF = "every clip was cut off when its time was up"
+_NO_TRANSCRIPT = "no transcriber was given, or the batch does not say the target's text"
+_NO_SPEECH = "nothing was generated"
+
+
+def _all(*entries: Entry, **said: str) -> Iterator[Entry]:
+    """Entries with what is said of all of them, where they say nothing else themselves."""
+    for entry in entries:
+        yield replace(entry, **{name: text for name, text in said.items() if not getattr(entry, name)})  # type: ignore[arg-type]
+
+
+def _count(tag: str, meaning: str, unit: str = "", absent: str = "") -> Entry:
+    """A number of things of which there should be none."""
+    return Entry(tag, meaning, unit, reduction="sum", better="lower", absent=absent)
+
+
+def _of_clips(
+    name: str,
+    meaning: str,
+    unit: str = "",
+    reduction: str = "mean over clips",
+    better: Better = None,
+    absent: str = _NO_SPEECH,
+) -> Entry:
+    """A number of all generated clips, and of those of each language."""
+    tag = f"zero_shot/{{{name},language_<code>/{name}}}"
+    return Entry(tag, meaning, unit, reduction=reduction, better=better, absent=absent)
+
 
 CATALOGUE: tuple[Entry, ...] = (
     # inputs
     Entry("inputs/tokens/total", "Positions of the step's batches, padding included.", "tokens", reduction="sum"),
-    Entry("inputs/tokens/text_fraction", "Share of positions that are text.", reduction=f"mean {_TOKENS}"),
-    Entry(
-        "inputs/tokens/reference_audio_fraction",
-        "Share of positions that are reference audio: given to the model, not supervised.",
-        reduction=f"mean {_TOKENS}",
-    ),
-    Entry(
-        "inputs/tokens/target_audio_fraction",
-        "Share of positions that are target audio: supervised.",
-        reduction=f"mean {_TOKENS}",
-    ),
-    Entry(
-        "inputs/tokens/padding_fraction",
-        "Share of positions that are padding.",
-        reduction=f"mean {_TOKENS}",
-        better="lower",
+    *_all(
+        Entry("inputs/tokens/text_fraction", "Share of positions that are text."),
+        Entry(
+            "inputs/tokens/reference_audio_fraction",
+            "Share of positions that are reference audio: given to the model, not supervised.",
+        ),
+        Entry("inputs/tokens/target_audio_fraction", "Share of positions that are target audio: supervised."),
+        Entry("inputs/tokens/padding_fraction", "Share of positions that are padding.", better="lower"),
+        reduction="mean over all positions of the step",
     ),
     Entry(
         "inputs/supervised/text_fraction",
@@ -132,12 +150,10 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="mean over audio codes",
         absent="no audio in the step",
     ),
-    Entry(
+    _count(
         "inputs/invalid_ids",
         "Token ids, audio codes and labels outside their vocabulary. Anything but 0 is a data fault.",
         "ids",
-        reduction="sum",
-        better="lower",
     ),
     Entry(
         "inputs/tensor/<name>/{min,max,mean,std}",
@@ -151,13 +167,7 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="mean over values",
         absent="the tensor is empty",
     ),
-    Entry(
-        "inputs/tensor/<name>/nonfinite",
-        "NaN and infinite values in one input tensor.",
-        "values",
-        reduction="sum",
-        better="lower",
-    ),
+    _count("inputs/tensor/<name>/nonfinite", "NaN and infinite values in one input tensor.", "values"),
     Entry(
         "inputs/tensors",
         "Shape, dtype, device, statistics and first values of every tensor in the batch.",
@@ -205,77 +215,66 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="as outputs/loss/model",
         absent="the model has no experts, or does not train their router",
     ),
-    Entry(
-        "outputs/loss/text",
-        "Cross-entropy of supervised text tokens.",
-        "nats per token",
-        "scalar",
-        "mean",
-        "lower",
-        _NO_TEXT,
-    ),
-    Entry(
-        "outputs/loss/audio",
-        "Cross-entropy of supervised audio codes, all codebooks together.",
-        "nats per code",
+    *_all(
+        Entry("outputs/loss/text", "Cross-entropy of supervised text tokens.", "nats per token", absent=_NO_TEXT),
+        Entry(
+            "outputs/loss/audio",
+            "Cross-entropy of supervised audio codes, all codebooks together.",
+            "nats per code",
+            absent=_NO_AUDIO,
+        ),
+        Entry(
+            "outputs/loss/codebook_<k>",
+            "Cross-entropy of one codebook's supervised codes.",
+            "nats per code",
+            absent=_NO_AUDIO,
+        ),
         reduction="mean",
         better="lower",
-        absent=_NO_AUDIO,
     ),
-    Entry(
-        "outputs/loss/codebook_<k>",
-        "Cross-entropy of one codebook's supervised codes.",
-        "nats per code",
-        reduction="mean",
-        better="lower",
-        absent=_NO_AUDIO,
-    ),
-    Entry(
-        "outputs/accuracy/{text,audio,codebook_<k>}",
-        "Share of supervised tokens whose most likely prediction is right (teacher-forced).",
-        reduction="mean over supervised tokens",
-        better="higher",
-        absent="nothing of that modality is supervised in the step, or the model computed no logits",
-    ),
-    Entry(
-        "outputs/top5/{text,audio,codebook_<k>}",
-        "Share of supervised tokens that are among the five most likely predictions.",
-        reduction="mean over supervised tokens",
-        better="higher",
-        absent="nothing of that modality is supervised in the step, or the model computed no logits",
-    ),
-    Entry(
-        "outputs/entropy/{text,audio}",
-        "Mean entropy of the predicted distribution at supervised tokens.",
-        "nats",
+    *_all(
+        Entry(
+            "outputs/accuracy/{text,audio,codebook_<k>}",
+            "Share of supervised tokens whose most likely prediction is right (teacher-forced).",
+            better="higher",
+        ),
+        Entry(
+            "outputs/top5/{text,audio,codebook_<k>}",
+            "Share of supervised tokens that are among the five most likely predictions.",
+            better="higher",
+        ),
+        Entry(
+            "outputs/entropy/{text,audio}", "Mean entropy of the predicted distribution at supervised tokens.", "nats"
+        ),
         reduction="mean over supervised tokens",
         absent="nothing of that modality is supervised in the step, or the model computed no logits",
     ),
-    Entry(
-        "outputs/eos/probability",
-        "Mean probability of end of stream where it is the label. Near 0: generation will not stop.",
+    *_all(
+        Entry(
+            "outputs/eos/probability",
+            "Mean probability of end of stream where it is the label. Near 0: generation will not stop.",
+            absent="no end of stream is supervised in the step",
+        ),
+        Entry(
+            "outputs/eos/supervised",
+            "Share of the target clips' stream ends (one per codebook) with a label. Below 1: it is not taught to"
+            " stop.",
+            absent="no target audio in the step",
+        ),
         reduction="mean over codebooks and clips",
         better="higher",
-        absent="no end of stream is supervised in the step",
     ),
-    Entry(
-        "outputs/eos/supervised",
-        "Share of the target clips' stream ends (one per codebook) with a label. Below 1: it is not taught to stop.",
-        reduction="mean over codebooks and clips",
-        better="higher",
-        absent="no target audio in the step",
-    ),
-    Entry(
-        "outputs/codebook_<k>/used_fraction",
-        "Share of one codebook's entries that are predicted at least once in the step.",
-        reduction="histogram over the step",
-        better="higher",
-        absent=_NO_AUDIO,
-    ),
-    Entry(
-        "outputs/codebook_<k>/perplexity",
-        "Perplexity of the distribution of one codebook's predicted entries. Near 1: the predictions have collapsed.",
-        "entries",
+    *_all(
+        Entry(
+            "outputs/codebook_<k>/used_fraction",
+            "Share of one codebook's entries that are predicted at least once in the step.",
+        ),
+        Entry(
+            "outputs/codebook_<k>/perplexity",
+            "Perplexity of the distribution of one codebook's predicted entries. Near 1: the predictions have "
+            "collapsed.",
+            "entries",
+        ),
         reduction="histogram over the step",
         better="higher",
         absent=_NO_AUDIO,
@@ -290,42 +289,32 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "attention/layer_<l>/{text,reference,target}_to_{text,reference,target}",
         "Attention mass from one kind of position to another, mean over heads; those from one kind sum to 1.",
-        reduction=_QUERIES,
+        reduction="mean over sampled queries",
         absent="no position of that kind in the step",
     ),
-    Entry(
-        "attention/layer_<l>/entropy",
-        "Entropy of attention: low where heads look at few positions.",
-        "nats",
-        reduction=_QUERIES,
+    *_all(
+        Entry("attention/layer_<l>/entropy", "Entropy of attention: low where heads look at few positions.", "nats"),
+        Entry(
+            "attention/layer_<l>/entropy_fraction",
+            "Entropy of attention as a share of the largest possible one: 1 where all visible positions weigh the"
+            " same.",
+            absent="no query sees more than itself",
+        ),
+        Entry(
+            "attention/layer_<l>/max_logit",
+            "Largest pre-softmax attention logit. Growing without bound: attention is about to collapse.",
+            reduction="max over sampled queries",
+            better="lower",
+        ),
+        Entry("attention/layer_<l>/sink", "Share of attention on the first token of the sequence."),
+        reduction="mean over sampled queries",
         absent=_NO_ATTENTION,
     ),
-    Entry(
-        "attention/layer_<l>/entropy_fraction",
-        "Entropy of attention as a share of the largest possible one: 1 where all visible positions weigh the same.",
-        reduction=_QUERIES,
-        absent="no query sees more than itself",
-    ),
-    Entry(
-        "attention/layer_<l>/max_logit",
-        "Largest pre-softmax attention logit. Growing without bound: attention is about to collapse.",
-        reduction="max over sampled queries",
-        better="lower",
-        absent=_NO_ATTENTION,
-    ),
-    Entry(
-        "attention/layer_<l>/sink",
-        "Share of attention on the first token of the sequence.",
-        reduction=_QUERIES,
-        absent=_NO_ATTENTION,
-    ),
-    Entry(
+    _count(
         "attention/layer_<l>/nonfinite",
         "Attention rows of sampled queries, one for each head, with a NaN or infinity.",
         "rows",
-        reduction="sum",
-        better="lower",
-        absent=_NO_ATTENTION,
+        _NO_ATTENTION,
     ),
     Entry(
         "attention/mass",
@@ -340,31 +329,28 @@ CATALOGUE: tuple[Entry, ...] = (
         absent="no reference or no target audio in the step",
     ),
     # activations
-    Entry(
-        "activations/layer_<l>/{text_ffn,audio_ffn}/rms",
-        "Root mean square of one feed-forward network's output. Near 0: the network is dead.",
-        reduction=_POSITIONS,
-        absent=_NO_POSITIONS,
-    ),
-    Entry(
-        "activations/layer_<l>/{text_ffn,audio_ffn}/absmax",
-        "Largest magnitude in one feed-forward network's output.",
-        reduction="max",
-        absent=_NO_POSITIONS,
-    ),
-    Entry(
-        "activations/layer_<l>/{text_ffn,audio_ffn}/zero_fraction",
-        "Share of one feed-forward network's output that is exactly zero.",
-        reduction=_POSITIONS,
-        better="lower",
-        absent=_NO_POSITIONS,
-    ),
-    Entry(
-        "activations/layer_<l>/{text_ffn,audio_ffn}/nonfinite",
-        "NaN and infinite values in one feed-forward network's output.",
-        "values",
-        reduction="sum",
-        better="lower",
+    *_all(
+        Entry(
+            "activations/layer_<l>/{text_ffn,audio_ffn}/rms",
+            "Root mean square of one feed-forward network's output. Near 0: the network is dead.",
+            reduction="over the positions that it serves",
+        ),
+        Entry(
+            "activations/layer_<l>/{text_ffn,audio_ffn}/absmax",
+            "Largest magnitude in one feed-forward network's output.",
+            reduction="max",
+        ),
+        Entry(
+            "activations/layer_<l>/{text_ffn,audio_ffn}/zero_fraction",
+            "Share of one feed-forward network's output that is exactly zero.",
+            reduction="over the positions that it serves",
+            better="lower",
+        ),
+        _count(
+            "activations/layer_<l>/{text_ffn,audio_ffn}/nonfinite",
+            "NaN and infinite values in one feed-forward network's output.",
+            "values",
+        ),
         absent=_NO_POSITIONS,
     ),
     Entry(
@@ -380,32 +366,31 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="root of the sum of squares",
         absent="no parameter has a gradient, or none within reach",
     ),
-    Entry(
-        "gradients/<group>/norm",
-        "Norm of the gradients of one part of the model, before clipping.",
-        reduction="root of the sum of squares",
-        absent="frozen, or none of its parameters has a gradient",
-    ),
-    Entry(
-        "gradients/<group>/update_ratio",
-        "Norm of the optimizer's step over the norm of the weights before it. Of a parameter (or one rank's shard of "
-        "it) of more than 65,536 values an even sample of at most so many. 0: the optimizer has not moved them.",
-        reduction="ratio of norms",
-        absent="frozen, all weights are 0, or the trainer does not show when its optimizer steps",
-    ),
-    Entry(
-        "gradients/<group>/zero_fraction",
-        "Share of the gradient values of one part of the model that are exactly zero.",
-        reduction="mean over values",
-        absent="frozen, or none of its parameters has a gradient",
-    ),
-    Entry(
-        "gradients/<group>/nonfinite",
-        "NaN and infinite gradient values of one part of the model. gradients/largest names the parameters.",
-        "values",
-        reduction="sum",
-        better="lower",
-        absent="frozen, or none of its parameters has a gradient",
+    *_all(
+        Entry(
+            "gradients/<group>/norm",
+            "Norm of the gradients of one part of the model, before clipping.",
+            reduction="root of the sum of squares",
+        ),
+        Entry(
+            "gradients/<group>/update_ratio",
+            "Norm of the optimizer's step over the norm of the weights before it. Of a parameter (or one rank's "
+            "shard of it) of more than 65,536 values an even sample of at most so many. 0: the optimizer has not "
+            "moved them.",
+            reduction="ratio of norms",
+            absent="frozen, all weights are 0, or the trainer does not show when its optimizer steps",
+        ),
+        Entry(
+            "gradients/<group>/zero_fraction",
+            "Share of the gradient values of one part of the model that are exactly zero.",
+            reduction="mean over values",
+        ),
+        _count(
+            "gradients/<group>/nonfinite",
+            "NaN and infinite gradient values of one part of the model. gradients/largest names the parameters.",
+            "values",
+        ),
+        absent=_NO_GRADIENT,
     ),
     Entry(
         "gradients/layer_<l>/{shared_attention,text_ffn,audio_ffn}/norm",
@@ -415,17 +400,17 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "gradients/text_audio_cosine",
-        "Cosine between the gradients of the text and of the audio loss on the attention (or its adapters) of the "
-        "first, middle and last layer; of the last microbatch, with the weights after the step. Below 0: they pull "
-        "against each other.",
+        "Cosine between the gradients of the text and of the audio loss on the attention (or its adapters) of"
+        " the first, middle and last layer; of the last microbatch, with the weights after the step. Below 0:"
+        " they pull against each other.",
         reduction="mean over ranks",
         better="higher",
         absent="nothing of the text or of the audio is supervised in the batch",
     ),
     Entry(
         "gradients/largest",
-        "The parameters with the largest gradient norm, with the fastest growing one since the due step before, and "
-        "every one with a NaN or infinite value.",
+        "The parameters with the largest gradient norm, with the fastest growing one since the due step "
+        "before, and every one with a NaN or infinite value.",
         kind="table",
         absent="no parameter has a gradient",
     ),
@@ -443,46 +428,32 @@ CATALOGUE: tuple[Entry, ...] = (
         better="higher",
         absent="the family's chat format is not known, or the batch has no audio",
     ),
-    Entry(
-        "zero_shot/chatml/violations/{role_order,header,end_of_turn}",
-        "Samples whose roles are out of order, whose headers do not balance, whose turns do not end.",
-        "samples",
-        reduction="sum",
-        better="lower",
-        absent="the family's chat format is not known",
+    *_all(
+        _count(
+            "zero_shot/chatml/violations/{role_order,header,end_of_turn}",
+            "Samples whose roles are out of order, whose headers do not balance, whose turns do not end.",
+        ),
+        _count(
+            "zero_shot/chatml/violations/{reference,transcript,target}",
+            "Samples without reference audio or with several clips in one turn, with a reference that no words "
+            "stand before, without supervised audio.",
+        ),
+        _count(
+            "zero_shot/chatml/violations/{placeholders,delay_pattern}",
+            "Samples whose placeholders are not as many as their codes, or whose codes are not a stream: from BOS"
+            " to EOS, codebook k shifted by k frames.",
+            absent="the family's chat format is not known, or it is not known which codes belong to which clip",
+        ),
+        _count(
+            "zero_shot/chatml/violations/{target_text,language}",
+            "Samples whose target text is not its transcript, or whose language tag is missing (where others have"
+            " one) or not what the prompt says.",
+            absent="the samples come without transcripts or language tags",
+        ),
+        unit="samples",
+        absent=_NO_FORMAT,
     ),
-    Entry(
-        "zero_shot/chatml/violations/{reference,transcript,target}",
-        "Samples without reference audio or with several clips in one turn, with a reference that no words stand "
-        "before, without supervised audio.",
-        "samples",
-        reduction="sum",
-        better="lower",
-        absent="the family's chat format is not known",
-    ),
-    Entry(
-        "zero_shot/chatml/violations/{placeholders,delay_pattern}",
-        "Samples whose placeholders are not as many as their codes, or whose codes are not a stream: from BOS to EOS, "
-        "codebook k shifted by k frames.",
-        "samples",
-        reduction="sum",
-        better="lower",
-        absent="the family's chat format is not known, or it is not known which codes belong to which clip",
-    ),
-    Entry(
-        "zero_shot/chatml/violations/{target_text,language}",
-        "Samples whose target text is not its transcript, or whose language tag is missing (where others have one) or "
-        "not what the prompt says.",
-        "samples",
-        reduction="sum",
-        better="lower",
-        absent="the samples come without transcripts or language tags",
-    ),
-    Entry(
-        "zero_shot/chatml",
-        "Violations by sample, each with its place.",
-        kind="table",
-    ),
+    Entry("zero_shot/chatml", "Violations by sample, each with its place.", kind="table"),
     Entry(
         "zero_shot/reference/present_fraction",
         "Share of samples with reference audio.",
@@ -497,168 +468,133 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="mean over samples with a reference",
         absent="no sample has a reference, or the batch does not say how long it is",
     ),
-    Entry(
-        "zero_shot/reference/level_db",
-        "Mean level of the reference clips: root mean square; a full-scale sine is at -3, digital silence at -120.",
-        "dB full scale",
+    *_all(
+        Entry(
+            "zero_shot/reference/level_db",
+            "Mean level of the reference clips: root mean square; a full-scale sine is at -3, digital silence at -120.",
+            "dB full scale",
+        ),
+        Entry(
+            "zero_shot/reference/clipping_fraction",
+            "Share of a reference clip's samples that are at full scale.",
+            better="lower",
+        ),
+        Entry(
+            "zero_shot/reference/silence_fraction",
+            "Share of a reference clip's frames of 20 ms that are below -50 dB of full scale.",
+            better="lower",
+        ),
+        Entry(
+            "zero_shot/reference/sampling_rate",
+            "Lowest sampling rate among the reference files. Below the codec's: the voice has no high frequencies.",
+            "hertz",
+            reduction="min",
+        ),
         reduction="mean over clips",
-        absent="the batch carries no reference waveform",
+        absent=_NO_WAVEFORM,
     ),
-    Entry(
-        "zero_shot/reference/clipping_fraction",
-        "Share of a reference clip's samples that are at full scale.",
-        reduction="mean over clips",
-        better="lower",
-        absent="the batch carries no reference waveform",
-    ),
-    Entry(
-        "zero_shot/reference/silence_fraction",
-        "Share of a reference clip's frames of 20 ms that are below -50 dB of full scale.",
-        reduction="mean over clips",
-        better="lower",
-        absent="the batch carries no reference waveform",
-    ),
-    Entry(
-        "zero_shot/reference/sampling_rate",
-        "Lowest sampling rate among the reference files. Below the codec's: the voice has no high frequencies.",
-        "hertz",
-        reduction="min",
-        absent="the batch carries no reference waveform",
-    ),
-    Entry(
-        "zero_shot/reference/features_present",
-        "Share of the samples with reference audio that give it to the model's audio encoder (Whisper).",
-        reduction="mean over samples with a reference",
-        better="higher",
-        absent="the model has no audio encoder for reference audio, or no sample has a reference",
-    ),
-    Entry(
-        "zero_shot/reference/{features_mean,features_std}",
-        "Of the features that the audio encoder is given, padding left out.",
-        reduction="over all finite values of the step",
+    *_all(
+        Entry(
+            "zero_shot/reference/features_present",
+            "Share of the samples with reference audio that give it to the model's audio encoder (Whisper).",
+            reduction="mean over samples with a reference",
+            better="higher",
+            absent="the model has no audio encoder for reference audio, or no sample has a reference",
+        ),
+        Entry(
+            "zero_shot/reference/{features_mean,features_std}",
+            "Of the features that the audio encoder is given, padding left out.",
+            reduction="over all finite values of the step",
+        ),
+        _count(
+            "zero_shot/reference/features_nonfinite",
+            "NaN and infinite values in the features that the audio encoder is given.",
+            "values",
+        ),
         absent="the model's audio encoder is given nothing",
     ),
-    Entry(
-        "zero_shot/reference/features_nonfinite",
-        "NaN and infinite values in the features that the audio encoder is given.",
-        "values",
-        reduction="sum",
-        better="lower",
-        absent="the model's audio encoder is given nothing",
-    ),
-    Entry(
-        "zero_shot/conditioning/{gain,eval/gain}",
-        "Audio loss with another speaker's reference from the batch minus loss with its own, over all codebooks' "
-        "supervised codes. Near 0: the reference is ignored.",
-        "nats per audio token",
+    *_all(
+        Entry(
+            "zero_shot/conditioning/{gain,eval/gain}",
+            "Audio loss with another speaker's reference from the batch minus loss with its own, over all "
+            "codebooks' supervised codes. Near 0: the reference is ignored.",
+            better="higher",
+        ),
+        Entry(
+            "zero_shot/conditioning/{gain_without,eval/gain_without}",
+            "Audio loss with the reference hidden from attention minus loss with it. Near 0: the reference is ignored.",
+            better="higher",
+        ),
+        Entry(
+            "zero_shot/conditioning/{codebook_<k>/gain,eval/codebook_<k>/gain}",
+            "One codebook's loss with another speaker's reference minus loss with its own.",
+            better="higher",
+        ),
+        Entry(
+            "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none}",
+            "Audio loss in eval mode with its own reference, with another speaker's, and with none.",
+        ),
+        unit="nats per audio token",
         reduction="mean over supervised codes of the samples that could be swapped",
-        better="higher",
-        absent=_NO_SWAP,
+        absent="not measured on this step, or no sample of the batch has another speaker's reference to swap in, or "
+        "ranks could not run the model together",
     ),
-    Entry(
-        "zero_shot/conditioning/{gain_without,eval/gain_without}",
-        "Audio loss with the reference hidden from attention minus loss with it. Near 0: the reference is ignored.",
-        "nats per audio token",
-        reduction="mean over supervised codes of the samples that could be swapped",
-        better="higher",
-        absent=_NO_SWAP,
-    ),
-    Entry(
-        "zero_shot/conditioning/{codebook_<k>/gain,eval/codebook_<k>/gain}",
-        "One codebook's loss with another speaker's reference minus loss with its own.",
-        "nats per audio token",
-        reduction="mean over supervised codes of the samples that could be swapped",
-        better="higher",
-        absent=_NO_SWAP,
-    ),
-    Entry(
-        "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none}",
-        "Audio loss in eval mode with its own reference, with another speaker's, and with none.",
-        "nats per audio token",
-        reduction="mean over supervised codes of the samples that could be swapped",
-        better=None,
-        absent=_NO_SWAP,
-    ),
-    Entry(
-        "zero_shot/{speaker_similarity,language_<code>/speaker_similarity}",
+    _of_clips(
+        "speaker_similarity",
         "Cosine of the speaker vectors of generated speech and of its reference.",
-        reduction="mean over clips",
         better="higher",
         absent="no speaker encoder was given, or no clip has a reference and is long enough to tell a voice",
     ),
-    Entry(
-        "zero_shot/{wer,language_<code>/wer}",
+    _of_clips(
+        "wer",
         "Word error rate of generated speech: wrong words for each word that should be said.",
         reduction="errors over words of all clips",
         better="lower",
-        absent="no transcriber was given, or the batch does not say the target's text",
+        absent=_NO_TRANSCRIPT,
     ),
-    Entry(
-        "zero_shot/{cer,language_<code>/cer}",
+    _of_clips(
+        "cer",
         "Character error rate of generated speech: wrong characters for each character that should be said.",
         reduction="errors over characters of all clips",
         better="lower",
-        absent="no transcriber was given, or the batch does not say the target's text",
+        absent=_NO_TRANSCRIPT,
     ),
-    Entry(
-        "zero_shot/{duration_ratio,language_<code>/duration_ratio}",
-        "Length of generated speech over its target's. 1 is right.",
-        reduction="mean over clips",
-        absent="every clip was cut off when its time was up",
-    ),
-    Entry(
-        "zero_shot/{speaking_rate,language_<code>/speaking_rate}",
+    _of_clips("duration_ratio", "Length of generated speech over its target's. 1 is right.", absent=_CUT_OFF),
+    _of_clips(
+        "speaking_rate",
         "Characters per second that is not silent, generated over target. 1 is right; rising: speech gets faster.",
-        reduction="mean over clips",
         absent="the batch does not say the target's text, or nothing but silence was generated",
     ),
-    Entry(
-        "zero_shot/{silence_fraction,language_<code>/silence_fraction}",
-        "Share of generated speech in 20 ms frames below -50 dB of full scale.",
-        reduction="mean over clips",
-        better="lower",
-        absent="nothing was generated",
+    _of_clips(
+        "silence_fraction", "Share of generated speech in 20 ms frames below -50 dB of full scale.", better="lower"
     ),
-    Entry(
-        "zero_shot/{clipping_fraction,language_<code>/clipping_fraction}",
-        "Share of the samples of generated speech at full scale.",
-        reduction="mean over clips",
-        better="lower",
-        absent="nothing was generated",
-    ),
-    Entry(
-        "zero_shot/{eos_hit_rate,language_<code>/eos_hit_rate}",
+    _of_clips("clipping_fraction", "Share of the samples of generated speech at full scale.", better="lower"),
+    _of_clips(
+        "eos_hit_rate",
         "Share of generated clips that end by themselves before the bound on their tokens.",
-        reduction="mean over clips",
         better="higher",
-        absent="every clip was cut off when its time was up",
+        absent=_CUT_OFF,
     ),
-    Entry(
-        "zero_shot/{reference_leak,language_<code>/reference_leak}",
+    _of_clips(
+        "reference_leak",
         "Share of the reference's words that generated speech begins with in place of its own.",
-        reduction="mean over clips",
         better="lower",
         absent="no transcriber was given, or the batch does not say the reference's text",
     ),
-    Entry(
-        "zero_shot/{codebook_use,language_<code>/codebook_use}",
+    _of_clips(
+        "codebook_use",
         "Different codes that generated speech uses, over those of as many frames of its target. Near 0: collapsed.",
-        reduction="mean over clips",
-        absent="nothing was generated",
     ),
-    Entry(
-        "zero_shot/{mel_distance,language_<code>/mel_distance}",
+    _of_clips(
+        "mel_distance",
         "Distance of mel spectrograms, generated against target, after dynamic time warping.",
-        "dB",
-        reduction="mean over clips",
+        unit="dB",
         better="lower",
-        absent="nothing was generated",
     ),
-    Entry(
-        "zero_shot/{mel_distance_shuffled,language_<code>/mel_distance_shuffled}",
+    _of_clips(
+        "mel_distance_shuffled",
         "The same against another sample's target: what mel_distance is where nothing is said that was asked for.",
-        "dB",
-        reduction="mean over clips",
+        unit="dB",
         absent="nothing was generated, or there is one clip only",
     ),
     Entry(
@@ -695,7 +631,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("telemetry/overhead_fraction", "That time as a share of the step.", better="lower"),
     Entry("telemetry/queue_depth", "Steps waiting to be written.", "steps", better="lower"),
     Entry("telemetry/absent", "What could not be measured so far, and why.", kind="table"),
-    Entry("telemetry/dropped_records", "Records lost so far.", "records", reduction="sum", better="lower"),
+    _count("telemetry/dropped_records", "Records lost so far.", "records"),
 )
 
 

@@ -11,10 +11,11 @@ any backend.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -54,9 +55,11 @@ class Metric:
         pairs = zip(self.ops, self.components, other.components, strict=True)
         return type(self)(*(_combine(op, ours, theirs) for op, ours, theirs in pairs))
 
-    def with_components(self: MetricT, components: Sequence[Component]) -> MetricT:
-        """The same kind of value over other components (their host copies, or their sums over ranks)."""
-        return type(self)(*components)
+    def mapped(self: MetricT, convert: Callable[[Any], Any]) -> MetricT:
+        """The same kind of value over its components as ``convert`` gives them (their host copies, say)."""
+        mapped = copy.copy(self)
+        mapped.components = tuple(map(convert, self.components))
+        return mapped
 
     def result(self) -> float | None:
         """The number to show, or None where nothing was measured. Reads the components: call it on host copies."""
@@ -158,20 +161,6 @@ class Std(Metric):
         mean = float(total) / float(count)
         variance = float(squares) / float(count) - mean * mean
         return math.sqrt(variance) if variance > 0 else (0.0 if variance <= 0 else math.nan)
-
-
-class SumOfMeans(Metric):
-    """A sum of means, each over its own tokens (a loss with a text and one term per codebook).
-
-    Components are vectors of equal length, ``totals`` and ``counts``; a term whose count is 0 does not take part, and
-    the value is absent when all are 0.
-    """
-
-    ops = ("sum", "sum")
-
-    def _result(self, totals: np.ndarray, counts: np.ndarray) -> float | None:  # type: ignore[override]
-        measured = counts > 0
-        return float((totals[measured] / counts[measured]).sum()) if measured.any() else None
 
 
 class UsedFraction(Metric):

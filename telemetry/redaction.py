@@ -83,16 +83,13 @@ def _redact(value: Any, name: str, secrets: Iterable[str]) -> Any:
         return [_redact(held, name, secrets) for held in value]
     if value is None or isinstance(value, bool):
         return value
-    if is_secret_name(name) and (isinstance(value, str | bytes) or not _ends_in_token(name)):
+    # Numbers under such names count or index tokens.
+    is_number_of_token = name.lower().endswith("token") and not isinstance(value, str | bytes)
+    if is_secret_name(name) and not is_number_of_token:
         return REDACTED if value not in ("", b"") else value
     if isinstance(value, int | float):
         return value
     return _redact_text(value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value), secrets)
-
-
-def _ends_in_token(name: str) -> bool:
-    """Numbers under such names count or index tokens."""
-    return name.lower().endswith("token")
 
 
 def _redact_text(text: str, secrets: Iterable[str]) -> str:

@@ -104,16 +104,12 @@ def _wait_for_sigterm(reader: int) -> None:
 def _close_and_end() -> None:
     with contextlib.suppress(Exception):
         _close_all(TERMINATE_SECONDS)
-    _end_by_default(signal.SIGTERM)
-
-
-def _end_by_default(number: signal.Signals) -> None:
     # Python sets dispositions on the main thread only; C does so on any.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal.restype = ctypes.c_void_p
-    libc.signal(int(number), None)
-    os.kill(os.getpid(), number)
+    libc.signal(int(signal.SIGTERM), None)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _hold_sigterm() -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from telemetry.records import Audio, Cell, Clip, Image, Record, Table
+from telemetry.records import Audio, Clip, Image, Record, Table
 
 LEFT_OUT = "sound is off"
 
@@ -39,26 +39,24 @@ class SoundPolicy:
         return [record for record in kept if record is not None]
 
     def _allowed(self, record: Record, heard: Counter[str]) -> Record | None:
-        if isinstance(record, Audio):
-            return self._heard(record, heard)
-        if isinstance(record, Image):
-            return record if self.enabled or not record.voice else None
         if isinstance(record, Table):
             return self._table(record)
-        return record
+        return self._medium(record, heard) if isinstance(record, Audio | Image) else record
 
     def _table(self, table: Table) -> Table:
         if not any(isinstance(cell, Audio | Image) for row in table.rows for cell in row):
             return table
         heard: Counter[str] = Counter()
-        return replace(table, rows=tuple(tuple(self._cell(cell, heard) for cell in row) for row in table.rows))
+        rows = (
+            tuple((self._medium(cell, heard) or LEFT_OUT) if isinstance(cell, Audio | Image) else cell for cell in row)
+            for row in table.rows
+        )
+        return replace(table, rows=tuple(rows))
 
-    def _cell(self, cell: Cell, heard: Counter[str]) -> Cell:
-        if isinstance(cell, Audio):
-            return self._heard(cell, heard) or LEFT_OUT
-        if isinstance(cell, Image) and not self.enabled and cell.voice:
-            return LEFT_OUT
-        return cell
+    def _medium(self, medium: Audio | Image, heard: Counter[str]) -> Audio | Image | None:
+        if isinstance(medium, Audio):
+            return self._heard(medium, heard)
+        return medium if self.enabled or not medium.voice else None
 
     def _heard(self, audio: Audio, heard: Counter[str]) -> Audio | None:
         if not self.enabled or (audio.clips and heard[audio.tag] >= self.max_clips):

@@ -120,46 +120,30 @@ def content_key(path: AudioPath) -> str:
 def _opened(path: AudioPath) -> Iterator[soundfile.SoundFile]:
     with _stream(path) as stream:
         try:
-            with _sound(stream) as sound:
+            with soundfile.SoundFile(stream) as sound:
                 yield sound
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{path}: is not readable audio ({error.error_string.rstrip('.')})") from error
+        except TypeError as error:  # soundfile asks for the rate and channels of *.raw
+            raise AudioError(f"{path}: is not readable audio (raw samples without a header)") from error
 
 
-def _sound(stream: BinaryIO) -> soundfile.SoundFile:
-    try:
-        return soundfile.SoundFile(stream)
-    except TypeError as error:  # soundfile asks for the rate and channels of *.raw
-        raise AudioError(f"{stream.name}: is not readable audio (raw samples without a header)") from error
-
-
-@contextmanager
-def _stream(path: AudioPath) -> Iterator[BinaryIO]:
+def _stream(path: AudioPath) -> BinaryIO:
     try:
         status = Path(path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise AudioMissingError(f"{path}: is a directory, not an audio file")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+            raise AudioMissingError(f"{path}: is a device or a pipe, not an audio file")
+        if status.st_size == 0:
+            raise AudioError(f"{path}: is an empty file (0 bytes)")
+        return Path(path).open("rb")
     except FileNotFoundError as error:
         raise AudioMissingError(f"{path}: no such file") from error
+    except AudioError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null byte or half a surrogate pair in the name
         raise AudioMissingError(f"{path}: cannot be opened ({error})") from error
-    _refuse_unusable(status, path)
-    with _open(path) as stream:
-        yield stream
-
-
-def _open(path: AudioPath) -> BinaryIO:
-    try:
-        return Path(path).open("rb")
-    except OSError as error:
-        raise AudioMissingError(f"{path}: cannot be opened ({error})") from error
-
-
-def _refuse_unusable(status: os.stat_result, path: AudioPath) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise AudioMissingError(f"{path}: is a directory, not an audio file")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
-        raise AudioMissingError(f"{path}: is a device or a pipe, not an audio file")
-    if status.st_size == 0:
-        raise AudioError(f"{path}: is an empty file (0 bytes)")
 
 
 def _info(sound: soundfile.SoundFile, path: AudioPath) -> AudioInfo:

@@ -237,7 +237,9 @@ class _Row:
 
 def _read_rows(file: Path) -> list[_Row]:
     text = _read_text(file)
-    rows = list(_json_lines(text)) if _is_json_lines(file, text) else _json_list(file, text)
+    extension = file.suffix.lower()
+    is_lines = extension == ".jsonl" or (extension != ".json" and not text.lstrip().startswith("["))
+    rows = list(_json_lines(text)) if is_lines else _json_list(file, text)
     if not rows:
         raise _file_error(file, "holds no samples", "Add at least one sample.")
     return rows
@@ -257,11 +259,6 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise _file_error(file, f"is not UTF-8 (byte {error.start})", "Save the data file as UTF-8.", line) from error
-
-
-def _is_json_lines(file: Path, text: str) -> bool:
-    extension = file.suffix.lower()
-    return extension == ".jsonl" or (extension != ".json" and not text.lstrip().startswith("["))
 
 
 def _json_list(file: Path, text: str) -> list[_Row]:
@@ -323,7 +320,10 @@ class _Reader:
             if not {"misc", "misc.sample_id"} & {where for where, *_ in faults}:
                 named = _get(_get(row.raw, "misc", dict), "sample_id", str)
                 sample_id = named if named.strip() else f"{self._file.stem}-{row.position:05d}"
-            faults += [*self._repeated_id(sample_id, row.position), *_bad_values(row.raw), *self._meaning(row.raw)]
+            if sample_id is not None and (first := self._positions.setdefault(sample_id, row.position)) != row.position:
+                what = f"the id of sample {row.position} is already that of sample {first}"
+                faults.append(("misc.sample_id", what, "Give every sample an id of its own."))
+            faults += [*_bad_values(row.raw), *self._meaning(row.raw)]
         if faults or parsed is None or sample_id is None:
             return None, [Problem(row.position, sample_id, *fault, path=self._file, line=row.line) for fault in faults]
         start, misc = parsed.start_index or 0, parsed.misc or MiscFields()
@@ -350,12 +350,6 @@ class _Reader:
 
     def _path(self, url: str) -> Path:
         return (self._file.parent / url).resolve()
-
-    def _repeated_id(self, sample_id: str | None, position: int) -> Iterator[Fault]:
-        first = self._positions.setdefault(sample_id, position) if sample_id is not None else position
-        if first != position:
-            what = f"the id of sample {position} is already that of sample {first}"
-            yield "misc.sample_id", what, "Give every sample an id of its own."
 
     def _meaning(self, raw: Mapping[str, Any]) -> Iterator[Fault]:
         """Faults of fields of the right type, whatever is wrong with the others."""

@@ -94,20 +94,16 @@ def load_audio_tokenizer(path: str, device: torch.device | str | None = None) ->
 
     config = _read_config(path)
     if config.model_type == "higgs_audio_v2_tokenizer":
-        _require_torchaudio(path)
+        try:
+            import_torchaudio()
+        except ImportError as error:
+            mend = "install the build that matches your torch, or pip install 'strategic-telemetry[codec]'"
+            raise ValueError(f"the audio tokenizer at {path!r} needs torchaudio: {mend}") from error
     try:
         codec = AutoModelForAudioTokenization.from_pretrained(path, config=config, dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"cannot load the weights of the audio tokenizer at {path!r}: {error}; {_MEND}") from error
     return codec.to(device or "cpu").eval().requires_grad_(False)
-
-
-def _require_torchaudio(path: str) -> None:
-    try:
-        import_torchaudio()
-    except ImportError as error:
-        mend = "install the build that matches your torch, or pip install 'strategic-telemetry[codec]'"
-        raise ValueError(f"the audio tokenizer at {path!r} needs torchaudio: {mend}") from error
 
 
 def _read_config(path: str) -> PreTrainedConfig:

@@ -76,7 +76,10 @@ class Example:
 
 
 class VoiceCloningDataset(Dataset[Example]):
-    """Checked samples with their codes.
+    """Checked samples with their codes, laid out by the conventions of ``HiggsAudioV2Processor``.
+
+    The processor's own ``output_labels=True`` supervises the prompt and the reference and masks every end of stream;
+    here only the target text and the target codes are supervised, and every codebook learns where to stop.
 
     All samples are tokenized at once, so that a sample that cannot be is known before training.
 
@@ -93,64 +96,52 @@ class VoiceCloningDataset(Dataset[Example]):
         self, samples: Sequence[Sample], processor: HiggsAudioV2Processor, codes: Mapping[Path, Tensor]
     ) -> None:
         self.samples = list(samples)
-        self._layout = Layout(processor)
+        self._processor = processor
         self._codes = codes
-        self._texts = [self._layout.text(sample, codes) for sample in self.samples]
+        self._bos, self._eos = processor.audio_stream_bos_id, processor.audio_stream_eos_id
+        codec = codec_of(processor)
+        self._codebooks = codec_num_codebooks(codec)
+        self._sampling_rate = codec_sampling_rate(codec)
+        self._frame_rate = codec_frame_rate(codec)
+        self._texts = [self._text(sample) for sample in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example:
         sample = self.samples[index]
-        input_ids, labels = self._texts[index]
-        frames, frame_labels = self._layout.audio(sample, self._codes)
-        return Example(input_ids, labels, frames, frame_labels, self._layout.metadata(sample, self._codes))
+        return Example(*self._texts[index], *self._audio(sample), self._metadata(sample))
 
-
-class Layout:
-    """How one sample becomes tensors, by the conventions of ``HiggsAudioV2Processor``.
-
-    The processor's own ``output_labels=True`` supervises the prompt and the reference and masks every end of stream;
-    here only the target text and the target codes are supervised, and every codebook learns where to stop.
-    """
-
-    def __init__(self, processor: HiggsAudioV2Processor) -> None:
-        self._processor = processor
-        self._tokenizer = processor.tokenizer
-        self._bos, self._eos = processor.audio_stream_bos_id, processor.audio_stream_eos_id
-        codec = codec_of(processor)
-        self._codebooks = codec_num_codebooks(codec)
-        self._sampling_rate = codec_sampling_rate(codec)
-        self._frame_rate = codec_frame_rate(codec)
-
-    def text(self, sample: Sample, codes: Mapping[Path, Tensor]) -> tuple[Tensor, Tensor]:
+    def _text(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``labels``, each int64 ``[sequence]``."""
         rendered, spans = self._render(sample)
-        encoded = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-        lengths = iter([len(self.delay(codes[clip.path])) for clip in _clips(sample.messages)])
+        encoded = self._processor.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        lengths = iter([len(self._delay(self._codes[clip.path])) for clip in _clips(sample.messages)])
         self._check_placeholders(sample, encoded["input_ids"])
         input_ids: list[int] = []
         labels: list[int] = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if token == self._processor.audio_token_id:
-                expanded = self._placeholders(next(lengths))
-                input_ids += expanded
-                labels += [IGNORE_INDEX] * len(expanded)
+                frames, delays = next(lengths), self._codebooks - 1
+                # As many as there are frames, the last ones for the codebooks that end later.
+                input_ids += [token] * (frames - delays) + [self._processor.audio_delay_token_id] * delays
+                labels += [IGNORE_INDEX] * frames
             else:
                 input_ids.append(token)
-                labels.append(token if _overlaps(start, end, spans) else IGNORE_INDEX)
+                is_supervised = any(max(start, first) < min(end, last) for first, last in spans)
+                labels.append(token if is_supervised else IGNORE_INDEX)
         return torch.tensor(input_ids), torch.tensor(labels)
 
-    def audio(self, sample: Sample, codes: Mapping[Path, Tensor]) -> tuple[Tensor, Tensor]:
+    def _audio(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """``audio_input_ids`` and ``audio_labels``, each int64 ``[frames, codebooks]``."""
         frames, labels = [], []
         for clip in _clips(sample.messages):
-            delayed = self.delay(codes[clip.path])
+            delayed = self._delay(self._codes[clip.path])
             frames.append(delayed)
-            labels.append(self.supervise(delayed) if clip.is_target else torch.full_like(delayed, IGNORE_INDEX))
+            labels.append(self._supervise(delayed) if clip.is_target else torch.full_like(delayed, IGNORE_INDEX))
         return torch.cat(frames), torch.cat(labels)
 
-    def delay(self, codes: Tensor) -> Tensor:
+    def _delay(self, codes: Tensor) -> Tensor:
         """Codes ``[codebooks, n]`` between stream BOS and EOS, codebook *k* shifted by *k* frames.
 
         Returns:
@@ -160,26 +151,23 @@ class Layout:
         stream = torch.cat([begin, codes, end], dim=1)
         return self._processor.build_delay_pattern(stream[None])[0].transpose(0, 1).contiguous()
 
-    def supervise(self, delayed: Tensor) -> Tensor:
+    def _supervise(self, delayed: Tensor) -> Tensor:
         """Labels of a target clip: its codes and the first EOS of each codebook; what generation forces has none."""
         ends = delayed == self._eos
         forced = ends & (ends.long().cumsum(dim=0) > 1)
         return delayed.masked_fill(forced | (delayed == self._bos), IGNORE_INDEX)
 
-    def metadata(self, sample: Sample, codes: Mapping[Path, Tensor]) -> dict[str, Any]:
+    def _metadata(self, sample: Sample) -> dict[str, Any]:
         """What travels beside the tensors of a sample."""
+        named = ("sample_id", "speaker", "language", "ref_transcript", "target_transcript")
         return {
-            "sample_id": sample.sample_id,
-            "speaker": sample.speaker,
-            "language": sample.language,
-            "ref_transcript": sample.ref_transcript,
-            "target_transcript": sample.target_transcript,
-            "reference": [self._waveform(path, codes) for path in sample.references],
-            "target": [self._waveform(path, codes) for path in sample.targets],
+            **{name: getattr(sample, name) for name in named},
+            "reference": [self._waveform(path) for path in sample.references],
+            "target": [self._waveform(path) for path in sample.targets],
         }
 
-    def _waveform(self, path: Path, codes: Mapping[Path, Tensor]) -> Waveform:
-        return Waveform(path, self._sampling_rate, codes[path].shape[1] / self._frame_rate)
+    def _waveform(self, path: Path) -> Waveform:
+        return Waveform(path, self._sampling_rate, self._codes[path].shape[1] / self._frame_rate)
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
         """The whole conversation as text, and the character spans of its supervised text."""
@@ -211,15 +199,6 @@ class Layout:
             raise _layout_error(
                 sample, f"{found} audio tokens for {clips} clips: a text holds an audio token of the model's"
             )
-
-    def _placeholders(self, frames: int) -> list[int]:
-        """Ids of one clip: as many as it has frames, the last ones for the codebooks that end later."""
-        delays = self._codebooks - 1
-        return [self._processor.audio_token_id] * (frames - delays) + [self._processor.audio_delay_token_id] * delays
-
-
-def _overlaps(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
-    return end > start and any(start < span_end and end > span_start for span_start, span_end in spans)
 
 
 def _shared_length(text: str, other: str) -> int:

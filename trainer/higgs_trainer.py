@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,6 @@ from transformers.training_args import TrainingArguments
 from trainer.loss import AccumulatedLoss, supervised_counts
 
 METADATA = "metadata"
-
-
-class StepObserver(Protocol):
-    """A callback that wants to see inside some steps, beyond the Trainer's events."""
-
-    def is_due(self, step: int) -> bool:
-        """Whether it wants to see an optimizer step (counted from 1)."""
-
-    def on_microbatch(self, args: Any, state: Any, control: Any, metadata: Any = ..., **kwargs: Any) -> None:
-        """A microbatch of a due step is about to run; ``metadata`` is what the model does not see of it."""
-
-    def on_outputs(
-        self, args: Any, state: Any, control: Any, inputs: Any = ..., outputs: Any = ..., **kwargs: Any
-    ) -> None:
-        """A microbatch of a due step has run; tensors are detached."""
-
-    def on_gradients(self, args: Any, state: Any, control: Any, model: Any = ..., **kwargs: Any) -> None:
-        """All gradients of a due step are there, not yet clipped."""
 
 
 class StepDataHandler(CallbackHandler):
@@ -54,8 +36,10 @@ class StepDataHandler(CallbackHandler):
 class HiggsAudioTrainer(Trainer):
     """Fine-tunes ``HiggsAudioV2ForConditionalGeneration``, plain or wrapped by peft.
 
-    Takes the arguments of ``transformers.Trainer``. Callbacks with the methods of :class:`StepObserver` (the strategic
-    callbacks) see metadata, inputs, outputs and unclipped gradients of the steps that they ask for.
+    Takes the arguments of ``transformers.Trainer``. Callbacks with a method ``on_microbatch`` (the strategic callbacks)
+    are asked ``is_due(step)`` of every optimizer step, counted from 1. Of a due one they see every microbatch's
+    ``metadata`` before it runs (``on_microbatch``), its ``inputs`` and detached ``outputs`` after (``on_outputs``), and
+    the ``model`` when all gradients are there and not yet clipped (``on_gradients``).
 
     Raises:
         ValueError: for another model, for label smoothing, or when one process would drive several GPUs (start one per
@@ -80,7 +64,7 @@ class HiggsAudioTrainer(Trainer):
         base.loss_function = self._loss
         self.callback_handler = self._step_data_handler = StepDataHandler(self.callback_handler)
         self._metadata: Any = None
-        self._observers: list[StepObserver] = []
+        self._observers: list[Any] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The Trainer's own; callbacks may look at evaluation batches from the beginning of training."""
@@ -112,16 +96,13 @@ class HiggsAudioTrainer(Trainer):
         if self._observers:
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             shown = {**inputs, **counted, METADATA: self._metadata}
-            seen = {"inputs": shown, "outputs": _detached(outputs, self._scale(bool(counted)))}
+            # What the Trainer has multiplied the model's loss by, in place: gradients are averaged over ranks.
+            scale = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
+            seen = {"inputs": shown, "outputs": _detached(outputs, scale)}
             for observer in self._observers:
                 observer.on_outputs(self.args, self.state, self.control, **seen)
             self._step_data_handler.step_data = seen
         return (loss, outputs) if return_outputs else loss
-
-    def _scale(self, counted: bool) -> int:
-        """What the Trainer has multiplied the model's loss by, in place: gradients are averaged over ranks."""
-        across = counted and self.args.average_tokens_across_devices
-        return int(self.accelerator.num_processes) if across else 1
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Supervised tokens of each part of the loss over the accumulated batch and all ranks."""
@@ -145,10 +126,10 @@ class HiggsAudioTrainer(Trainer):
             observer.on_gradients(self.args, self.state, self.control, model=self.model)
         return super()._clip_grad_norm(model)
 
-    def _due_observers(self) -> list[StepObserver]:
+    def _due_observers(self) -> list[Any]:
         step = self.state.global_step + 1
         return [
-            cast(StepObserver, callback)
+            callback
             for callback in self.callback_handler.callbacks
             if hasattr(callback, "on_microbatch") and callback.is_due(step)
         ]

@@ -36,8 +36,10 @@ def load_processor(
         ValueError: when there is no processor, or none of its parts can be loaded; says which and what to do.
     """
     settings = _read_settings(model_path)
-    codec_path = audio_tokenizer_path or _named_codec(settings, model_path)
-    codec = load_audio_tokenizer(codec_path, device)
+    codec_path = audio_tokenizer_path or (settings.get("audio_tokenizer") or {}).get("audio_tokenizer_name_or_path")
+    if not codec_path:
+        raise ValueError(f"the processor of {model_path} names no audio tokenizer: pass --audio_tokenizer_path")
+    codec = load_audio_tokenizer(str(codec_path), device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
@@ -113,13 +115,6 @@ def _read_settings(model_path: str) -> dict[str, Any]:
             "model, tokenizer and HiggsAudioV2Processor, such as bosonai/higgs-audio-v2-generation-3B-base."
         ) from error
     return dict(json.loads(Path(str(path)).read_text(encoding="utf-8")))
-
-
-def _named_codec(settings: dict[str, Any], model_path: str) -> str:
-    named = (settings.get("audio_tokenizer") or {}).get("audio_tokenizer_name_or_path")
-    if not named:
-        raise ValueError(f"the processor of {model_path} names no audio tokenizer: pass --audio_tokenizer_path")
-    return str(named)
 
 
 def _use_training_template(processor: HiggsAudioV2Processor) -> None:

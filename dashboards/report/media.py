@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import soundfile
 
@@ -15,19 +15,11 @@ from dashboards.runs import AUDIO, IMAGES, TEXT, Run, Stored, unescape
 from telemetry.records import Alert, Table, held_bytes
 from telemetry.tfrecord import DamagedError
 
-AUDIO_BYTES = 3 * 2**20
-IMAGE_BYTES = 3 * 2**19
+AUDIO_BYTES = 4 * 2**20
+IMAGE_BYTES = 2 * 2**20
 TEXT_BYTES = 2**20
 STEPS_OF_A_TEXT = 5
 ALERTS = 200
-
-
-class Sized(Protocol):
-    """Something that takes room in the page."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its content."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +31,12 @@ class ClipView:
         seconds: its length.
         sampling_rate: in hertz.
         source: ``data:`` URI.
-        nbytes: of the compressed clip.
     """
 
     label: str
     seconds: float
     sampling_rate: int
     source: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Sound:
-    """The clips of a tag at a step; an empty place among them is None."""
-
-    clips: tuple[ClipView | None, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all clips."""
-        return sum(clip.nbytes for clip in self.clips if clip)
 
 
 @dataclass(frozen=True)
@@ -68,28 +46,29 @@ class Picture:
     width: int
     height: int
     source: str
-    nbytes: int
 
 
-@dataclass(frozen=True)
-class Document:
-    """A table or an alert; Markdown where it is neither."""
+Document: TypeAlias = Table | Alert | str
+"""A table or an alert; Markdown where it is neither."""
 
-    content: Table | Alert | str
-    nbytes: int
+Sound: TypeAlias = tuple[ClipView | None, ...]
+"""The clips of a tag at a step; an empty place among them is None."""
 
-
-Content = TypeVar("Content", bound=Sized)
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
 class Item(Generic[Content]):
-    """Content with where it comes from. ``tag`` is as recorded, without the name of a page at its end."""
+    """Content with where it comes from, and the bytes that it takes in the page.
+
+    ``tag`` is as recorded, without the name of a page at its end.
+    """
 
     run: int
     tag: str
     step: int
     content: Content
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +88,7 @@ class Shelf(Generic[Content]):
     @property
     def nbytes(self) -> int:
         """Bytes of all items."""
-        return sum(item.content.nbytes for item in self.items)
+        return sum(item.nbytes for item in self.items)
 
 
 @dataclass(frozen=True)
@@ -160,7 +139,7 @@ def _are_alerts(stored: Sequence[Stored]) -> bool:
 def _shelf(
     runs: Sequence[Run],
     candidates: Sequence[Numbered],
-    decode: Callable[[Stored], Content],
+    decode: Callable[[Stored], tuple[Content, int]],
     room: int,
     everything: Sequence[Numbered] | None = None,
 ) -> Shelf[Content]:
@@ -171,13 +150,13 @@ def _shelf(
         fitted = False
         for number, stored in together:
             try:
-                content = decode(stored)
+                content, nbytes = decode(stored)
             except (DamagedError, OSError, ValueError, soundfile.SoundFileError):
                 unreadable += 1
                 continue
-            if content.nbytes <= room:
-                room -= content.nbytes
-                items.append(Item(number, recorded_tag(stored, runs[number]), stored.step, content))
+            if nbytes <= room:
+                room -= nbytes
+                items.append(Item(number, recorded_tag(stored, runs[number]), stored.step, content, nbytes))
                 fitted = True
         if items and not fitted:
             break  # whatever is older is less worth the time that decoding takes
@@ -207,18 +186,19 @@ def recorded_tag(stored: Stored, run: Run) -> str:
     return tag if tag in run.tags else stored.tag
 
 
-def _document(stored: Stored) -> Document:
+def _document(stored: Stored) -> tuple[Document, int]:
     record = stored.record()
     if record is not None:
-        return Document(record, held_bytes(record))
+        return record, held_bytes(record)
     markdown = "\n\n".join(_bytes(part).decode("utf-8", "replace") for part in stored.load().ravel())
-    return Document(markdown, len(markdown))
+    return markdown, len(markdown)
 
 
-def _sound(stored: Stored) -> Sound:
+def _sound(stored: Stored) -> tuple[Sound, int]:
     array = stored.load()
     pairs = array.reshape(-1, array.shape[-1] if array.ndim == 2 else 1)
-    return Sound(tuple(_clip(_bytes(pair[0]), _bytes(pair[1]) if len(pair) > 1 else b"") for pair in pairs))
+    clips = tuple(_clip(_bytes(pair[0]), _bytes(pair[1]) if len(pair) > 1 else b"") for pair in pairs)
+    return clips, sum(len(clip.source) for clip in clips if clip)
 
 
 def _clip(data: bytes, label: bytes) -> ClipView | None:
@@ -227,20 +207,16 @@ def _clip(data: bytes, label: bytes) -> ClipView | None:
         return None
     stream = io.BytesIO()
     soundfile.write(stream, samples, rate, format="FLAC", subtype="PCM_16")
-    return ClipView(
-        label=unescape(label.decode("utf-8", "replace")),
-        seconds=len(samples) / rate,
-        sampling_rate=rate,
-        source=data_uri("audio/flac", stream.getvalue()),
-        nbytes=len(stream.getvalue()),
-    )
+    source = data_uri("audio/flac", stream.getvalue())
+    return ClipView(unescape(label.decode("utf-8", "replace")), len(samples) / rate, rate, source)
 
 
-def _picture(stored: Stored) -> Picture:
+def _picture(stored: Stored) -> tuple[Picture, int]:
     width, height, *pictures = (_bytes(part) for part in stored.load().ravel())
     if not pictures or not pictures[0].startswith(b"\x89PNG"):
         raise ValueError("no PNG")
-    return Picture(int(width), int(height), data_uri("image/png", pictures[0]), len(pictures[0]))
+    source = data_uri("image/png", pictures[0])
+    return Picture(int(width), int(height), source), len(source)
 
 
 def _bytes(part: object) -> bytes:

@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
 from dashboards.runs import Run, Series
-from telemetry.catalogue import Better, find
+from telemetry.catalogue import Entry, find
 from telemetry.charts import QUESTIONS, Chart, expanded, matcher
 
 POINTS = 500_000
@@ -24,23 +25,8 @@ _COLORS, _DASHES = 7, 6  # the page's palettes; without a common divisor, so tha
 _NUMBER = re.compile(r"[0-9]+")
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """What the catalogue says of some tags of a chart.
-
-    Attributes:
-        tag: the catalogue's tag or pattern, or the tag itself where the catalogue has none.
-        meaning: one sentence.
-        unit: "" for a plain number.
-        better: which way is better.
-        notes: how it was measured on this run.
-    """
-
-    tag: str
-    meaning: str
-    unit: str
-    better: Better
-    notes: tuple[str, ...]
+Meaning: TypeAlias = tuple[Entry, tuple[str, ...]]
+"""What the catalogue says of some tags of a chart, and notes: how they were measured on these runs."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +177,7 @@ def _kind(tag: str) -> str:
 def chart_view(id_: str, chart: Chart, runs: Sequence[Run], arrays: Arrays) -> ChartView:
     """A chart whose ``tags`` are tags of these runs."""
     meanings = tuple(_meanings(chart.tags, runs))
-    units = {meaning.unit for meaning in meanings}
+    units = {entry.unit for entry, _ in meanings}
     lines = tuple(_lines(chart.tags, runs, arrays))
     return ChartView(id_, chart.title, units.pop() if len(units) == 1 else "", meanings, lines)
 
@@ -238,17 +224,12 @@ def short_names(tags: Sequence[str]) -> list[str]:
 
 def _meanings(tags: Sequence[str], runs: Sequence[Run]) -> Iterator[Meaning]:
     """One for every entry of the catalogue."""
-    described: dict[str, list[str]] = {}
+    described: dict[Entry, list[str]] = {}
     for tag in tags:
-        entry = find(tag)
-        described.setdefault(entry.tag if entry else tag, []).append(tag)
-    for key, members in described.items():
-        entry = find(members[0])
-        notes = tuple(dict.fromkeys(note for tag in members for run in runs if (note := _note(tag, run.descriptions))))
-        if entry is not None:
-            yield Meaning(entry.tag, entry.meaning, entry.unit, entry.better, notes)
-        else:
-            yield Meaning(key, "", "", None, notes)
+        described.setdefault(find(tag) or Entry(tag, ""), []).append(tag)
+    for entry, members in described.items():
+        notes = (_note(tag, run.descriptions) for tag in members for run in runs)
+        yield entry, tuple(dict.fromkeys(filter(None, notes)))
 
 
 def _note(tag: str, descriptions: Mapping[str, str]) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from dashboards.report.media import Document, Item, Media
 from dashboards.report.numbers import natural
-from dashboards.runs import Run, Series
-from telemetry.catalogue import CATALOGUE, SECTIONS, TRAINER_SECTIONS
+from dashboards.runs import Run
+from telemetry.catalogue import CATALOGUE, SECTIONS, TRAINER_SECTIONS, Entry
 from telemetry.charts import expanded, matcher
 
 CHECKS = "health/checks"
 ALERTS = "health/alerts"
 VERDICTS = ("ok", "warning", "failing")
-NAMED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -27,32 +27,17 @@ class Nonfinite:
         run: number of the run.
         tag: the scalar.
         what: what was found.
-        steps: the first steps at which it was found.
-        more: how many further steps there are.
+        steps: where it was found.
     """
 
     run: int
     tag: str
     what: str
     steps: tuple[int, ...]
-    more: int
 
 
-@dataclass(frozen=True)
-class Absent:
-    """Something of the catalogue that was not measured.
-
-    Attributes:
-        tag: tag or pattern.
-        meaning: what it would show.
-        reason: why that may be, "" where the catalogue names no reason.
-        runs: numbers of the runs that lack it.
-    """
-
-    tag: str
-    meaning: str
-    reason: str
-    runs: tuple[int, ...]
+Absent: TypeAlias = tuple[Entry, tuple[int, ...]]
+"""Something of the catalogue that was not measured, and the numbers of the runs that lack it."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +55,15 @@ class Overview:
     """The first section of the report."""
 
     verdicts: tuple[Verdicts, ...]
-    alerts: tuple[Item[Document], ...]
     nonfinite: tuple[Nonfinite, ...]
     dropped: tuple[tuple[int, int], ...]
     absent: dict[str, tuple[Absent, ...]]
-
-    @property
-    def absent_count(self) -> int:
-        """How many lines of the catalogue were not measured."""
-        return sum(map(len, self.absent.values()))
 
 
 def overview(runs: Sequence[Run], media: Media) -> Overview:
     """What these runs say about themselves."""
     return Overview(
         verdicts=tuple(_verdicts(runs, media)),
-        alerts=media.alerts.items,
         nonfinite=tuple(_nonfinite(runs)),
         dropped=tuple(_dropped(runs)),
         absent={section: found for section in SECTIONS if (found := tuple(_absent(section, runs)))},
@@ -99,31 +77,19 @@ def _verdicts(runs: Sequence[Run], media: Media) -> Iterator[Verdicts]:
         if not rules and checks is None:
             continue
         step = max([series.steps[-1] for series in rules] + ([checks.step] if checks else []))
-        counts = Counter(_verdict(series.values[-1]) for series in rules)
+        newest = [series.values[-1] if math.isfinite(series.values[-1]) else len(VERDICTS) for series in rules]
+        counts = Counter(VERDICTS[min(max(int(value), 0), len(VERDICTS) - 1)] for value in newest)
         yield Verdicts(number, step, tuple((name, counts[name]) for name in reversed(VERDICTS) if counts[name]), checks)
-
-
-def _verdict(value: float) -> str:
-    return VERDICTS[min(max(int(value), 0), len(VERDICTS) - 1)] if math.isfinite(value) else VERDICTS[-1]
 
 
 def _nonfinite(runs: Sequence[Run]) -> Iterator[Nonfinite]:
     for number, run in enumerate(runs):
         for tag in sorted(run.scalars, key=natural):
-            series = run.scalars[tag]
-            steps = [step for step, value in zip(series.steps, series.values, strict=True) if not math.isfinite(value)]
-            if steps:
-                yield _found(number, tag, "NaN or infinite", steps)
-            elif tag.endswith("/nonfinite") and (steps := _above_zero(series)):
-                yield _found(number, tag, f"up to {max(series.values):g} values", steps)
-
-
-def _above_zero(series: Series) -> list[int]:
-    return [step for step, value in zip(series.steps, series.values, strict=True) if value > 0]
-
-
-def _found(run: int, tag: str, what: str, steps: list[int]) -> Nonfinite:
-    return Nonfinite(run, tag, what, tuple(steps[:NAMED_STEPS]), max(0, len(steps) - NAMED_STEPS))
+            points = list(zip(run.scalars[tag].steps, run.scalars[tag].values, strict=True))
+            if steps := tuple(step for step, value in points if not math.isfinite(value)):
+                yield Nonfinite(number, tag, "NaN or infinite", steps)
+            elif tag.endswith("/nonfinite") and (steps := tuple(step for step, value in points if value > 0)):
+                yield Nonfinite(number, tag, f"up to {max(run.scalars[tag].values):g} values", steps)
 
 
 def _dropped(runs: Sequence[Run]) -> Iterator[tuple[int, int]]:
@@ -145,4 +111,4 @@ def _absent(section: str, runs: Sequence[Run]) -> Iterator[Absent]:
             matches = matcher(tag).fullmatch
             lacking = tuple(n for n, run in enumerate(runs) if not any(map(matches, run.tags)))
             if lacking:
-                yield Absent(tag, entry.meaning, entry.absent, lacking)
+                yield replace(entry, tag=tag), lacking

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dashboards.report.media import Document, Item, Media, Picture, Sound, collect
+from dashboards.report.media import Content, Document, Item, Media, Picture, Shelf, Sound, collect
 from dashboards.report.numbers import Arrays, ChartView, chart_view, natural, section_charts
 from dashboards.report.overview import CHECKS, Absent, overview
 from dashboards.runs import Run, read_runs
@@ -51,9 +51,8 @@ class Exhibit:
 class Showing:
     """The exhibits of one run at one step, those with a common beginning of their tags together."""
 
-    run: int
     step: int
-    rows: tuple[tuple[str, tuple[Exhibit, ...]], ...]
+    rows: dict[str, list[Exhibit]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,9 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     sections = [_section(key, title, runs, media, arrays, seen.absent.get(key, ())) for key, title in _titles(runs)]
     data = {"runs": [run.name for run in runs], "arrays": arrays.encoded, "charts": dict(_chart_data(sections))}
     scripts = {"plotly": Markup(get_plotlyjs()), "report": Markup(_asset("report.js"))}
-    hashes = " ".join(_script_hash(script) for script in scripts.values())
+    # The sources by which the content security policy lets exactly these scripts run.
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts.values())
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -115,8 +116,8 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     )  # fmt: skip
     parts = {
         "scalars": sum(map(len, arrays.encoded)),
-        "audio": media.sounds.nbytes * 4 // 3,
-        "images": media.pictures.nbytes * 4 // 3,
+        "audio": media.sounds.nbytes,
+        "images": media.pictures.nbytes,
         "texts": media.documents.nbytes + media.alerts.nbytes,
         "plotly": len(scripts["plotly"]),
     }
@@ -162,37 +163,21 @@ def _documents(section: str, media: Media) -> Iterator[tuple[str, int, tuple[Ite
 
 def _showings(section: str, media: Media) -> Iterator[tuple[int, tuple[Showing, ...]]]:
     """Run and what is heard and seen of it, the newest first."""
-    sounds = {(item.run, item.step, item.tag): item.content for item in media.sounds.items if _in(section, item.tag)}
-    pictures = {
-        (item.run, item.step, item.tag): item.content for item in media.pictures.items if _in(section, item.tag)
-    }
-    places = sounds.keys() | pictures.keys()
-    for run in sorted({place[0] for place in places}):
-        steps = sorted({place[1] for place in places if place[0] == run}, reverse=True)
-        yield (
-            run,
-            tuple(
-                Showing(
-                    run, step, tuple(_rows([place for place in places if place[:2] == (run, step)], sounds, pictures))
-                )
-                for step in steps
-            ),
-        )
-
-
-def _rows(
-    places: Sequence[tuple[int, int, str]],
-    sounds: dict[tuple[int, int, str], Sound],
-    pictures: dict[tuple[int, int, str], Picture],
-) -> Iterator[tuple[str, tuple[Exhibit, ...]]]:
-    rows: dict[str, list[Exhibit]] = {}
-    for place in sorted(places, key=lambda place: _listening_order(place[2])):
-        tag = place[2]
+    sounds, pictures = _by_place(section, media.sounds), _by_place(section, media.pictures)
+    showings: dict[int, dict[int, Showing]] = {}
+    for place in sorted(sounds.keys() | pictures.keys(), key=lambda place: (*place[:2], _listening_order(place[2]))):
+        run, step, tag = place[0], -place[1], place[2]
         row, _, title = tag.rpartition("/")
         entry = find(tag)
+        showing = showings.setdefault(run, {}).setdefault(step, Showing(step, {}))
         exhibit = Exhibit(tag, title, entry.meaning if entry else "", sounds.get(place), pictures.get(place))
-        rows.setdefault(row, []).append(exhibit)
-    yield from ((row, tuple(exhibits)) for row, exhibits in rows.items())
+        showing.rows.setdefault(row, []).append(exhibit)
+    yield from ((run, tuple(by_step.values())) for run, by_step in showings.items())
+
+
+def _by_place(section: str, shelf: Shelf[Content]) -> dict[tuple[int, int, str], Content]:
+    """Run, step (the newest first) and tag of what a section shows."""
+    return {(item.run, -item.step, item.tag): item.content for item in shelf.items if _in(section, item.tag)}
 
 
 def _listening_order(tag: str) -> tuple[Any, ...]:
@@ -230,11 +215,6 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def _asset(name: str) -> str:
     return (_HERE / "assets" / name).read_text(encoding="utf-8")
-
-
-def _script_hash(script: str) -> str:
-    """The source by which a content security policy lets exactly this script run."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def number(value: float | None) -> str:

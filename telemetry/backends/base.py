@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from telemetry.records import Record
+from telemetry.catalogue import is_the_trainers
+from telemetry.records import Record, Scalar
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,8 @@ def is_on_every_rank(backend: Backend) -> bool:
     It is given each rank's own scalars, before ranks are brought together, under ``rank_<r>/``.
     """
     return bool(getattr(backend, "every_rank", False))
+
+
+def without_the_trainers(records: Sequence[Record]) -> list[Record]:
+    """The records that are no numbers which the Trainer logs."""
+    return [record for record in records if not (isinstance(record, Scalar) and is_the_trainers(record.tag))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -15,12 +16,13 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
+from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 from rich.tree import Tree
 
-from telemetry.backends.base import Run
-from telemetry.catalogue import SECTIONS, is_the_trainers
+from telemetry.backends.base import Run, without_the_trainers
+from telemetry.catalogue import SECTIONS
 from telemetry.records import Alert, Audio, Cell, Image, Record, Scalar, Table
 
 _LOGGER = logging.getLogger("telemetry.console")
@@ -60,8 +62,7 @@ class ConsoleBackend:
         """Nothing to get ready."""
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        printed = all(isinstance(record, Scalar) and is_the_trainers(record.tag) for record in records)
-        if not printed and _LOGGER.isEnabledFor(logging.INFO):
+        if without_the_trainers(records) and _LOGGER.isEnabledFor(logging.INFO):
             _LOGGER.info("%s", self._render(step, records))
 
     def close(self) -> None:
@@ -73,17 +74,14 @@ class ConsoleBackend:
         by_section = defaultdict(list)
         for record in records:
             by_section[record.tag.split("/", 1)[0]].append(record)
-        for section in sorted(by_section, key=_section_order):
-            question = SECTIONS.get(section)
-            branch = tree.add(_plain(f"{section} — {question}" if question else section))
+        known = [section for section in SECTIONS if section in by_section]
+        for section in dict.fromkeys([*known, *by_section]):
+            branch = tree.add(_plain(f"{section} — {SECTIONS[section]}" if section in SECTIONS else section))
             for part in self._section(by_section[section], max(width - _GUIDES, 1)):
                 branch.add(part)
-        console = Console(
-            file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False, emoji=False
-        )
-        with console.capture() as capture:
-            console.print(tree, highlight=False)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        shown = io.StringIO()
+        Console(file=shown, width=width, color_system=None, markup=False, emoji=False, highlight=False).print(tree)
+        return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
     def _section(self, records: Sequence[Record], width: int) -> Iterator[RenderableType]:
         """The parts of one section: alerts first, then numbers, then everything else in the order of writing."""
@@ -96,10 +94,6 @@ class ConsoleBackend:
                 yield _plain(f"note: {note}")
         for record in records:
             yield from _content(record)
-
-
-def _section_order(section: str) -> int:
-    return list(SECTIONS).index(section) if section in SECTIONS else len(SECTIONS)
 
 
 def _of_kind(records: Iterable[Record], kind: type[RecordT]) -> list[RecordT]:
@@ -137,7 +131,7 @@ def _counted(number: int, thing: str) -> str:
 
 def _number(value: float) -> str:
     """Four digits, thousands separated in whole numbers; ``!nan``, ``!inf`` and ``!-inf`` where it is not finite."""
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         return f"!{float(value)}"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
@@ -150,36 +144,20 @@ def _grids(scalars: Sequence[Scalar], width: int) -> Iterator[RenderableType]:
     for scalar in scalars:
         prefix, _, leaf = scalar.tag.rpartition("/")
         rows[prefix.partition("/")[2]][leaf] = _number(scalar.value)
-    single = rows.pop("", None)
-    if single:
-        yield _pairs(single)
-    for names in _related(rows):
-        columns = list(dict.fromkeys(leaf for name in names for leaf in rows[name]))
-        yield from _grid({name: rows[name] for name in names}, columns, width)
+    single = {leaf: {"": number} for leaf, number in rows.pop("", {}).items()}
+    for grid in [single, *_related(rows)] if single else _related(rows):
+        yield from _grid(grid, list(dict.fromkeys(leaf for cells in grid.values() for leaf in cells)), width)
 
 
-def _pairs(cells: Mapping[str, str]) -> RenderableType:
-    pairs = RichTable.grid(padding=(0, _GAP, 0, 0))
-    pairs.add_column()
-    pairs.add_column(justify="right")
-    for name, number in cells.items():
-        pairs.add_row(_plain(name), _plain(number))
-    return pairs
-
-
-def _related(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+def _related(rows: Mapping[str, Mapping[str, str]]) -> list[Mapping[str, Mapping[str, str]]]:
     """Rows that share a column, directly or through others, belong in one grid. Order of first appearance."""
-    grids: list[tuple[set[str], list[str]]] = []
+    grids: list[Mapping[str, Mapping[str, str]]] = []
     for name, cells in rows.items():
-        joined, others = (set(cells), [name]), []
-        for columns, names in grids:
-            if columns & joined[0]:
-                joined = (columns | joined[0], names + joined[1])
-            else:
-                others.append((columns, names))
-        grids = [*others, joined]
-    order = {name: place for place, name in enumerate(rows)}
-    return sorted((sorted(names, key=order.__getitem__) for _, names in grids), key=lambda names: order[names[0]])
+        joined = [grid for grid in grids if any(cells.keys() & others.keys() for others in grid.values())]
+        place = grids.index(joined[0]) if joined else len(grids)
+        grids[place:] = [grid for grid in grids[place:] if grid not in joined]
+        grids.insert(place, {row: held for grid in [*joined, {name: cells}] for row, held in grid.items()})
+    return grids
 
 
 def _grid(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str], width: int) -> Iterator[RenderableType]:
@@ -189,7 +167,11 @@ def _grid(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str], width: 
     while start < len(columns):
         left, stop = width - taken, start
         while stop < len(columns):
-            left -= _GAP + _column_width(columns[start:stop], columns[stop], rows)
+            cells = (
+                _heading(columns[start:stop], columns[stop]),
+                *(row.get(columns[stop], "") for row in rows.values()),
+            )
+            left -= _GAP + max(map(cell_len, cells))
             if left < 0 and stop > start:
                 break
             stop += 1
@@ -197,12 +179,8 @@ def _grid(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str], width: 
         start = stop
 
 
-def _column_width(before: Sequence[str], column: str, rows: Mapping[str, Mapping[str, str]]) -> int:
-    return max(cell_len(_heading(before, column)), *(cell_len(cells.get(column, "")) for cells in rows.values()))
-
-
 def _grid_part(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> RenderableType:
-    grid = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
+    grid = RichTable(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=any(columns))
     grid.add_column("")
     for place, column in enumerate(columns):
         grid.add_column(_plain(_heading(columns[:place], column)), justify="right")
@@ -220,52 +198,41 @@ def _heading(before: Sequence[str], column: str) -> str:
 
 
 def _alert(alert: Alert) -> RichText:
-    return _plain(
-        f"{alert.level.upper()} {alert.tag}: {alert.title}"
-        + (f"\n{_shortened(alert.text, _TEXT_CHARACTERS)}" if alert.text else "")
-    )
+    text = f"\n{_shortened(alert.text, _TEXT_CHARACTERS)}" if alert.text else ""
+    return _plain(f"{alert.level.upper()} {alert.tag}: {alert.title}{text}")
 
 
 def _content(record: Record) -> Iterator[RenderableType]:
     """What is shown of a record that is neither a scalar nor an alert."""
     path = record.tag.partition("/")[2] or record.tag
     if isinstance(record, Table):
-        yield Group(_plain(path), Padding(_table(record), (0, 0, 0, 2)), *_more_rows(record))
+        yield Group(_plain(path), *_table(record))
     elif isinstance(record, Audio):
         for clip in record.clips:
             seconds = f"{len(clip.samples) / clip.sampling_rate:.1f} s" if clip.sampling_rate > 0 else "? s"
-            yield _plain(
-                f"{path}: {seconds} at {clip.sampling_rate:,} Hz" + (f", {clip.caption}" if clip.caption else "")
-            )
+            caption = f", {clip.caption}" if clip.caption else ""
+            yield _plain(f"{path}: {seconds} at {clip.sampling_rate:,} Hz{caption}")
     elif isinstance(record, Image):
         height, width = record.pixels.shape[:2]
         yield _plain(f"{path}: image of {width} × {height}" + (f", {record.caption}" if record.caption else ""))
 
 
-def _table(table: Table) -> RichTable:
-    rows = table.rows[: _rows_shown(table)]
-    lines = [table.columns, *rows]
-    if _is_wide(table):  # on its side: a line for every column that holds anything
+def _table(table: Table) -> Iterator[RenderableType]:
+    """The first rows, and how many more there are. A wide table is on its side: a line for every column with a cell."""
+    is_wide = len(table.columns) > _COLUMNS
+    most = _WIDE_ROWS if is_wide else _ROWS
+    lines = [table.columns, *table.rows[:most]]
+    if is_wide:
         lines = [line for line in zip(*lines, strict=True) if any(cell is not None for cell in line[1:])]
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for cell in lines[0] if lines else ():
-        shown.add_column(_plain(_shortened(_cell(cell), _CELL_CHARACTERS)), overflow="fold")
-    for line in lines[1:]:
-        shown.add_row(*(_plain(_shortened(_cell(cell), _CELL_CHARACTERS)) for cell in line))
-    return shown
-
-
-def _is_wide(table: Table) -> bool:
-    return len(table.columns) > _COLUMNS
-
-
-def _rows_shown(table: Table) -> int:
-    return _WIDE_ROWS if _is_wide(table) else _ROWS
-
-
-def _more_rows(table: Table) -> list[RichText]:
-    more = len(table.rows) - _rows_shown(table)
-    return [_plain(f"  … {_counted(more, 'more row')}")] if more > 0 else []
+    heading, *rows = [[_plain(_shortened(_cell(cell), _CELL_CHARACTERS)) for cell in line] for line in lines] or [[]]
+    shown = RichTable(
+        *(Column(cell, overflow="fold") for cell in heading), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )
+    for row in rows:
+        shown.add_row(*row)
+    yield Padding(shown, (0, 0, 0, 2))
+    if (more := len(table.rows) - most) > 0:
+        yield _plain(f"  … {_counted(more, 'more row')}")
 
 
 def _cell(cell: Cell) -> str:

@@ -1,18 +1,57 @@
-"""Sound and pictures as files in memory: what a destination that shows media takes."""
+"""What a destination makes of records: sound and pictures as files in memory, and a count of what it cannot show."""
 
 from __future__ import annotations
 
 import io
-import wave
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import soundfile
 from PIL import Image as PillowImage
 
-from telemetry.records import Clip
+from telemetry.records import Clip, Record
+
+RecordT = TypeVar("RecordT", bound=Record)
+MadeT = TypeVar("MadeT")
+
+logger = logging.getLogger(__name__)
 
 _FULL_SCALE = 32767  # of a float sample at 1.0, so that -1.0 and 1.0 are equally far from silence
 _INTEGER_FULL_SCALE = 32768  # of integers, so that 16-bit samples stay as they are
+
+
+class Shown:
+    """What a destination makes of records. One that it cannot show does not keep the others away.
+
+    Args:
+        destination: what it is called.
+
+    Attributes:
+        unshown_records: how many it could not show. A warning names each of their tags once.
+    """
+
+    def __init__(self, destination: str) -> None:
+        self.unshown_records = 0
+        self._destination = destination
+        self._warned: set[str] = set()
+
+    def made(self, records: Iterable[RecordT], make: Callable[[RecordT], MadeT]) -> Iterator[MadeT]:
+        """What ``make`` makes of each record that can be shown."""
+        for record in records:
+            try:
+                yield make(record)
+            except (TypeError, ValueError, OverflowError) as error:
+                self.unshown_records += 1
+                self.warn_once(record.tag, f"{self._destination} cannot show {record.tag}: {error}")
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Log a warning the first time its key comes up."""
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message)
 
 
 @dataclass(frozen=True)
@@ -21,33 +60,34 @@ class Wav:
 
     Attributes:
         data: the whole file.
-        frames: samples per channel.
+        samples: int16 of shape ``[frames, channels]``.
+        caption: what the clip's says.
         clipped: finite samples beyond full scale, written at full scale.
         nonfinite: NaN and infinite samples, written as silence.
     """
 
     data: bytes
-    frames: int
+    samples: np.ndarray
+    caption: str
     clipped: int
     nonfinite: int
 
     @property
-    def samples(self) -> np.ndarray:
-        """int16 of shape ``[frames, channels]``."""
-        with wave.open(io.BytesIO(self.data)) as file:
-            return np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+    def is_changed(self) -> bool:
+        """Whether the clip's samples could not be written as they are."""
+        return bool(self.clipped or self.nonfinite)
 
     @property
-    def remarks(self) -> list[str]:
-        """What listeners should know about how the clip was changed, one sentence each."""
-        remarks = []
-        if not self.frames:
+    def label(self) -> str:
+        """The caption, and what listeners should know about how the clip was changed."""
+        remarks = [self.caption] if self.caption else []
+        if not len(self.samples):
             remarks.append("This clip is empty.")
         if self.nonfinite:
             remarks.append(f"{self.nonfinite} samples were NaN or infinite and are silent here.")
         if self.clipped:
             remarks.append(f"{self.clipped} samples were beyond full scale and are clipped here.")
-        return remarks
+        return " ".join(remarks)
 
 
 def encode_wav(clip: Clip) -> Wav:
@@ -64,17 +104,14 @@ def encode_wav(clip: Clip) -> Wav:
         raise ValueError(f"a sampling rate must be positive, got {clip.sampling_rate}")
     channels = samples.shape[1] if samples.ndim == 2 and samples.shape[1] else 1
     pcm, clipped, nonfinite = _pcm16(samples)
+    pcm = pcm.reshape(-1, channels)
     stream = io.BytesIO()
-    with wave.open(stream, "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(int(clip.sampling_rate))
-        file.writeframes(pcm.tobytes())
-    return Wav(stream.getvalue(), pcm.size // channels, clipped, nonfinite)
+    soundfile.write(stream, pcm, int(clip.sampling_rate), format="WAV", subtype="PCM_16")
+    return Wav(stream.getvalue(), pcm, clip.caption, clipped, nonfinite)
 
 
 def _pcm16(samples: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Samples as little-endian int16, how many were clipped, and how many were not finite."""
+    """Samples as int16, how many were clipped, and how many were not finite."""
     if np.issubdtype(samples.dtype, np.integer):
         return _integers_to_pcm16(samples), 0, 0
     if not np.issubdtype(samples.dtype, np.floating):
@@ -83,7 +120,7 @@ def _pcm16(samples: np.ndarray) -> tuple[np.ndarray, int, int]:
     # Single precision holds 24 bits, more than the 16 that are written, and halves the work.
     scaled = np.where(finite, samples, 0).astype(np.float32)
     clipped = int(np.count_nonzero(np.abs(scaled) > 1))
-    pcm = np.rint(np.clip(scaled, -1, 1) * _FULL_SCALE).astype("<i2")
+    pcm = np.rint(np.clip(scaled, -1, 1) * _FULL_SCALE).astype(np.int16)
     return pcm, clipped, int(samples.size - np.count_nonzero(finite))
 
 
@@ -93,7 +130,7 @@ def _integers_to_pcm16(samples: np.ndarray) -> np.ndarray:
     half = (int(limits.max) - int(limits.min) + 1) // 2
     middle = int(limits.min) + half
     scaled = np.rint((samples.astype(np.float64) - middle) * (_INTEGER_FULL_SCALE / half))
-    return np.clip(scaled, -_INTEGER_FULL_SCALE, _FULL_SCALE).astype("<i2")
+    return np.clip(scaled, -_INTEGER_FULL_SCALE, _FULL_SCALE).astype(np.int16)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

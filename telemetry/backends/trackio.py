@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from telemetry.backends.base import Run
-from telemetry.backends.encoding import encode_png, encode_wav
-from telemetry.catalogue import is_the_trainers
+from telemetry.backends.base import Run, without_the_trainers
+from telemetry.backends.encoding import Shown, encode_png, encode_wav
 from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
 
 DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
 
-logger = logging.getLogger(__name__)
 
-
-class TrackioBackend:
+class TrackioBackend(Shown):
     """Shows records in Trackio: ``trackio show --project PROJECT`` opens them.
 
     They are kept under ``TRACKIO_DIR``, in the project ``TRACKIO_PROJECT`` (``huggingface`` by default). A run that is
@@ -26,18 +22,14 @@ class TrackioBackend:
 
     Args:
         trainer_logs: whether to show ``train/``, ``eval/`` and ``test/``; False where the Trainer's own callback does.
-
-    Attributes:
-        unshown_records: records that Trackio has no way to show. A warning names each of their tags once.
     """
 
     name = "trackio"
 
     def __init__(self, trainer_logs: bool = True) -> None:
-        self.unshown_records = 0
+        super().__init__("Trackio")
         self._trainer_logs = trainer_logs
         self._run: Any = None
-        self._warned: set[str] = set()
 
     def open(self, run: Run) -> None:
         """Begin a run.
@@ -66,16 +58,10 @@ class TrackioBackend:
         """
         if self._run is None:
             raise RuntimeError("write() before open()")
-        values: dict[str, Any] = {}
-        for record in records:
-            if isinstance(record, Alert) or (
-                isinstance(record, Scalar) and not self._trainer_logs and is_the_trainers(record.tag)
-            ):
-                continue
-            try:
-                values.update(_values(record))
-            except (TypeError, ValueError, OverflowError) as error:
-                self._unshown(record.tag, error)
+        if not self._trainer_logs:
+            records = without_the_trainers(records)
+        others = [record for record in records if not isinstance(record, Alert)]
+        values = {tag: value for made in self.made(others, _values) for tag, value in made.items()}
         if values:
             self._run.log(values, step=step)
         for record in records:
@@ -92,12 +78,6 @@ class TrackioBackend:
 
         level = {"info": AlertLevel.INFO, "warning": AlertLevel.WARN, "error": AlertLevel.ERROR}[alert.level]
         self._run.alert(title=alert.title, text=alert.text, level=level, step=step)
-
-    def _unshown(self, tag: str, error: Exception) -> None:
-        self.unshown_records += 1
-        if tag not in self._warned:
-            self._warned.add(tag)
-            logger.warning("Trackio cannot show %s: %s", tag, error)
 
 
 def _values(record: Scalar | Table | Audio | Image) -> dict[str, Any]:
@@ -127,9 +107,8 @@ def _sound(clip: Clip) -> Any:
     import trackio
 
     wav = encode_wav(clip)
-    caption = " ".join(filter(None, (clip.caption, *wav.remarks)))
     samples = wav.samples[:, 0] if wav.samples.shape[1] == 1 else wav.samples
-    return trackio.Audio(samples, caption, clip.sampling_rate)
+    return trackio.Audio(samples, wav.label, clip.sampling_rate)
 
 
 def _picture(image: Image) -> Any:

@@ -6,20 +6,18 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
-
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from telemetry import catalogue
-from telemetry.delivery.lane import Lane, LastWord, bytes_of
+from telemetry.delivery.lane import Lane
 from telemetry.delivery.losses import Losses
-from telemetry.delivery.measured import Deferred, Emitter, Measured
+from telemetry.delivery.measured import Deferred, Job, Measured
 from telemetry.delivery.reduction import RankGather, Share, merge
 from telemetry.delivery.transfer import Transfer
 from telemetry.delivery.worker import Worker
-from telemetry.records import Alert, Audio, Image, Max, Metric, Record, Scalar, Sum, Table
+from telemetry.records import Alert, Audio, Cell, Image, Max, Metric, Record, Scalar, Sum, Table
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
@@ -33,38 +31,6 @@ class Judge(Protocol):
 
     def check(self, step: int, records: Sequence[Record], due: bool) -> Sequence[Record]:
         """What to write beside the records; ``due`` for those of a due step."""
-
-
-@dataclass
-class Job:
-    """A step on its way: what was measured, to be brought home and reduced over ranks, or finished ``records``."""
-
-    step: int
-    at: float
-    measured: Measured | None = None
-    transfer: Transfer | None = None
-    records: Sequence[Record] = ()
-    due: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        measured = (
-            128 * len(self.measured.metrics) + bytes_of(self.measured.records) if self.measured is not None else 0
-        )
-        return bytes_of(self.records) + measured + (self.transfer.nbytes if self.transfer is not None else 0)
-
-    def drop_media(self) -> int:
-        before = len(self.records)
-        self.records = [record for record in self.records if isinstance(record, Scalar)]
-        return before - len(self.records) + (_drop_media(self.measured) if self.measured is not None else 0)
-
-    def drop_all(self) -> int:
-        dropped = len(self.records)
-        self.records = ()
-        if self.measured is not None:
-            dropped += _records(self.measured)
-            self.measured, self.transfer = Measured(), None
-        return dropped
 
 
 class Home:
@@ -103,16 +69,16 @@ class Home:
         self._said: set[str] = set()
         self._absences: dict[str, str] = {}
         self._absences_shown = 0
-        self._worker: Worker[Job] = Worker(self._work, max_bytes, self._count)
+        self._worker = Worker(self._work, max_bytes, self._count)
         self._written = threading.Lock()
-        self._last = LastWord(0, 0.0, ())
+        self._last = Job(0, 0.0, Measured())
         self._verdict: dict[str, float] = {}
         self._lost_elsewhere = 0  # on other ranks, when they last said it
         self._lost_shown = 0
 
     def begin(self, step: int) -> None:
         """The run goes on from a step."""
-        self._last = LastWord(step, time.time(), ())
+        self._last = Job(step, time.time(), Measured())
 
     def put(self, job: Job) -> None:
         """Take a step on."""
@@ -138,7 +104,7 @@ class Home:
             self._said.add(key)
             logger.log(level, message, *args)
 
-    def last_word(self) -> LastWord:
+    def last_word(self) -> Job:
         """Return what a backend has to be told last: how much was lost since that was shown, and the verdict on it."""
         with self._written:
             lost = self._losses.total + self._lost_elsewhere
@@ -147,8 +113,8 @@ class Home:
                 count, shown = Scalar(LOST, float(lost)), self._verdict
                 verdicts = self._verdicts(self._last.step, [count], due=True)
                 changed = [one for one in verdicts if not isinstance(one, Scalar) or one.value != shown.get(one.tag)]
-                alerts = [one for one in self._last.records if isinstance(one, Alert)]  # are raised once
-                self._last = LastWord(self._last.step, time.time(), [count, *alerts, *changed])
+                alerts = [one for one in self._last.measured.records if isinstance(one, Alert)]  # are raised once
+                self._last = Job(self._last.step, time.time(), Measured(records=[count, *alerts, *changed]))
             return self._last
 
     # -- the background thread ----------------------------------------------------------------------------------------
@@ -158,9 +124,10 @@ class Home:
 
     def _work(self, job: Job) -> None:
         try:
-            records, own = job.records, list[Scalar]()
-            if job.measured is not None:
-                records, own = self._brought_home(job, job.measured)
+            records: Sequence[Record] = job.measured.records
+            own: list[Scalar] = []
+            if job.transfer is not None:
+                records, own = self._brought_home(job, job.transfer)
             if records:
                 records = [*records, *self._new_absences(job.due)]
                 verdicts = self._verdicts(job.step, records, job.due)
@@ -171,9 +138,9 @@ class Home:
             logger.exception("telemetry failed on step %d; training goes on", job.step)
             self._count(job.drop_all())
 
-    def _brought_home(self, job: Job, measured: Measured) -> tuple[Sequence[Record], list[Scalar]]:
+    def _brought_home(self, job: Job, transfer: Transfer) -> tuple[Sequence[Record], list[Scalar]]:
         """The records of a step, from this rank's values, or on rank 0 from all ranks'; and this rank's own scalars."""
-        step = measured.hosted(job.transfer.wait() if job.transfer is not None else ())
+        step = job.measured.hosted(transfer.wait())
         lost = self._losses.total
         if job.due and (step.metrics or step.records or step.deferred):
             step.metrics["telemetry/queue_depth"] = Max(self._waiting())
@@ -195,9 +162,7 @@ class Home:
         if LOST in step.metrics:
             self._lost_shown = int(step.metrics[LOST].result() or 0)
             self._lost_elsewhere = self._lost_shown - lost
-        return _with_tables(
-            records, [_of_rank(table, rank) for rank, share in enumerate(shares) for table in share.tables]
-        ), own
+        return _with_tables(records, shares), own
 
     def _waiting(self) -> int:
         """Steps that some backend has not begun to write."""
@@ -243,13 +208,18 @@ class Home:
         return tuple(_without_media(record) for record in scratch.records if isinstance(record, Table))
 
     def _build(self, work: Deferred, step: Measured) -> None:
+        if work.build is None:
+            return
         try:
-            work.build(work.tensors, _StepEmitter(step, self))
+            work.build(work.tensors, step)
         except Exception:
             name = getattr(work.build, "__qualname__", work.build)
             if f"build:{name}" not in self._said:
                 self._said.add(f"build:{name}")
                 logger.exception("telemetry could not show what %s makes; training goes on", name)
+        for tag, reason in step.absences.items():
+            self.absent(tag, reason)
+        step.absences.clear()
 
     def _name_nonfinite(self, step: int, shares: Sequence[Share]) -> None:
         for rank, share in enumerate(shares):
@@ -282,49 +252,11 @@ class Home:
     def _deliver(self, job: Job, records: Sequence[Record], own: Sequence[Scalar]) -> None:
         records = self.sound.allowed(records) if self.shows else []
         with self._written:
-            self._last = LastWord(job.step, job.at, ())
+            self._last = Job(job.step, job.at, Measured())
         for lane in self._lanes:
             given = [*records, *own] if lane.every_rank else records
             if given:
                 lane.put(job.step, job.at, given)
-
-
-class _StepEmitter:
-    """Adds to a step that has already been taken from the recorder."""
-
-    def __init__(self, step: Measured, home: Home) -> None:
-        self._step = step
-        self._home = home
-
-    def metric(self, tag: str, value: Metric, note: str = "") -> None:
-        self._step.add_metric(tag, value, note)
-
-    def record(self, record: Record) -> None:
-        self._step.records.append(record)
-
-    def absent(self, tag: str, reason: str) -> None:
-        self._home.absent(tag, reason)
-
-    def merged(self, tag: str) -> Metric | None:
-        return self._step.metrics.get(tag)
-
-
-def _nothing(_tensors: Mapping[str, Tensor], _emit: Emitter) -> None:
-    """What is left of deferred work that was dropped."""
-
-
-def _records(measured: Measured) -> int:
-    """How many records it makes, as far as that can be told: work that is still to be done counts as one."""
-    metrics = sum(metric.shown for metric in measured.metrics.values())
-    return metrics + len(measured.records) + sum(work.build is not _nothing for work in measured.deferred)
-
-
-def _drop_media(measured: Measured) -> int:
-    before = _records(measured)
-    measured.records = [record for record in measured.records if isinstance(record, Scalar)]
-    for work in measured.deferred:
-        work.build = _nothing if work.shows else work.build
-    return before - _records(measured)
 
 
 def _finite(metric: Metric) -> bool:
@@ -338,25 +270,17 @@ def _without_media(table: Table) -> Table:
     return replace(table, rows=tuple(rows))
 
 
-def _of_rank(table: Table, rank: int) -> Table:
-    """The table with its rows' first cell saying which rank they are of."""
-    return replace(table, rows=tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row))
-
-
-def _with_tables(records: list[Record], others: Sequence[Table]) -> list[Record]:
-    """Rank 0's records with other ranks' rows after its own."""
-    for table in others:
-        at = next(
-            (
-                i
-                for i, own in enumerate(records)
-                if isinstance(own, Table) and own.tag == table.tag and own.columns == table.columns
-            ),
-            None,
-        )
-        if at is None:
-            records.append(table)
-        else:
-            own = cast(Table, records[at])
-            records[at] = replace(own, rows=own.rows + table.rows)
-    return records
+def _with_tables(records: Sequence[Record], shares: Sequence[Share]) -> list[Record]:
+    """Rank 0's records with other ranks' rows after its own; their first cell says which rank they are of."""
+    rows: dict[tuple[str, tuple[str, ...]], tuple[tuple[Cell, ...], ...]] = {}
+    for rank, share in enumerate(shares):
+        for table in share.tables:
+            named = tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row)
+            rows[table.tag, table.columns] = rows.get((table.tag, table.columns), ()) + named
+    joined = [
+        replace(record, rows=record.rows + rows.pop((record.tag, record.columns), ()))
+        if isinstance(record, Table)
+        else record
+        for record in records
+    ]
+    return [*joined, *(Table(tag, columns, more) for (tag, columns), more in rows.items())]

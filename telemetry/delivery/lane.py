@@ -6,55 +6,17 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
 from telemetry.delivery.losses import Losses
+from telemetry.delivery.measured import Job, Measured
 from telemetry.delivery.worker import Worker
-from telemetry.records import Record, Scalar, held_bytes
+from telemetry.records import Record
 
 MAX_FAILURES = 3
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LastWord:
-    """What is still to be said of a run when everything else has been written.
-
-    Attributes:
-        step: the last one that was written.
-        at: when, in seconds since the epoch.
-        records: what is to be said.
-    """
-
-    step: int
-    at: float
-    records: Sequence[Record]
-
-
-@dataclass
-class Delivery:
-    """Records of a step for one backend, or (``last_word``) the end of it."""
-
-    step: int = 0
-    at: float = 0.0
-    records: Sequence[Record] = ()
-    last_word: Callable[[], LastWord] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return bytes_of(self.records)
-
-    def drop_media(self) -> int:
-        before = len(self.records)
-        self.records = [record for record in self.records if isinstance(record, Scalar)]
-        return before - len(self.records)
-
-    def drop_all(self) -> int:
-        dropped, self.records = len(self.records), ()
-        return dropped
 
 
 class Lane:
@@ -67,6 +29,11 @@ class Lane:
         backend: every call of it is made on this lane's thread, but ``abandon``.
         losses: where lost records are counted.
         max_bytes: how much may wait; beyond that the oldest media are dropped first, and numbers last.
+
+    Attributes:
+        every_rank: whether the backend is given each rank's own scalars.
+        learns_late: whether the backend knows at its end only what it has lost.
+        given_up: whether the backend did not end in time.
     """
 
     def __init__(self, backend: Backend, losses: Losses, max_bytes: int) -> None:
@@ -75,14 +42,16 @@ class Lane:
         self._backend = backend
         self._losses = losses
         self._catch_up: Callable[[bool], bool] | None = getattr(backend, "catch_up", None)
-        self._worker: Worker[Delivery] = Worker(self._work, max_bytes, losses.add, self._catch_up and self._idle)
+        self.learns_late = self._catch_up is not None
+        idle = functools.partial(self._catches_up, last=False) if self.learns_late else None
+        self._worker = Worker(self._work, max_bytes, losses.add, idle)
         self._run: Run | None = None
         self._opened = False
         self._active = True
         self._failures = 0
         self._reported = _reported(backend)
         self._at_stake = 0  # records of the call that is being made
-        self._given_up = False
+        self.given_up = False
         self._lock = threading.Lock()
 
     @property
@@ -90,34 +59,18 @@ class Lane:
         """Steps that the backend has not begun to write."""
         return self._worker.waiting
 
-    @property
-    def learns_late(self) -> bool:
-        """Whether the backend knows at its end only what it has lost."""
-        return self._catch_up is not None
-
-    @property
-    def given_up(self) -> bool:
-        """Whether the backend did not end in time."""
-        return self._given_up
-
     def open(self, run: Run) -> None:
         """Have the backend opened."""
         self._run = run
-        self._worker.put(Delivery())
+        self._worker.put(Job(0, 0.0, Measured()))
 
     def put(self, step: int, at: float, records: Sequence[Record]) -> None:
-        """Have the records of a step written.
+        """Have the records of a step written that was handed over at ``at``, in seconds since the epoch."""
+        self._worker.put(Job(step, at, Measured(records=list(records))))
 
-        Args:
-            step: the optimizer step.
-            at: when it was handed over, in seconds since the epoch.
-            records: what to write.
-        """
-        self._worker.put(Delivery(step, at, records))
-
-    def end(self, last_word: Callable[[], LastWord]) -> None:
+    def end(self, last_word: Callable[[], Job]) -> None:
         """Have the backend closed after all that waits. ``last_word`` is asked for when that has been written."""
-        self._worker.put(Delivery(last_word=last_word))
+        self._worker.put(Job(0, 0.0, Measured(), last_word=last_word))
 
     def drain(self, seconds: float) -> bool:
         """Wait until nothing is left to do, at most so long. Returns whether that is so."""
@@ -126,7 +79,7 @@ class Lane:
     def give_up(self) -> None:
         """Go on without the backend, which takes too long: what it has not written is lost."""
         with self._lock:
-            self._given_up = True
+            self.given_up = True
             lost, self._at_stake = self._at_stake, 0
         lost += self._worker.close()
         abandon = getattr(self._backend, "abandon", None)
@@ -140,38 +93,35 @@ class Lane:
 
     # -- the lane's own thread ----------------------------------------------------------------------------------------
 
-    def _work(self, delivery: Delivery) -> None:
+    def _work(self, job: Job) -> None:
         if self._run is not None and self._active and not self._opened:
             self._opened, _ = self._attempt("open", functools.partial(self._backend.open, self._run))
             self._active = self._active and self._opened
-        if delivery.last_word is not None:
-            self._end(delivery.last_word)
+        if job.last_word is not None:
+            self._end(job.last_word)
         else:
-            self._write(delivery.step, delivery.at, delivery.records)
+            self._write(job)
 
-    def _write(self, step: int, at: float, records: Sequence[Record]) -> None:
+    def _write(self, job: Job) -> None:
+        records = job.measured.records
         if not self._active:
             self._losses.add(len(records))
         elif records:
             if hasattr(self._backend, "step_time"):
-                self._backend.step_time = at
-            self._attempt("write", functools.partial(self._backend.write, step, records), len(records))
-
-    def _idle(self) -> bool:
-        """Have the backend do what it has put off; whether there is more of it."""
-        return self._catches_up(last=False)
+                self._backend.step_time = job.at
+            self._attempt("write", functools.partial(self._backend.write, job.step, records), len(records))
 
     def _catches_up(self, last: bool) -> bool:
+        """Have the backend do what it has put off; whether there is more of it."""
         if self._catch_up is None or not self._active or not self._opened:
             return False
         _, more = self._attempt("catch up", functools.partial(self._catch_up, last))
         return bool(more)
 
-    def _end(self, last_word: Callable[[], LastWord]) -> None:
+    def _end(self, last_word: Callable[[], Job]) -> None:
         self._catches_up(last=True)
         if self._active:
-            word = last_word()
-            self._write(word.step, word.at, word.records)
+            self._write(last_word())
         if self._active and self._opened:
             self._attempt("close", self._backend.close)
         self._losses.add(self._worker.close())  # what still comes is lost
@@ -187,7 +137,7 @@ class Lane:
             error = caught
         with self._lock:
             self._at_stake = 0
-            if self._given_up:  # what it has lost has been counted, and said
+            if self.given_up:  # what it has lost has been counted, and said
                 return False, None
         if error is not None:
             self._failed(verb, error)
@@ -209,11 +159,6 @@ class Lane:
         before, self._reported = self._reported, _reported(self._backend)
         # One that is used again begins to count anew.
         return self._reported - before if self._reported >= before else self._reported
-
-
-def bytes_of(records: Sequence[Record]) -> int:
-    """Roughly what records hold in memory while they wait."""
-    return 64 * len(records) + sum(held_bytes(record) for record in records if not isinstance(record, Scalar))
 
 
 def _reported(backend: Backend) -> int:

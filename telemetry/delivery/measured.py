@@ -1,37 +1,18 @@
-"""What one step has measured: metric values, records, and work that needs host values."""
+"""What one step has measured (metric values, records, work that needs host values), and its way through the threads."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from telemetry.records import Metric, Record
+from telemetry.delivery.transfer import Transfer
+from telemetry.records import Metric, Record, Scalar, held_bytes
 
 _PLACE = torch.empty(0)
-
-
-class Emitter(Protocol):
-    """Where measured things go: what deferred work is given."""
-
-    def metric(self, tag: str, value: Metric, note: str = "") -> None:
-        """Add a metric value; merged with what the step already holds under the tag."""
-
-    def record(self, record: Record) -> None:
-        """Add a finished record."""
-
-    def absent(self, tag: str, reason: str) -> None:
-        """Say, once for a run, why a tag has no value."""
-
-    def merged(self, tag: str) -> Metric | None:
-        """All ranks' value of a metric: for work that shows. None where there is none, and on ranks other than 0."""
-
-
-Build = Callable[[Mapping[str, Tensor], Emitter], None]
 
 
 @dataclass
@@ -39,25 +20,58 @@ class Deferred:
     """Work on host values. ``shows``: it makes records and no metric, so only rank 0 needs it."""
 
     tensors: Mapping[str, Tensor]
-    build: Build
+    build: Build | None  # None when it has been dropped
     shows: bool
 
 
 @dataclass
 class Measured:
-    """What one step has measured so far."""
+    """What one step has measured so far. Deferred work adds to it, too."""
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     deferred: list[Deferred] = field(default_factory=list)
+    absences: dict[str, str] = field(default_factory=dict)
 
-    def add_metric(self, tag: str, value: Metric, note: str) -> None:
-        """Add a metric value; merged with what is held under the tag."""
+    def metric(self, tag: str, value: Metric, note: str = "") -> None:
+        """Add a metric value; merged with what the step already holds under the tag."""
         held = self.metrics.get(tag)
         self.metrics[tag] = value if held is None else held.merge(value)
         if note:
             self.notes[tag] = note
+
+    def record(self, record: Record) -> None:
+        """Add a finished record."""
+        self.records.append(record)
+
+    def absent(self, tag: str, reason: str) -> None:
+        """Say, once for a run, why a tag has no value."""
+        self.absences.setdefault(tag, reason)
+
+    def merged(self, tag: str) -> Metric | None:
+        """All ranks' value of a metric: for work that shows. None where there is none, and on ranks other than 0."""
+        return self.metrics.get(tag)
+
+    @property
+    def nbytes(self) -> int:
+        """Roughly what it holds in memory while it waits."""
+        media = sum(held_bytes(record) for record in self.records if not isinstance(record, Scalar))
+        return 128 * len(self.metrics) + 64 * len(self.records) + media
+
+    @property
+    def count(self) -> int:
+        """How many records it makes, as far as that can be told: work that is still to be done counts as one."""
+        shown = sum(metric.shown for metric in self.metrics.values())
+        return shown + len(self.records) + sum(work.build is not None for work in self.deferred)
+
+    def drop_media(self) -> int:
+        """Let go of what is large and shown; returns how many records that were."""
+        before = self.count
+        self.records = [record for record in self.records if isinstance(record, Scalar)]
+        for work in self.deferred:
+            work.build = None if work.shows else work.build
+        return before - self.count
 
     def tensors(self) -> list[Tensor]:
         """Everything that has to come to the host, in the order that :meth:`hosted` takes it back."""
@@ -66,27 +80,64 @@ class Measured:
 
     def emptied(self) -> Measured:
         """The same without its tensors, for which places are kept: they may be large, on a device."""
-        metrics = {tag: _emptied(metric) for tag, metric in self.metrics.items()}
+        metrics = {tag: metric.mapped(_emptied) for tag, metric in self.metrics.items()}
         deferred = [replace(work, tensors=dict.fromkeys(work.tensors, _PLACE)) for work in self.deferred]
-        return Measured(metrics, self.notes, self.records, deferred)
+        return replace(self, metrics=metrics, deferred=deferred)
 
     def hosted(self, copies: Iterable[Tensor]) -> Measured:
         """The same over host values, which take the tensors' places."""
         rest = iter(copies)
         metrics = {
-            tag: metric.with_components([_host(next(rest)) if isinstance(p, Tensor) else p for p in metric.components])
+            tag: metric.mapped(lambda part: _host(next(rest)) if isinstance(part, Tensor) else part)
             for tag, metric in self.metrics.items()
         }
         deferred = [replace(work, tensors={name: next(rest) for name in work.tensors}) for work in self.deferred]
-        return Measured(metrics, self.notes, self.records, deferred)
+        return replace(self, metrics=metrics, deferred=deferred)
 
 
-def _emptied(metric: Metric) -> Metric:
-    if not any(isinstance(part, Tensor) for part in metric.components):
-        return metric
-    emptied = copy.copy(metric)
-    emptied.components = tuple(_PLACE if isinstance(part, Tensor) else part for part in metric.components)
-    return emptied
+@dataclass
+class Job:
+    """A step on its way.
+
+    Attributes:
+        step: the optimizer step.
+        at: when it was handed over, in seconds since the epoch.
+        measured: what is to be brought home and reduced over ranks; without a transfer, finished records.
+        transfer: the host copies of its tensors.
+        due: whether it is a due step's own.
+        last_word: of a job after which nothing comes: asked for what is still to be said of the run.
+    """
+
+    step: int
+    at: float
+    measured: Measured
+    transfer: Transfer | None = None
+    due: bool = False
+    last_word: Callable[[], Job] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Roughly what it holds in memory while it waits."""
+        return self.measured.nbytes + (self.transfer.nbytes if self.transfer is not None else 0)
+
+    def drop_all(self) -> int:
+        """Let go of everything but the step itself; returns how many records that were."""
+        dropped, self.measured = self.measured.count, Measured()
+        self.transfer = None if self.transfer is None else Transfer(())
+        return dropped
+
+    def drop_media(self) -> int:
+        """Let go of what is large and shown; returns how many records that were."""
+        return self.measured.drop_media()
+
+
+Emitter: TypeAlias = Measured
+"""Where deferred work puts what it makes: the step, without what is not yet measured of it."""
+Build: TypeAlias = Callable[[Mapping[str, Tensor], Emitter], None]
+
+
+def _emptied(part: Tensor | float) -> Tensor | float:
+    return _PLACE if isinstance(part, Tensor) else part
 
 
 def _host(tensor: Tensor) -> Tensor | float:

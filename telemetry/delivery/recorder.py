@@ -21,10 +21,10 @@ from torch import Tensor
 from telemetry import shutdown
 from telemetry.backends.base import Backend, Run
 from telemetry.clock import StepClock
-from telemetry.delivery.home import Home, Job, Judge
+from telemetry.delivery.home import Home, Judge
 from telemetry.delivery.lane import MAX_FAILURES, Lane
 from telemetry.delivery.losses import Losses
-from telemetry.delivery.measured import Build, Deferred, Emitter, Measured
+from telemetry.delivery.measured import Build, Deferred, Emitter, Job, Measured
 from telemetry.delivery.reduction import RankGather
 from telemetry.delivery.transfer import Transfer
 from telemetry.records import Max, Metric, Record
@@ -93,11 +93,11 @@ class Recorder:
 
     def metric(self, tag: str, value: Metric, note: str = "") -> None:
         """Add a metric value to the step. Launches device work only."""
-        self._step.add_metric(tag, value, note)
+        self._step.metric(tag, value, note)
 
     def record(self, record: Record) -> None:
         """Add a finished record to the step."""
-        self._step.records.append(record)
+        self._step.record(record)
 
     def defer(self, tensors: Mapping[str, Tensor], build: Build) -> None:
         """Have ``build(host_tensors, emitter)`` run in the background, on every rank: for metrics of host values.
@@ -149,7 +149,7 @@ class Recorder:
     def write(self, step: int, records: Sequence[Record]) -> None:
         """Write finished records past the step that is being collected."""
         if records and self._home.shows:
-            self._home.put(Job(step, time.time(), records=records))
+            self._home.put(Job(step, time.time(), Measured(records=list(records))))
 
     def drain(self, seconds: float | None = None) -> bool:
         """Wait until all is written, at most so long (30 s by default). Returns whether it is."""
@@ -181,16 +181,10 @@ class Recorder:
         if not self._home.drain(left(HOME_SHARE)):
             logger.warning("telemetry could not bring everything home within %.0f s", HOME_SHARE * seconds)
         self._home.close()
-        first = [lane for lane in self._lanes if lane.learns_late]
-        others = [lane for lane in self._lanes if not lane.learns_late]
-        for lane in first:
-            lane.end(self._home.last_word)
-        for lane in self._lanes:
-            if not lane.drain(left(LANES_SHARE)):
-                lane.give_up()
-        others = [lane for lane in others if not lane.given_up]
-        for lane in others:
-            lane.end(self._home.last_word)
-        for lane in others:
-            if not lane.drain(left(1.0)):
-                lane.give_up()
+        for late, share in ((True, LANES_SHARE), (False, 1.0)):
+            for lane in self._lanes:
+                if lane.learns_late == late and not lane.given_up:
+                    lane.end(self._home.last_word)
+            for lane in self._lanes:
+                if not lane.given_up and not lane.drain(left(share)):
+                    lane.give_up()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -81,13 +80,18 @@ class RankGather:
             RuntimeError: when a rank is gone, does not come in time, or is at another step.
         """
         shares: list[Any] | None = [None] * self._world_size if self._rank == 0 else None
-        dist.gather_object(_with_arrays(share), shares, dst=0, group=self._group)
+        # Arrays in the tensors' places: a pickled tensor carries the whole buffer that it is a view of.
+        sent = _converted(share, lambda part: part.numpy() if isinstance(part, Tensor) else part)
+        dist.gather_object(sent, shares, dst=0, group=self._group)
         if shares is None:
             return None
         steps = {other.step for other in shares}
         if len(steps) != 1:
             raise RuntimeError(f"ranks are at different steps: {sorted(steps)}")
-        return [_with_tensors(other) for other in shares]
+        return [
+            _converted(other, lambda part: torch.from_numpy(part) if isinstance(part, np.ndarray) else part)
+            for other in shares
+        ]
 
     def launch_id(self) -> str:
         """Letters and digits of rank 0's choosing, the same on every rank. Call it on every rank at once."""
@@ -107,17 +111,5 @@ def merge(shares: Sequence[Share]) -> tuple[dict[str, Metric], dict[str, str]]:
     return metrics, notes
 
 
-def _with_arrays(share: Share) -> Share:
-    """The share with arrays in its tensors' places: a pickled tensor carries the whole buffer that it is a view of."""
-    return _converted(share, lambda part: part.numpy() if isinstance(part, Tensor) else part)
-
-
-def _with_tensors(share: Share) -> Share:
-    return _converted(share, lambda part: torch.from_numpy(part) if isinstance(part, np.ndarray) else part)
-
-
 def _converted(share: Share, convert: Callable[[Any], Any]) -> Share:
-    metrics = {tag: copy.copy(metric) for tag, metric in share.metrics.items()}
-    for metric in metrics.values():
-        metric.components = tuple(map(convert, metric.components))
-    return replace(share, metrics=metrics)
+    return replace(share, metrics={tag: metric.mapped(convert) for tag, metric in share.metrics.items()})

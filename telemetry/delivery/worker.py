@@ -5,27 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+
+from telemetry.delivery.measured import Job
 
 
-class Job(Protocol):
-    """What the thread works on."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held while it waits."""
-
-    def drop_media(self) -> int:
-        """Let go of what is large and shown; returns how many records that were."""
-
-    def drop_all(self) -> int:
-        """Let go of everything; returns how many records that were."""
-
-
-JobT = TypeVar("JobT", bound=Job)
-
-
-class Worker(Generic[JobT]):
+class Worker:
     """Works through jobs in order, on a thread that starts with the first.
 
     When more than ``max_bytes`` wait, the oldest jobs lose their media first, and only then their numbers; every job
@@ -41,7 +25,7 @@ class Worker(Generic[JobT]):
 
     def __init__(
         self,
-        work: Callable[[JobT], None],
+        work: Callable[[Job], None],
         max_bytes: int,
         on_drop: Callable[[int], None],
         idle: Callable[[], bool] | None = None,
@@ -50,7 +34,7 @@ class Worker(Generic[JobT]):
         self._max_bytes = max_bytes
         self._on_drop = on_drop
         self._idle = idle
-        self._queue: deque[tuple[JobT, int]] = deque()  # with the bytes that it holds
+        self._queue: deque[tuple[Job, int]] = deque()  # with the bytes that it holds
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._held = 0
@@ -62,7 +46,7 @@ class Worker(Generic[JobT]):
         """Jobs not yet begun."""
         return len(self._queue)
 
-    def put(self, job: JobT) -> None:
+    def put(self, job: Job) -> None:
         """Hand a job over; returns at once."""
         with self._changed:
             if self._closed:

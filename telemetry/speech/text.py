@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 _ARABIC_MARKS = re.compile("[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed]")
 _JOINED = re.compile("['\u2019\u02bc]")  # "don't" stays one word
@@ -33,22 +34,22 @@ def word_errors(said: str, asked: str) -> Errors | None:
     """Substituted, deleted and inserted words; None where nothing was to be said."""
     import jiwer
 
-    said, asked = normalize(said), normalize(asked)
-    if not asked:
-        return None
-    found = jiwer.process_words(asked, said)
-    return Errors(found.substitutions + found.deletions + found.insertions, len(asked.split()))
+    return _errors(jiwer.process_words, said, asked)
 
 
 def character_errors(said: str, asked: str) -> Errors | None:
     """Substituted, deleted and inserted characters, spaces included; None where nothing was to be said."""
     import jiwer
 
-    said, asked = normalize(said), normalize(asked)
-    if not asked:
+    return _errors(jiwer.process_characters, said, asked)
+
+
+def _errors(process: Callable[[str, str], Any], said: str, asked: str) -> Errors | None:
+    if not (wanted := normalize(asked)):
         return None
-    found = jiwer.process_characters(asked, said)
-    return Errors(found.substitutions + found.deletions + found.insertions, len(asked))
+    found = process(wanted, normalize(said))
+    missed = found.substitutions + found.deletions
+    return Errors(missed + found.insertions, missed + found.hits)
 
 
 def leaked_share(said: str, asked: str, reference: str) -> float | None:

@@ -333,7 +333,7 @@ def test_sound_is_smaller_and_the_same(tmp_path: Path) -> None:
     (run,) = read_runs([tmp_path])
     wav = run.media["inputs/target"][0].load()[0][0]
     (item,) = collect([run]).sounds.items
-    clip = item.content.clips[0]
+    clip = item.content[0]
     assert clip is not None
     flac = base64.b64decode(clip.source.partition(",")[2])
     assert len(flac) < len(wav)
@@ -390,7 +390,7 @@ def test_absence_in_one_of_two_runs_names_it(tmp_path: Path) -> None:
     write_run(tmp_path / "with", {1: [Scalar("gradients/total_norm", 1.0)]})
     write_run(tmp_path / "without", {1: [Scalar("train/loss", 1.0)]})
     runs = read_runs([tmp_path])
-    absent = {line.tag: line.runs for line in overview(runs, collect(runs)).absent["gradients"]}
+    absent = {entry.tag: lacking for entry, lacking in overview(runs, collect(runs)).absent["gradients"]}
     assert absent["gradients/total_norm"] == (1,)
     assert absent["gradients/text_audio_cosine"] == (0, 1)
 

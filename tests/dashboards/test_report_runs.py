@@ -206,7 +206,7 @@ def test_other_peoples_markdown_stays_as_it_is(tmp_path: Path, data: bytes) -> N
     writer.close()
     run = only(tmp_path)
     assert [run.media[f"a/{number}"][0].record() for number in range(len(OTHERS))] == [None] * len(OTHERS)
-    assert [item.content.content for item in collect([run]).documents.items] == OTHERS
+    assert [item.content for item in collect([run]).documents.items] == OTHERS
 
 
 def test_steps_and_values_fit_after_values_are_superseded() -> None:

@@ -47,7 +47,7 @@ class Bench:
         self.dropped: list[int] = []
         self.gate = threading.Event()
         self.began = threading.Event()
-        self.worker: Worker[Parcel] = Worker(self._work, max_bytes, self.dropped.append)
+        self.worker = Worker(self._work, max_bytes, self.dropped.append)
 
     def _work(self, job: Parcel) -> None:
         self.threads.append(threading.current_thread())
@@ -176,7 +176,7 @@ def test_idle_work_is_done_when_no_job_waits_and_for_as_long_as_there_is_some() 
         left -= 1
         return left > 0
 
-    worker: Worker[Parcel] = Worker(lambda job: done.append(job.name), 10**6, lambda _: None, idle)
+    worker = Worker(lambda job: done.append(job.name), 10**6, lambda _: None, idle)
     worker.put(Parcel("a"))
     assert begun.wait(SOON)
     worker.put(Parcel("b"))
@@ -198,7 +198,7 @@ def test_a_closed_worker_does_no_more_idle_work() -> None:
         assert gate.wait(SOON)
         return True
 
-    worker: Worker[Parcel] = Worker(lambda _: None, 10**6, lambda _: None, idle)
+    worker = Worker(lambda _: None, 10**6, lambda _: None, idle)
     worker.put(Parcel("a"))
     assert begun.wait(SOON)
     worker.close()

@@ -127,7 +127,11 @@ def samples_of(split: str) -> list[dict[str, Any]]:
     Audio paths are relative to the data file.
     """
     clips = [clip for clip in read_manifest() if clip.split == split]
-    return [_sample(split, target, _next_of_speaker(clips, target)) for target in clips]
+    samples = []
+    for target in clips:
+        own = [clip for clip in clips if clip.speaker == target.speaker]
+        samples.append(_sample(split, target, own[(own.index(target) + 1) % len(own)]))
+    return samples
 
 
 def eval_samples() -> list[dict[str, Any]]:
@@ -136,18 +140,11 @@ def eval_samples() -> list[dict[str, Any]]:
     The first six are one of either kind for each language, so that a few generated clips show both.
     """
     unheard, heard = samples_of("eval"), samples_of("train")
-    languages = list(dict.fromkeys(sample["misc"]["language"] for sample in unheard))
-    first = [_first_of(samples, language) for language in languages for samples in (unheard, heard)]
+    first = []
+    for language in dict.fromkeys(sample["misc"]["language"] for sample in unheard):
+        for samples in (unheard, heard):
+            first.append(next(sample for sample in samples if sample["misc"]["language"] == language))
     return first + [sample for sample in unheard if sample not in first]
-
-
-def _first_of(samples: list[dict[str, Any]], language: str) -> dict[str, Any]:
-    return next(sample for sample in samples if sample["misc"]["language"] == language)
-
-
-def _next_of_speaker(clips: list[Clip], target: Clip) -> Clip:
-    own = [clip for clip in clips if clip.speaker == target.speaker]
-    return own[(own.index(target) + 1) % len(own)]
 
 
 def _sample(split: str, target: Clip, reference: Clip) -> dict[str, Any]:

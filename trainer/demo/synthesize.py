@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,17 +112,11 @@ def synthesize(directory: Path = CLIPS_DIRECTORY) -> list[Clip]:
     if shutil.which("espeak-ng") is None:
         raise RuntimeError("espeak-ng is not on the PATH; install it (Debian: apt install espeak-ng) and run again")
     directory.mkdir(parents=True, exist_ok=True)
-    lines = list(_lines())
+    lines = [(speaker, *said) for speaker in SPEAKERS for said in enumerate(SENTENCES[speaker.language], start=1)]
     clips = [_write_clip(directory, *line) for line in tqdm(lines, desc="synthesizing", unit="clip")]
     manifest = json.dumps([asdict(clip) for clip in clips], ensure_ascii=False, indent=1)
     (directory / MANIFEST_NAME).write_text(manifest + "\n", encoding="utf-8")
     return clips
-
-
-def _lines() -> Iterator[tuple[Speaker, int, str]]:
-    for speaker in SPEAKERS:
-        for number, sentence in enumerate(SENTENCES[speaker.language], start=1):
-            yield speaker, number, sentence
 
 
 def _write_clip(directory: Path, speaker: Speaker, number: int, sentence: str) -> Clip:

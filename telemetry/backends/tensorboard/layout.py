@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tensorboard.compat.proto import types_pb2
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
+from telemetry.backends.tensorboard.values import strings
 from telemetry.charts import QUESTIONS, Chart, Question, anchored, matcher
 
 
@@ -33,7 +31,8 @@ class Layout:
         """The layout, when these scalar tags bring a chart its first data; None when it is as before."""
         new = set(tags) - self._seen
         self._seen |= new
-        gained = {chart for chart in self._charts() - self._shown if _has_data(chart, new)}
+        charts = {chart for question in self._questions for chart in question.charts} - self._shown
+        gained = {chart for chart in charts if any(matcher(one).fullmatch(tag) for tag in new for one in chart.tags)}
         if not gained:
             return None
         self._shown |= gained
@@ -44,9 +43,6 @@ class Layout:
         self._seen.clear()
         self._shown.clear()
 
-    def _charts(self) -> set[Chart]:
-        return {chart for question in self._questions for chart in question.charts}
-
     def _value(self) -> Summary.Value:
         layout = layout_pb2.Layout()
         for question in self._questions:
@@ -56,14 +52,8 @@ class Layout:
         return Summary.Value(
             tag=metadata.CONFIG_SUMMARY_TAG,
             metadata=metadata.create_summary_metadata(),
-            tensor=TensorProto(
-                dtype=types_pb2.DT_STRING, string_val=[layout.SerializeToString()], tensor_shape=TensorShapeProto()
-            ),
+            tensor=strings([layout.SerializeToString()]),
         )
-
-
-def _has_data(chart: Chart, tags: Iterable[str]) -> bool:
-    return any(matcher(pattern).fullmatch(tag) for tag in tags for pattern in chart.tags)
 
 
 def _multiline(chart: Chart) -> layout_pb2.Chart:

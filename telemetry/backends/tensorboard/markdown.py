@@ -57,7 +57,7 @@ def _wrap(line: str, width: int) -> list[str]:
 
 def table_texts(table: Table) -> list[list[str]]:
     """A table's column names and at most :data:`MAX_ROWS` rows as text; a last row says how many more there are."""
-    texts = [[visible(_shorten(_cell_text(cell))) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
+    texts = [[visible(_cell_text(cell)) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
     if (left_out := len(table.rows) - MAX_ROWS) > 0:
         texts.append([f"… {left_out} more rows", *[""] * (len(table.columns) - 1)])
     return texts
@@ -68,7 +68,8 @@ def table_markdown(texts: Sequence[Sequence[str]]) -> str:
 
     Lines of wide columns are broken so that the table fits the page: the page itself breaks short words first.
     """
-    width = _line_width([max(map(_longest_line, column)) for column in zip(*texts, strict=True)])
+    lines = [[line for text in column for line in text.split("\n")] for column in zip(*texts, strict=True)]
+    width = _line_width([max(map(len, column)) for column in lines])
     header, *rows = ["| " + " | ".join(escape(text, width) for text in row) + " |" for row in texts]
     return "\n".join([header, "|" + " --- |" * len(texts[0]), *rows])
 
@@ -76,10 +77,6 @@ def table_markdown(texts: Sequence[Sequence[str]]) -> str:
 def alert_markdown(alert: Alert) -> str:
     """An alert with its level and title set apart from its text."""
     return f"**{escape(f'{alert.level.upper()}: {alert.title}')}**\n\n{escape(alert.text)}"
-
-
-def _longest_line(text: str) -> int:
-    return max(map(len, text.split("\n")))
 
 
 def _line_width(columns: list[int]) -> int:
@@ -93,12 +90,8 @@ def _line_width(columns: list[int]) -> int:
     return MAX_CELL + 1
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_CELL else text[:MAX_CELL] + "…"
-
-
 def _cell_text(cell: Cell) -> str:
-    """What a cell says: where sound is, nothing for None, ``true`` and ``false``, six digits of a float."""
+    """What a cell says, cut: where sound is, nothing for None, ``true`` and ``false``, six digits of a float."""
     if cell is None:
         return ""
     if isinstance(cell, Audio | Image):
@@ -107,4 +100,5 @@ def _cell_text(cell: Cell) -> str:
         return "true" if cell else "false"
     if isinstance(cell, numbers.Real) and not isinstance(cell, numbers.Integral):
         return f"{float(cell):.6g}"
-    return str(cell)
+    text = str(cell)
+    return text if len(text) <= MAX_CELL else text[:MAX_CELL] + "…"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from telemetry.backends.encoding import encode_wav
+from telemetry.backends.encoding import Shown, encode_wav
 from telemetry.backends.tensorboard.markdown import alert_markdown, escape, table_markdown, table_texts, visible
 from telemetry.backends.tensorboard.values import (
     audio_value,
@@ -20,8 +19,6 @@ from telemetry.backends.tensorboard.values import (
 from telemetry.catalogue import describe
 from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
-logger = logging.getLogger(__name__)
-
 _PAGES: dict[type, str] = {
     Scalar: "scalars",
     Table: "text",
@@ -31,33 +28,22 @@ _PAGES: dict[type, str] = {
 }
 
 
-class Summaries:
+class Summaries(Shown):
     """Turns records into summary values.
 
     The first value of a tag carries its description: TensorBoard shows that one and no later one. A tag belongs to one
     page; a record for another page under a tag in use goes to ``<tag>/<page>``, where it can be seen.
-
-    Attributes:
-        unshown_records: records that could not be turned into a value. A warning names each of their tags once.
     """
 
     def __init__(self) -> None:
-        self.unshown_records = 0
+        super().__init__("TensorBoard")
         self._pages: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._described: set[str] = set()
-        self._warned: set[str] = set()
 
     def encode(self, records: Iterable[Record]) -> list[Summary.Value]:
-        """The values of one step. A record that cannot be shown is counted and does not keep the others away."""
-        values: list[Summary.Value] = []
-        for record in records:
-            try:
-                values += self._values(record)
-            except (TypeError, ValueError, OverflowError) as error:
-                self.unshown_records += 1
-                self._warn_once(record.tag, f"TensorBoard cannot show {record.tag}: {error}")
-        return values
+        """The values of one step."""
+        return [value for values in self.made(records, self._values) for value in values]
 
     def describe_again(self) -> None:
         """Describe every tag anew: the values that carried the descriptions were lost."""
@@ -89,7 +75,7 @@ class Summaries:
         if taken == page:
             return record.tag
         tag = f"{record.tag}/{page}"
-        self._warn_once(tag, f"TensorBoard shows {record.tag} under {taken}: its {page} are at {tag}")
+        self.warn_once(tag, f"TensorBoard shows {record.tag} under {taken}: its {page} are at {tag}")
         return tag
 
     def _audio(self, tag: str, record: Audio) -> tuple[Summary.Value | None, list[str]]:
@@ -104,16 +90,10 @@ class Summaries:
         missing = Clip(np.zeros(0, np.float32), record.clips[0].sampling_rate)
         clips = record.clips + (missing,) * (self._places[tag] - len(record.clips))
         wavs = [encode_wav(clip) for clip in clips]
-        labels = [" ".join(filter(None, (clip.caption, *wav.remarks))) for clip, wav in zip(clips, wavs, strict=True)]
-        numbered = [f"Clip {number}: {label}" for number, label in enumerate(labels, 1) if label]
-        if any(wav.clipped or wav.nonfinite for wav in wavs):
-            self._warn_once(f"{tag} samples", f"{tag} was changed to be heard. {' '.join(numbered)}")
-        return audio_value(wavs, labels), numbered
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            logger.warning(message)
+        numbered = [f"Clip {number}: {wav.label}" for number, wav in enumerate(wavs, 1) if wav.label]
+        if any(wav.is_changed for wav in wavs):
+            self.warn_once(f"{tag} samples", f"{tag} was changed to be heard. {' '.join(numbered)}")
+        return audio_value(wavs), numbered
 
 
 def _stateless_value(record: Scalar | Table | Image | Alert) -> Summary.Value | None:

@@ -47,27 +47,25 @@ def text_value(markdown: str, data: Mapping[str, Any]) -> Summary.Value:
     metadata = text_metadata.create_summary_metadata(None, None)
     said = SummaryMetadata.PluginData(content=json.dumps(data, ensure_ascii=False).encode())
     metadata.plugin_data.content = said.SerializeToString()
-    return Summary.Value(metadata=metadata, tensor=_strings([markdown.encode()]))
+    return Summary.Value(metadata=metadata, tensor=strings([markdown.encode()]))
 
 
-def audio_value(wavs: Sequence[Wav], labels: Sequence[str]) -> Summary.Value:
+def audio_value(wavs: Sequence[Wav]) -> Summary.Value:
     """Clips side by side. TensorBoard keeps the labels in the file and does not show them."""
-    strings = [part for wav, label in zip(wavs, labels, strict=True) for part in (wav.data, escape(label).encode())]
+    parts = [part for wav in wavs for part in (wav.data, escape(wav.label).encode())]
     metadata = audio_metadata.create_summary_metadata(None, None, audio_metadata.Encoding.Value("WAV"))
-    return Summary.Value(metadata=metadata, tensor=_strings(strings, len(wavs), 2))
+    return Summary.Value(metadata=metadata, tensor=strings(parts, len(wavs), 2))
 
 
 def image_value(image: Image) -> Summary.Value:
     """A picture. Raises what :func:`telemetry.backends.encoding.encode_png` raises."""
     png = encode_png(image.pixels)
     height, width = image.pixels.shape[:2]
-    strings = [str(width).encode(), str(height).encode(), png]
-    return Summary.Value(metadata=image_metadata.create_summary_metadata(None, None), tensor=_strings(strings, 3))
+    parts = [str(width).encode(), str(height).encode(), png]
+    return Summary.Value(metadata=image_metadata.create_summary_metadata(None, None), tensor=strings(parts, 3))
 
 
-def _strings(values: list[bytes], *shape: int) -> TensorProto:
-    return TensorProto(dtype=types_pb2.DT_STRING, tensor_shape=_shape(*shape), string_val=values)
-
-
-def _shape(*sizes: int) -> TensorShapeProto:
-    return TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in sizes])
+def strings(values: list[bytes], *shape: int) -> TensorProto:
+    """Strings of bytes as a tensor; without a shape, one string."""
+    sizes = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape])
+    return TensorProto(dtype=types_pb2.DT_STRING, tensor_shape=sizes, string_val=values)

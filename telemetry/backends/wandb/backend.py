@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from telemetry import shutdown
-from telemetry.backends.base import Run
-from telemetry.catalogue import is_the_trainers
+from telemetry.backends.base import Run, without_the_trainers
 from telemetry.records import Alert, Record, Scalar, held_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class WandbBackend:
         if self._given_up:
             raise RuntimeError("W&B was given up")
         if not self._trainer_logs:
-            records = _without_trainers(records)
+            records = without_the_trainers(records)
         numbers = {record.tag: record.value for record in records if isinstance(record, Scalar)}
         if numbers and not client.has(step, numbers):
             self._tell(client, lambda: client.log(step, numbers, numbers))
@@ -187,7 +186,7 @@ class WandbBackend:
 
     def _hold(self, media: _Media) -> None:
         self._held.append(media)
-        while sum(map(_bytes, self._held)) > MAX_HELD_BYTES:
+        while sum(held_bytes(record) for held in self._held for record in held.records) > MAX_HELD_BYTES:
             self._drop(len(self._held.popleft().records))
 
     def _send_first(self, client: WandbClient) -> bool:
@@ -259,14 +258,6 @@ class WandbBackend:
             logger.warning("records were lost on their way to W&B")
 
 
-def _bytes(media: _Media) -> int:
-    return sum(map(held_bytes, media.records))
-
-
 def _say_how_to_send(client: WandbClient) -> None:
     if client.sync_command:
         logger.info("send this run to W&B with: %s", client.sync_command)
-
-
-def _without_trainers(records: Sequence[Record]) -> list[Record]:
-    return [record for record in records if not (isinstance(record, Scalar) and is_the_trainers(record.tag))]

@@ -296,15 +296,12 @@ class WandbClient:
             self._wandb_run.define_metric(tag, step_metric=AXIS, summary=best)
 
 
-def _config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _config_value(value) for name, value in config.items()}
-
-
-def _config_value(value: Any) -> Any:
+def _config(value: Any) -> Any:
+    """A configuration with its long texts cut."""
     if isinstance(value, Mapping):
-        return _config(value)
+        return {name: _config(held) for name, held in value.items()}
     if isinstance(value, list | tuple):
-        return [_config_value(item) for item in value]
+        return [_config(held) for held in value]
     return shortened(value, MAX_CONFIG_TEXT) if isinstance(value, str) else value
 
 

@@ -51,7 +51,9 @@ class GrowingTable:
     def grown(self, step: int, table: Table, media: Media) -> Any:
         """The ``wandb.Table`` with the rows of a step, to be logged at once."""
         if self._table is None or self._increments >= MAX_INCREMENTS:
-            self._begin()
+            axis = AXIS_COLUMN if AXIS_COLUMN not in self.columns else f"{AXIS_COLUMN} (telemetry)"
+            self._table = wandb.Table(columns=[axis, *self.columns], log_mode="INCREMENTAL")
+            self._increments = 0
         self._increments += 1
         for at in range(len(self.columns)):
             self._kinds[at] = self._kinds[at] or _common_kind(row[at] for row in table.rows)
@@ -63,11 +65,6 @@ class GrowingTable:
     def begin_again(self) -> None:
         """Have the next rows begin a table: the last were not taken, or another client process takes them."""
         self._table = None
-
-    def _begin(self) -> None:
-        axis = AXIS_COLUMN if AXIS_COLUMN not in self.columns else f"{AXIS_COLUMN} (telemetry)"
-        self._table = wandb.Table(columns=[axis, *self.columns], log_mode="INCREMENTAL")
-        self._increments = 0
 
 
 class Tables:

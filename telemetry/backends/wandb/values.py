@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import wandb
 from PIL import Image as PillowImage
 
-from telemetry.backends.encoding import encode_png, encode_wav
+from telemetry.backends.encoding import Shown, encode_png, encode_wav
 from telemetry.backends.wandb.tables import Tables
 from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
-logger = logging.getLogger(__name__)
 
-
-class Values:
+class Values(Shown):
     """Makes W&B's values of records.
 
     A sound or picture that is a cell of a table of the same step is shown there, and not sent again under its own tag.
-
-    Attributes:
-        unshown_records: records that W&B has no way to show. A warning names each of their tags once.
     """
 
     def __init__(self) -> None:
-        self.unshown_records = 0
+        super().__init__("W&B")
         self._tables = Tables()
-        self._warned: set[str] = set()
 
     def shows(self, step: int, records: Sequence[Record]) -> dict[str, Any]:
-        """Tag → value of what is not a number. A record that cannot be shown does not keep the others away."""
-        values: dict[str, Any] = {}
+        """Tag → value of what is not a number."""
         in_tables = _media_of_tables(records)
-        for record in records:
-            if isinstance(record, Scalar | Alert) or record.tag in in_tables:
-                continue
-            try:
-                values.update(self._value(step, record))
-            except (TypeError, ValueError, OverflowError) as error:
-                self.unshown_records += 1
-                self._warn_once(record.tag, f"W&B cannot show {record.tag}: {error}")
-        return values
+        shown = [one for one in records if not isinstance(one, Scalar | Alert) and one.tag not in in_tables]
+        values = self.made(shown, lambda record: self._value(step, record))
+        return {tag: value for made in values for tag, value in made.items()}
 
     def begin_tables_again(self) -> None:
         """Have every table begin again: what was made last was not taken."""
@@ -71,15 +57,9 @@ class Values:
 
     def _sound(self, tag: str, clip: Clip) -> Any:
         wav = encode_wav(clip)
-        caption = " ".join(filter(None, (clip.caption, *wav.remarks)))
-        if wav.clipped or wav.nonfinite:
-            self._warn_once(f"{tag} samples", f"{tag} was changed to be heard. {caption}")
-        return wandb.Audio(wav.samples, sample_rate=int(clip.sampling_rate), caption=caption or None)
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            logger.warning(message)
+        if wav.is_changed:
+            self.warn_once(f"{tag} samples", f"{tag} was changed to be heard. {wav.label}")
+        return wandb.Audio(wav.samples, sample_rate=int(clip.sampling_rate), caption=wav.label or None)
 
 
 def _media_of_tables(records: Iterable[Record]) -> set[str]:
