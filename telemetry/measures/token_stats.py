@@ -131,59 +131,27 @@ def _piece_statistics(rows: Tensor, labels: Tensor, labelled: Tensor, probe_id: 
     valid = labelled & (labels >= 0) & (labels < vocab)
     targets = labels.clamp(0, vocab - 1).unsqueeze(-1)
 
-    # Two buffers of the piece's size serve every pass: on the CPU fresh memory costs more than the arithmetic.
     log_probabilities = torch.log_softmax(rows, -1)
     target_log_probability = log_probabilities.gather(-1, targets).squeeze(-1)
     log_probabilities.clamp_(min=_LOWEST_LOG_PROBABILITY)
     probabilities = log_probabilities.exp()
     probe = None if probe_id is None else probabilities[:, probe_id].to(torch.float32, copy=True)
     entropy = -probabilities.mul_(log_probabilities).sum(-1)
-    rank = _ranks(rows, targets, probabilities, log_probabilities)
-    prediction = _first_largest(rows, log_probabilities)
-
+    own, ids = rows.gather(-1, targets), torch.arange(vocab, device=rows.device)
+    rank = ((rows > own) | ((rows == own) & (ids < targets))).sum(-1)
     poisoned = entropy.isnan()  # log_softmax spreads a log-sum-exp that is not finite over its whole row
     return TokenStats(
         nll=torch.where(valid, torch.where(poisoned, torch.nan, -target_log_probability), 0.0).float(),
         entropy=torch.where(valid, entropy, 0.0).float(),
         rank=torch.where(valid & ~poisoned, rank, vocab),
-        prediction=prediction,
+        prediction=rows.argmax(-1),
         probe_probability=probe,
     )
-
-
-def _ranks(rows: Tensor, targets: Tensor, buffer: Tensor, other: Tensor) -> Tensor:
-    """Entries ahead of ``targets`` ``[n, 1]`` in each row, int64 ``[n]``. Overwrites both buffers.
-
-    Comparisons into a floating buffer and sums of it are vectorised on the CPU; sums of bool tensors are not.
-    """
-    own = rows.gather(-1, targets)
-    ids = torch.arange(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    torch.eq(rows, own, out=buffer)
-    torch.lt(ids, targets.to(rows.dtype), out=other)
-    equals_before = buffer.mul_(other).sum(-1)
-    larger = torch.gt(rows, own, out=buffer).sum(-1)
-    return (equals_before + larger).long()
-
-
-def _first_largest(rows: Tensor, buffer: Tensor) -> Tensor:
-    """The index of the largest entry of each row, the first of equals, int64 ``[n]``. Overwrites ``buffer``.
-
-    The largest entries are marked with their distance from the end, of which the first has the greatest: three
-    vectorised passes, where ``argmax`` takes one that is not. A row with a NaN marks nothing; its index is the last.
-    """
-    vocab = rows.shape[-1]
-    from_end = torch.arange(vocab, 0, -1, dtype=rows.dtype, device=rows.device)
-    torch.eq(rows, rows.amax(-1, keepdim=True), out=buffer)
-    return (vocab - buffer.mul_(from_end).amax(-1).long()).clamp_(max=vocab - 1)
 
 
 def _joined(pieces: list[TokenStats], shape: torch.Size) -> TokenStats:
     """The statistics of all pieces in the targets' shape."""
     probes = [piece.probe_probability for piece in pieces if piece.probe_probability is not None]
-    return TokenStats(
-        nll=torch.cat([piece.nll for piece in pieces]).reshape(shape),
-        entropy=torch.cat([piece.entropy for piece in pieces]).reshape(shape),
-        rank=torch.cat([piece.rank for piece in pieces]).reshape(shape),
-        prediction=torch.cat([piece.prediction for piece in pieces]).reshape(shape),
-        probe_probability=torch.cat(probes).reshape(shape) if probes else None,
-    )
+    columns = zip(*((piece.nll, piece.entropy, piece.rank, piece.prediction) for piece in pieces), strict=True)
+    nll, entropy, rank, prediction = (torch.cat(column).reshape(shape) for column in columns)
+    return TokenStats(nll, entropy, rank, prediction, torch.cat(probes).reshape(shape) if probes else None)
