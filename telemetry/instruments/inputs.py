@@ -65,7 +65,7 @@ class InputInstrument(Instrument):
         statics = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), str(t.device)) for name, t in named]
         tensors: dict[str, Tensor] = {}
         for name, tensor in named:
-            tensors[f"{name}/stats"] = tensor_statistics(tensor).packed()
+            tensors[f"{name}/stats"] = torch.stack(tensor_statistics(tensor))
             tensors[f"{name}/first"] = first_values(tensor)
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
@@ -160,12 +160,12 @@ def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:
     yield "max", Max(stats.maximum)
     yield "mean", Mean(stats.total, stats.finite)
     yield "std", Std(stats.total, stats.squares, stats.finite)
-    yield "zero_fraction", Mean(stats.zeros, stats.count)
+    yield "zero_fraction", Mean(stats.zeros, stats.values)
     yield "nonfinite", Sum(stats.nonfinite)
 
 
 def _tensor_row(host: Mapping[str, Tensor], name: str) -> tuple[Cell, ...]:
-    stats = dict(_tensor_metrics(TensorStats.unpacked(host[f"{name}/stats"])))
+    stats = dict(_tensor_metrics(TensorStats(*host[f"{name}/stats"])))
     nonfinite = stats.pop("nonfinite").result()
     values = [stats[kind].result() for kind in ("min", "max", "mean", "std", "zero_fraction")]
     first = " ".join(_short(value) for value in host[f"{name}/first"].tolist())
