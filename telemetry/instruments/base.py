@@ -112,3 +112,25 @@ class Instrument:
             batches: this rank's evaluation batches, on the model's device, metadata under ``metadata``. Reading them
                 costs what loading them costs.
         """
+
+
+class LastMicrobatchInstrument(Instrument):
+    """Looks at the last microbatch of a due step, when the step has ended."""
+
+    _last: Microbatch | None = None
+
+    def begin(self, step: Step) -> None:
+        """A due step begins: with nothing of the one before."""
+        self._last = None
+
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
+        """Keep the last microbatch of the step."""
+        self._last = microbatch
+
+    def finish(self, step: Step) -> None:
+        """Look at the last microbatch, and let go of it."""
+        microbatch, self._last = self._last, None
+        self.look(step, microbatch)
+
+    def look(self, step: Step, microbatch: Microbatch | None) -> None:
+        """The due step has ended with a microbatch; None where the model was not seen to run on any."""

@@ -21,7 +21,7 @@ from telemetry.families.speech import Prompt, Speaker, Speech
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
-from telemetry.probes.company import can_keep_company, in_company
+from telemetry.probes.lockstep import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Clip
 from telemetry.speech.base import SpeakerEncoder, Transcriber

@@ -11,7 +11,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
 from telemetry.families.base import AudioView, Family, shift_labels
 from telemetry.families.references import Swap, swap_references
-from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.base import LastMicrobatchInstrument, Step
 from telemetry.measures.conditioning import Totals, loss_totals
 from telemetry.measures.token_stats import token_statistics
 from telemetry.probes.forward import Microbatch, streams_of
@@ -45,7 +45,7 @@ class _Comparison:
     note: str
 
 
-class ConditioningInstrument(Instrument):
+class ConditioningInstrument(LastMicrobatchInstrument):
     """What swapping and hiding references does to the audio loss, on training and evaluation batches.
 
     Runs the model aside, without gradients, in eval mode, after the step's update: three forward passes over the last
@@ -64,19 +64,9 @@ class ConditioningInstrument(Instrument):
             raise ValueError(f"conditioning_every must not be negative, got {every}")
         self.every = every
         self._refusals = 0  # in a row
-        self._last: Microbatch | None = None
 
-    def begin(self, step: Step) -> None:
-        """A due step begins."""
-        self._last = None
-
-    def inputs(self, step: Step, microbatch: Microbatch) -> None:
-        """Keep the last microbatch of the step."""
-        self._last = microbatch
-
-    def finish(self, step: Step) -> None:
+    def look(self, step: Step, microbatch: Microbatch | None) -> None:
         """Measure the last microbatch."""
-        microbatch, self._last = self._last, None
         with set_aside(step.model):
             self._measure(step, TRAINING, lambda: microbatch)
 
