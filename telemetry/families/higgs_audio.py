@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import (
+    DECODER_GROUPS,
     IGNORE_INDEX,
     NO_LOGITS,
     Absent,
@@ -41,22 +42,6 @@ _FIELDS = (
     "audio_num_codebooks", "audio_codebook_size", "audio_stream_bos_id", "audio_stream_eos_id",
     "audio_in_token_idx", "audio_out_token_idx",
 )  # fmt: skip
-# The audio encoder and a separate audio attention have parts named like those of the decoder: they come first.
-_GROUPS = (
-    ("lora_", "lora"),
-    ("audio_tower", "other"),
-    ("audio_encoder_proj", "other"),
-    ("audio_attn.", "other"),
-    ("audio_codebook_embeddings", "audio_embedding"),
-    ("audio_out_embed_projector", "audio_embedding"),
-    ("embed_tokens", "text_embedding"),
-    ("audio_lm_head", "audio_head"),
-    ("text_lm_head", "text_head"),
-    ("self_attn", "shared_attention"),
-    ("audio_mlp", "audio_ffn"),
-    (".mlp.", "text_ffn"),
-    ("norm", "norms"),
-)
 
 
 @reads("HiggsAudioModel")
@@ -68,7 +53,19 @@ class HiggsAudioFamily(Family):
 
     name = "higgs_audio"
     modalities = ("text", "audio")
-    groups = _GROUPS
+    groups = (
+        ("lora_", "lora"),
+        # The audio encoder and a separate audio attention have parts named like those of the decoder: they come first.
+        ("audio_tower", "other"),
+        ("audio_encoder_proj", "other"),
+        ("audio_attn.", "other"),
+        ("audio_codebook_embeddings", "audio_embedding"),
+        ("audio_out_embed_projector", "audio_embedding"),
+        ("audio_lm_head", "audio_head"),
+        ("text_lm_head", "text_head"),
+        ("audio_mlp", "audio_ffn"),
+        *DECODER_GROUPS,
+    )
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
