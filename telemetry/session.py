@@ -108,7 +108,6 @@ class Session:
         with self._isolated("reading the model"):
             self.family = find_family(model)
         self.setting = setting
-        self.processing_class = setting.processor
         self.tokenizer = getattr(setting.processor, "tokenizer", setting.processor)
         self._training: object = None
         self._model = weakref.ref(model)

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from telemetry.families.base import Layer
-from telemetry.instruments.base import Instrument, Step
-from telemetry.instruments.probed_layers import probed_layers
+from telemetry.instruments.base import Instrument, Step, probed_layers
 from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows
 from telemetry.probes.activations import Role, watch_networks
 from telemetry.probes.forward import Microbatch

@@ -12,8 +12,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import BatchView
 from telemetry.instruments.attention_images import heads_image, mass_image
-from telemetry.instruments.base import Instrument, Step
-from telemetry.instruments.probed_layers import probed_layers
+from telemetry.instruments.base import Instrument, Step, probed_layers
 from telemetry.measures.attention import (
     KINDS,
     TARGET,

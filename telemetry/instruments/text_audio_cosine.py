@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from telemetry.families.base import IGNORE_INDEX, Family, Stream
-from telemetry.instruments.base import LastMicrobatchInstrument, Step
-from telemetry.instruments.probed_layers import probed_layers
+from telemetry.instruments.base import LastMicrobatchInstrument, Step, probed_layers
 from telemetry.measures.gradients import cosine
 from telemetry.probes.forward import Microbatch, streams_of
 from telemetry.probes.quiet import set_aside
