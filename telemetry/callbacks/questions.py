@@ -4,50 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from telemetry.backends.base import Backend
 from telemetry.callbacks.trainer import StrategicCallback
-from telemetry.instruments.base import Instrument
-from telemetry.instruments.questions import QUESTIONS, choose
+from telemetry.instruments.questions import choose
 from telemetry.session import DEFAULT_LOGGING_STEPS
 from telemetry.sound import SoundPolicy
 
 
-class _QuestionCallback(StrategicCallback):
-    """A callback for one question, with the arguments of :class:`StrategicCallback`.
-
-    By name it also takes those of the question's function in :mod:`telemetry.instruments.questions`.
-    """
-
-    question: ClassVar[str]
-
-    def __init__(
-        self,
-        logging_steps: int = DEFAULT_LOGGING_STEPS,
-        backends: Sequence[Backend] | None = None,
-        logging_dir: str | Path | None = None,
-        sound: SoundPolicy | None = None,
-        instruments: Sequence[Instrument] = (),
-        **options: Any,
-    ) -> None:
-        super().__init__(logging_steps, backends, logging_dir, sound, instruments)
-        self.instruments += QUESTIONS[self.question](**options)
-
-
-class InputLoggerCallback(_QuestionCallback):
+class InputLoggerCallback(StrategicCallback):
     """Inputs: is the data what I think it is? Everything under ``inputs/``."""
 
     question = "inputs"
 
 
-class OutputLoggerCallback(_QuestionCallback):
+class OutputLoggerCallback(StrategicCallback):
     """Outputs: what does the model predict, per stream? Everything under ``outputs/``."""
 
     question = "outputs"
 
 
-class SharedAttentionLoggerCallback(_QuestionCallback):
+class SharedAttentionLoggerCallback(StrategicCallback):
     """Shared attention: do text and audio look at each other, and does every part learn?
 
     Everything under ``attention/``, ``activations/`` and ``gradients/``. Takes ``layers``, ``queries`` and
@@ -57,7 +35,7 @@ class SharedAttentionLoggerCallback(_QuestionCallback):
     question = "shared_attention"
 
 
-class ZeroShotVerificationLoggerCallback(_QuestionCallback):
+class ZeroShotVerificationLoggerCallback(StrategicCallback):
     """Zero-shot: is every sample a well-formed voice-cloning prompt, and does the model use the reference voice?
 
     Everything under ``zero_shot/``. Takes ``conditioning_every``, ``clips``, ``speaker_encoder``, ``transcriber``,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
 from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.questions import QUESTIONS
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
@@ -48,10 +49,16 @@ class StrategicCallback(Door, TrainerCallback):
         sound: what may be heard (voice clips are personal data); by default a few clips a tag. The first callback of
             a Trainer that says it speaks for all.
         instruments: further ones of one's own.
+        options: of a callback for one question: the arguments of that question's function.
+
+    Attributes:
+        question: of :data:`telemetry.instruments.questions.QUESTIONS`, whose instruments a subclass brings.
 
     Raises:
         ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
     """
+
+    question: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -60,10 +67,12 @@ class StrategicCallback(Door, TrainerCallback):
         logging_dir: str | Path | None = None,
         sound: SoundPolicy | None = None,
         instruments: Sequence[Instrument] = (),
+        **options: Any,
     ) -> None:
         super().__init__(logging_steps, backends, logging_dir, sound, instruments)
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
+        self.instruments += QUESTIONS.get(self.question, list)(**options)
 
     @property
     def session(self) -> Session:

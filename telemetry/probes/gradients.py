@@ -42,16 +42,15 @@ class TrainedParameter:
 
 def trained_parameters(model: nn.Module, family: Family | None) -> list[TrainedParameter]:
     """Every parameter that requires a gradient, tied ones once, in the model's order: the same on every rank."""
-    layers = family.layers() if family is not None else ()
+    family = family if family is not None else Family(model)  # which knows no layers and no groups
     layer_of = {
         id(parameter): layer.index
-        for layer in layers
+        for layer in family.layers()
         for module in (layer.attention, *(network.module for network in layer.feed_forward.values()))
         for parameter in module.parameters()
     }
-    group_of = family.group_of if family is not None else lambda _name: "other"
     return [
-        TrainedParameter(name, group_of(name), layer_of.get(id(parameter)), parameter)
+        TrainedParameter(name, family.group_of(name), layer_of.get(id(parameter)), parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
