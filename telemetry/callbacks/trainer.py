@@ -72,7 +72,10 @@ class StrategicCallback(Door, TrainerCallback):
         super().__init__(logging_steps, backends, logging_dir, sound, instruments)
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
-        self.instruments += QUESTIONS.get(self.question, list)(**options)
+        if self.question:
+            self.instruments += QUESTIONS[self.question](**options)
+        elif options:
+            raise TypeError(f"{type(self).__name__} got unexpected keyword arguments {sorted(options)}")
 
     @property
     def session(self) -> Session:

@@ -19,6 +19,16 @@ from telemetry.instruments.text_audio_cosine import TextAudioCosine
 from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
+def inputs() -> list[Instrument]:
+    """Return what asks: is the data what I think it is?"""
+    return [InputInstrument()]
+
+
+def outputs() -> list[Instrument]:
+    """Return what asks: what does the model predict, per stream?"""
+    return [OutputInstrument()]
+
+
 def shared_attention(
     layers: Sequence[int] | None = None, queries: int = DEFAULT_QUERIES, text_audio_cosine: bool = False
 ) -> list[Instrument]:
@@ -66,8 +76,8 @@ def zero_shot(
 
 
 QUESTIONS: dict[str, Callable[..., list[Instrument]]] = {
-    "inputs": lambda: [InputInstrument()],
-    "outputs": lambda: [OutputInstrument()],
+    "inputs": inputs,
+    "outputs": outputs,
     "shared_attention": shared_attention,
     "zero_shot": zero_shot,
 }
