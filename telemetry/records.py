@@ -169,20 +169,6 @@ class Std(Metric):
         return math.sqrt(variance) if variance > 0 else (0.0 if variance <= 0 else math.nan)
 
 
-class SumOfMeans(Metric):
-    """A sum of means, each over its own tokens (a loss with a text and one term per codebook).
-
-    Components are vectors of equal length, ``totals`` and ``counts``; a term whose count is 0 does not take part, and
-    the value is absent when all are 0.
-    """
-
-    ops = ("sum", "sum")
-
-    def _result(self, totals: np.ndarray, counts: np.ndarray) -> float | None:  # type: ignore[override]
-        measured = counts > 0
-        return float((totals[measured] / counts[measured]).sum()) if measured.any() else None
-
-
 class UsedFraction(Metric):
     """The fraction of the entries of a histogram that are not 0 (codebook use). Absent for an empty histogram."""
 

@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.batches import EvaluationBatches
-from telemetry.probes.forward import Microbatch, PassReader, Reading
+from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.records import Scalar
@@ -118,7 +119,7 @@ class Session:
         self._lockstep: Lockstep | None = None
         self._sound: SoundPolicy | None = None
         self._watch = Watch(model, self._measure, usable=not setting.compiled)
-        self._reader = PassReader(self.family, self._inputs, self._outputs)
+        self._reader = PassReader(self.family, partial(self._tell, "inputs"), partial(self._tell, "outputs"))
         self._clock = StepClock()
         self._step: Step | None = None
         self._due: list[Instrument] = []
@@ -167,11 +168,6 @@ class Session:
             self._recorder = None
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that shows."""
-        return self.setting.rank == 0
-
-    @property
     def sound(self) -> SoundPolicy:
         """What may be heard of this run, by the first door that says it."""
         return self._sound or SoundPolicy()
@@ -182,7 +178,7 @@ class Session:
         if self._recorder is None:
             gather = RankGather.join()
             backends = self._backends()
-            own = [one for one in backends if self.is_main or (gather is not None and is_on_every_rank(one))]
+            own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
             self._recorder = Recorder(own, gather, judge=HealthMonitor(), sound=self.sound, rank=self.setting.rank)
             shared = gather is not None and any(map(is_on_every_rank, backends))
             self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
@@ -320,12 +316,6 @@ class Session:
         """Call a verb of every instrument that is due."""
         for instrument in self._due:
             self._guard(instrument, getattr(instrument, verb), self._step, *args)
-
-    def _inputs(self, microbatch: Microbatch) -> None:
-        self._tell("inputs", microbatch)
-
-    def _outputs(self, microbatch: Microbatch, reading: Reading) -> None:
-        self._tell("outputs", microbatch, reading)
 
     def _measure(self, owner: object, action: Callable[..., None], *args: Any) -> None:
         """Do what a hook is there for, on the clock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,10 +217,8 @@ class StrategicCallback(Door, TrainerCallback):
     ) -> None:
         if model is None:
             return
-
-        def setting() -> Setting:
-            return _setting(args, state, model, processing_class, {"train": train_dataloader, "eval": eval_dataloader})
-
+        loaders = {"train": train_dataloader, "eval": eval_dataloader}
+        setting = functools.partial(_setting, args, state, model, processing_class, loaders)
         self._session = Session.join(self, model, state, setting)
 
     # -- what a subclass may override ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -106,19 +107,19 @@ class AttentionInstrument(Instrument):
         self._totals.setdefault(call.layer, []).append(totals)
 
 
+@dataclass(frozen=True)
 class AttendedBatch:
     """What is looked at in one microbatch.
 
-    Args:
+    Attributes:
         sample: the queries.
         kinds: bool ``[batch, sequence, kinds]``, what is at each position.
         starts: int64 ``[batch, rows]``, where the sequence of each query begins.
     """
 
-    def __init__(self, sample: QuerySample, kinds: Tensor, starts: Tensor) -> None:
-        self._sample = sample
-        self._kinds = kinds
-        self._starts = starts
+    sample: QuerySample
+    kinds: Tensor
+    starts: Tensor
 
     def totals(self, call: AttentionCall) -> AttentionTotals:
         """Sums over the sampled queries of one layer.
@@ -126,13 +127,13 @@ class AttendedBatch:
         Raises:
             UnmeasurableError: when its attention cannot be worked out again exactly.
         """
-        if call.query.shape[2] != self._kinds.shape[1] or call.query.shape[0] != self._kinds.shape[0]:
+        if call.query.shape[2] != self.kinds.shape[1] or call.query.shape[0] != self.kinds.shape[0]:
             raise UnmeasurableError("its queries are not the positions of the batch")
-        rows = self._sample.rows
+        rows = self.sample.rows
         values = attention_rows(
-            call.query, call.key, rows, call.row_mask(rows), self._kinds, self._starts, call.scaling, call.softcap
+            call.query, call.key, rows, call.row_mask(rows), self.kinds, self.starts, call.scaling, call.softcap
         )
-        return attention_totals(values, self._sample, self._kinds)
+        return attention_totals(values, self.sample, self.kinds)
 
 
 def _hears(step: Step) -> bool:

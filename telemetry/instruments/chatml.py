@@ -68,10 +68,9 @@ class ChatMLInstrument(Instrument):
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             self._languages_named |= any(sample.get("language") for sample in metadata)
-            found = [
-                self._violations(_prompt(host, row, sample, chat, tokenizer, layout))
-                for row, sample in enumerate(metadata)
-            ]
+            found = [violations(_prompt(host, row, of, chat, tokenizer, layout)) for row, of in enumerate(metadata)]
+            if not self._languages_named:  # an optional field: it is missing where other samples of the data have it
+                found = [{**by_kind, "language": None} for by_kind in found]
             compliant = [not any(by_kind.values()) for by_kind in found]
             emit.metric(COMPLIANCE, Mean(sum(compliant), len(compliant)))
             _count(found, emit)
@@ -80,11 +79,6 @@ class ChatMLInstrument(Instrument):
                 rows.append((name, sample.get("speaker"), "yes" if kept else "no", listed))
 
         step.recorder.defer(_tensors(view, audio), build)
-
-    def _violations(self, prompt: VoicePrompt) -> dict[str, list[str] | None]:
-        found = violations(prompt)
-        # Language is an optional field: it is missing where other samples of the data have it.
-        return found if self._languages_named else {**found, "language": None}
 
 
 def _listed(by_kind: Mapping[str, list[str] | None]) -> Iterator[str]:

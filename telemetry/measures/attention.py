@@ -95,21 +95,17 @@ def sample_queries(kinds: Tensor, queries: int, generator: torch.Generator) -> Q
     with undisturbed(kinds.device):
         sequence, count = kinds.shape[1:]
         order = torch.rand(kinds.shape[:2], generator=generator, device=kinds.device)
+        of_kind = torch.arange(count, device=kinds.device)
         rows, used = [], []
         for kind, size in enumerate(_shares(queries, count)):
             picked = torch.where(kinds[..., kind], order, -1.0).topk(min(size, sequence), dim=1)
             rows.append(picked.indices)
-            used.append(_one_hot(picked.values >= 0, kind, count))
+            used.append((picked.values >= 0).unsqueeze(-1) & (of_kind == kind))
         return QuerySample(torch.cat(rows, dim=1), torch.cat(used, dim=1))
 
 
 def _shares(queries: int, kinds: int) -> Sequence[int]:
     return [queries // kinds + (kind < queries % kinds) for kind in range(kinds)]
-
-
-def _one_hot(used: Tensor, kind: int, kinds: int) -> Tensor:
-    columns = [used if other == kind else torch.zeros_like(used) for other in range(kinds)]
-    return torch.stack(columns, dim=-1)
 
 
 def attention_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -136,21 +136,16 @@ def cosine(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> T
     device = next((part.device for part in (*first, *second) if part is not None), torch.device("cpu"))
     with undisturbed(device):
         none = torch.zeros((), dtype=sum_dtype(device), device=device)
-        product = sum(
-            ((one.float() * other.float()).sum(dtype=none.dtype) for one, other in _both(first, second)), none
-        )
-        norms = [
-            sum((part.float().square().sum(dtype=none.dtype) for part in parts if part is not None), none).sqrt()
-            for parts in (first, second)
-        ]
-        size = norms[0] * norms[1]
-        return torch.stack([torch.where(size == 0, none, product / size), (size != 0).to(none.dtype)])
 
+        def product(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> Tensor:
+            parts = (
+                (one, other) for one, other in zip(ours, theirs, strict=True) if one is not None and other is not None
+            )
+            return sum(((one.float() * other.float()).sum(dtype=none.dtype) for one, other in parts), none)
 
-def _both(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor]]:
-    for one, other in zip(first, second, strict=True):
-        if one is not None and other is not None:
-            yield one, other
+        size = product(first, first).sqrt() * product(second, second).sqrt()
+        cosine = torch.where(size == 0, none, product(first, second) / size)
+        return torch.stack([cosine, (size != 0).to(none.dtype)])
 
 
 def _as_dense(tensor: Tensor) -> Tensor:

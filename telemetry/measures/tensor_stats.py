@@ -53,7 +53,8 @@ def tensor_statistics(tensor: Tensor) -> TensorStats:
         )
         if not pieces:
             return TensorStats(count, none, none, none, none, none, low, high)
-        finite, zeros, total, squares = torch.stack([sums for sums, _, _ in pieces]).sum(0).unbind()
+        columns = torch.stack(pieces)
+        finite, zeros, total, squares = columns[:, :4].sum(0)
         return TensorStats(
             values=count,
             finite=finite,
@@ -61,8 +62,8 @@ def tensor_statistics(tensor: Tensor) -> TensorStats:
             zeros=zeros,
             total=total,
             squares=squares,
-            minimum=torch.stack([minimum for _, minimum, _ in pieces]).amin(),
-            maximum=torch.stack([maximum for _, _, maximum in pieces]).amax(),
+            minimum=columns[:, 4].amin(),
+            maximum=columns[:, 5].amax(),
         )
 
 
@@ -77,20 +78,19 @@ def first_values(tensor: Tensor, n: int = 8) -> Tensor:
         return tensor[:rows].reshape(-1)[:n].clone()
 
 
-def _piece_statistics(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``([finite, zeros, total, squares], minimum, maximum)`` of the values of a flat piece that is not empty."""
+def _piece_statistics(piece: Tensor) -> Tensor:
+    """``[finite, zeros, total, squares, minimum, maximum]`` of the values of a flat piece that is not empty."""
     values = _as_real(piece)
-    nonfinite = torch.count_nonzero(values * 0.0)  # 0 · x is 0 for a finite x and NaN for any other
     kept = values.nan_to_num(0.0, 0.0, 0.0)
-    sums = (
-        values.numel() - nonfinite,
+    found = (
+        values.numel() - torch.count_nonzero(values * 0.0),  # 0 · x is 0 for a finite x and NaN for any other
         values.numel() - torch.count_nonzero(values),
         kept.sum(),
         kept.square_().sum(),
+        values.nan_to_num(torch.inf, torch.inf, torch.inf).amin(),
+        values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax(),
     )
-    minimum = values.nan_to_num(torch.inf, torch.inf, torch.inf).amin()
-    maximum = values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax()
-    return torch.stack([value.to(values.dtype) for value in sums]), minimum, maximum
+    return torch.stack([value.to(values.dtype) for value in found])
 
 
 def _as_real(piece: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter, Recorder
 from telemetry.health import HealthMonitor
 from telemetry.health.rules import Level
-from telemetry.records import Alert, Max, Mean, Min, Norm, Record, Scalar, Sum, SumOfMeans, Table, UsedFraction
+from telemetry.records import Alert, Max, Mean, Min, Norm, Perplexity, Record, Scalar, Sum, Table, UsedFraction
 
 WRITTEN_SECONDS = 20.0  # generous: other programs share the machine
 
@@ -201,11 +201,11 @@ def test_many_vectors_come_back_in_their_own_shapes() -> None:
     backend = MemoryBackend()
     recorder = opened(backend)
     recorder.metric("used", UsedFraction(torch.tensor([0, 2, 0, 1])))
-    recorder.metric("sum", SumOfMeans(torch.tensor([6.0, 5.0, 9.0]), torch.tensor([2, 0, 3])))
+    recorder.metric("perplexity", Perplexity(torch.tensor([6.0, 0.0, 6.0])))
     recorder.metric("scalar", Sum(torch.tensor(2.5, dtype=torch.bfloat16)))
     recorder.flush(1)
     drained(recorder)
-    assert shown(backend) == {"used": {1: 0.5}, "sum": {1: 6.0}, "scalar": {1: 2.5}}
+    assert shown(backend) == {"used": {1: 0.5}, "perplexity": {1: pytest.approx(2.0)}, "scalar": {1: 2.5}}
 
 
 def test_written_records_go_past_the_step_that_is_collected() -> None:

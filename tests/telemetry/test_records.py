@@ -19,20 +19,14 @@ from telemetry.records import (
     Norm,
     Perplexity,
     PresentMean,
+    PresentSum,
     Std,
     Sum,
-    SumOfMeans,
     Table,
     UsedFraction,
 )
 
-TERMS = 3
 IDS = 5
-
-
-def means(values: Sequence[float]) -> list[tuple[float, int]]:
-    """Totals and counts of ``TERMS`` interleaved terms."""
-    return [(math.fsum(values[term::TERMS]), len(values[term::TERMS])) for term in range(TERMS)]
 
 
 def histogram(values: Sequence[float]) -> list[int]:
@@ -42,7 +36,6 @@ def histogram(values: Sequence[float]) -> list[int]:
 def metrics_of(values: Sequence[float]) -> dict[str, Metric]:
     """Every kind of metric, measured on one part of the data."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    totals, counts = zip(*means(values), strict=True)
     ids = torch.tensor(histogram(values))
     return {
         "mean": Mean(tensor.sum(), len(values)),
@@ -51,7 +44,7 @@ def metrics_of(values: Sequence[float]) -> dict[str, Metric]:
         "min": Min(min(values, default=math.inf)),
         "norm": Norm(tensor.square().sum()),
         "std": Std(tensor.sum(), tensor.square().sum(), len(values)),
-        "sum of means": SumOfMeans(torch.tensor(totals, dtype=torch.float64), torch.tensor(counts)),
+        "present sum": PresentSum(tensor.sum(), len(values)),
         "used fraction": UsedFraction(ids),
         "perplexity": Perplexity(ids),
     }
@@ -69,18 +62,13 @@ def expected(values: Sequence[float]) -> dict[str, float | None]:
         "min": min(values, default=None),
         "norm": math.sqrt(math.fsum(value**2 for value in values)),
         "std": None if mean is None else math.sqrt(math.fsum((value - mean) ** 2 for value in values) / size),
-        "sum of means": math.fsum(total / count for total, count in means(values) if count) if size else None,
+        "present sum": math.fsum(values) if size else None,
         "used fraction": len(shares) / IDS if size else None,
         "perplexity": math.exp(-math.fsum(share * math.log(share) for share in shares)) if size else None,
     }
 
 
-# The parts begin at multiples of TERMS, so that a value belongs to the same term in its part as in the whole.
-PARTS = st.lists(
-    st.lists(st.floats(-100, 100), max_size=4).map(lambda part: [value for value in part for _ in range(TERMS)]),
-    min_size=1,
-    max_size=5,
-)
+PARTS = st.lists(st.lists(st.floats(-100, 100), max_size=12), min_size=1, max_size=5)
 
 
 @settings(deadline=None)
@@ -119,7 +107,7 @@ def test_unequal_token_counts_weigh_what_they_are() -> None:
         Max(-math.inf),
         Min(math.inf),
         Std(0.0, 0.0, 0),
-        SumOfMeans(torch.zeros(3), torch.zeros(3)),
+        PresentSum(0.0, 0),
         UsedFraction(torch.zeros(4)),
         Perplexity(torch.zeros(4)),
     ],
@@ -132,7 +120,7 @@ def test_what_was_not_measured_is_absent(metric: Metric) -> None:
 def test_what_was_measured_as_zero_is_zero() -> None:
     metrics = (Mean(0.0, 3), Sum(0.0), Max(0.0), Min(0.0), Norm(0.0), Std(0.0, 0.0, 2))
     assert [metric.result() for metric in metrics] == [0.0] * 6
-    assert SumOfMeans(torch.zeros(2), torch.tensor([1, 0])).result() == 0.0
+    assert PresentSum(0.0, 2).result() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -145,7 +133,7 @@ def test_what_was_measured_as_zero_is_zero() -> None:
         Norm(math.nan),
         Std(math.nan, 1.0, 2),
         Std(0.0, math.nan, 2),
-        SumOfMeans(torch.tensor([1.0, math.nan]), torch.ones(2)),
+        PresentSum(math.nan, 2),
     ],
 )
 def test_a_nan_stays_one_whatever_it_is_merged_with(metric: Metric) -> None:

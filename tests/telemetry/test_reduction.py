@@ -21,7 +21,7 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery import reduction
 from telemetry.delivery.recorder import Recorder
 from telemetry.delivery.reduction import RankGather, Share, merge
-from telemetry.records import Max, Mean, Min, Norm, Std, Sum, SumOfMeans, UsedFraction
+from telemetry.records import Max, Mean, Min, Norm, Perplexity, Std, Sum, UsedFraction
 
 ENDS_WITHIN = 90.0
 PROGRAM = Path(__file__).with_name("rank_pair.py")
@@ -109,16 +109,16 @@ def test_a_rank_sends_its_values_and_not_the_buffer_that_brought_them(monkeypatc
     for index, vector in enumerate(vectors):
         recorder.metric(f"sum/{index}", Sum(vector.sum()))
         recorder.metric(f"used/{index}", UsedFraction(vector))
-        recorder.metric(f"means/{index}", SumOfMeans(vector, torch.ones(100)))
+        recorder.metric(f"perplexity/{index}", Perplexity(vector))
     recorder.show({"picture": torch.rand(1_000_000, dtype=torch.float64)}, lambda _host, _emit: None)
     recorder.flush(1)
     recorder.close()
-    measured = len(vectors) * (8 + 3 * 100 * 8)
+    measured = len(vectors) * (8 + 2 * 100 * 8)
     assert measured < len(sent[0]) < 1.25 * measured
     for index, vector in enumerate(vectors):
         assert backend.scalars(f"sum/{index}") == {1: pytest.approx(2 * float(vector.sum()))}
         assert backend.scalars(f"used/{index}") == {1: 1.0}
-        assert backend.scalars(f"means/{index}") == {1: pytest.approx(float(vector.sum()))}
+        assert backend.scalars(f"perplexity/{index}") == {1: pytest.approx(Perplexity(2 * vector).result())}
 
 
 def test_a_single_process_needs_no_gather() -> None:

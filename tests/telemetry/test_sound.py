@@ -17,7 +17,7 @@ from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, Zero
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Recorder
-from telemetry.instruments.clip_images import spectrogram_image
+from telemetry.instruments.clip_records import spectrogram_image
 from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 RATE = 10
