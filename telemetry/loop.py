@@ -23,14 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
-from telemetry.instruments.questions import QUESTIONS, choose
+from telemetry.instruments.questions import choose
 from telemetry.probes.quiet import is_compiled
-from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
+from telemetry.session import DEFAULT_LOGGING_STEPS, Door, Session
 from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
 
 
-class Telemetry:
+class Telemetry(Door):
     """Watches a training loop: step 1 and every ``logging_steps`` optimizer steps. Off a due step it costs nothing.
 
     Use it as a context, and each optimizer step with all its microbatches as a ``with telemetry.step()`` inside.
@@ -67,14 +67,7 @@ class Telemetry:
         name: str = "",
         starting_step: int = 0,
     ) -> None:
-        if logging_steps < 1:
-            raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
-        self.logging_steps = logging_steps
-        self.backends = backends
-        self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
-        self.sound = sound
-        chosen = choose(components, options)
-        self.instruments = [one for name, given in chosen.items() for one in QUESTIONS[name](**given)]
+        super().__init__(logging_steps, backends, logging_dir, sound, choose(components, options))
         self.steps = starting_step
         self._model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the one that steps
@@ -83,23 +76,15 @@ class Telemetry:
         self._setting = self._of_run(
             model, local_directory(output_dir, "output_dir"), processing_class, config or {}, name
         )
-        self._session: Session | None = None
         self._handles: list[RemovableHandle] = []
-        self._gradients_seen = False
 
     def __enter__(self) -> Telemetry:
-        self._session = Session.join([self], self._model, self, lambda: self._setting)
+        self._session = Session.join(self, self._model, self, lambda: self._setting)
         return self
 
     def __exit__(self, *error: object) -> None:
-        session, self._session = self._session, None
         self._unhook()
-        if session is not None:
-            session.leave([self])
-
-    def is_due(self, step: int) -> bool:
-        """Return whether an optimizer step, counted from 1, is measured."""
-        return is_due(step, self.logging_steps)
+        self._leave()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -156,12 +141,12 @@ class Telemetry:
         """Look at the gradients, unless :meth:`gradients` has, and at the weights before the optimizer steps."""
         self._see_gradients(clipped=None)
         if (session := self._led()) is not None:
-            session.before_update(optimizer)
+            session.tell("before_update", optimizer)
 
     def after_update(self, optimizer: Any) -> None:
         """Look at the weights after the optimizer has stepped."""
         if (session := self._led()) is not None:
-            session.after_update(optimizer)
+            session.tell("after_update", optimizer)
 
     def end_step(self) -> None:
         """End an optimizer step: see :meth:`step`."""
@@ -174,15 +159,6 @@ class Telemetry:
         if self._session is None:
             raise RuntimeError("telemetry has not begun: use it inside of `with Telemetry(...) as telemetry:`")
         return self._session
-
-    def _led(self) -> Session | None:
-        session = self._session
-        return session if session is not None and session.leads(self) else None
-
-    def _see_gradients(self, clipped: bool | None) -> None:
-        if not self._gradients_seen and (session := self._led()) is not None:
-            self._gradients_seen = True
-            session.gradients(clipped)
 
     def _unhook(self) -> None:
         for handle in self._handles:

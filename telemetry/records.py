@@ -90,6 +90,15 @@ class Sum(Metric):
         return float(total)
 
 
+class PresentSum(Metric):
+    """A total of something that may not be there at all: absent when ``present`` is 0."""
+
+    ops = ("sum", "sum")
+
+    def _result(self, total: np.ndarray, present: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(total) if present > 0 else None
+
+
 class Max(Metric):
     """The largest value; -inf stands for "nothing measured" and is absent."""
 

@@ -7,8 +7,9 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -20,11 +21,11 @@ from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.batches import EvaluationBatches
-from telemetry.probes.forward import Microbatch, PassReader, Reading
+from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.records import Scalar
-from telemetry.setting import Setting, logged_numbers
+from telemetry.setting import Setting, local_directory, logged_numbers
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
@@ -36,40 +37,64 @@ NO_FAMILY = (
 )
 
 
-def is_due(step: int, every: int) -> bool:
-    """Return whether an optimizer step, counted as after its update, is measured."""
-    return step == 1 or step % every == 0
+class Door:
+    """What brings instruments to a run, and passes the events of a training on to it.
 
+    Args:
+        logging_steps: N: step 1 and every N optimizer steps are measured.
+        backends: where to show; None for the run's own.
+        logging_dir: where files go; None for the run's own.
+        sound: what may be heard, where it has a say.
+        instruments: what measures.
 
-class Member(Protocol):
-    """What brings instruments to a run."""
+    Raises:
+        ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
+    """
 
-    @property
-    def instruments(self) -> Sequence[Instrument]:
-        """What measures."""
-
-    @property
-    def backends(self) -> Sequence[Backend] | None:
-        """Where to show; None for the run's own."""
-
-    @property
-    def logging_dir(self) -> str | Path | None:
-        """Where files go; None for the run's own."""
-
-    @property
-    def sound(self) -> SoundPolicy | None:
-        """What may be heard, where it has a say."""
+    def __init__(
+        self,
+        logging_steps: int,
+        backends: Sequence[Backend] | None,
+        logging_dir: str | Path | None,
+        sound: SoundPolicy | None,
+        instruments: Sequence[Instrument],
+    ) -> None:
+        if logging_steps < 1:
+            raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
+        self.logging_steps = logging_steps
+        self.backends = backends
+        self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
+        self.sound = sound
+        self.instruments = [*instruments]
+        self._session: Session | None = None
+        self._gradients_seen = False
 
     def is_due(self, step: int) -> bool:
-        """Return whether its instruments measure an optimizer step, counted as after its update."""
+        """Return whether an optimizer step, counted from 1 as after its update, is measured."""
+        return step == 1 or step % self.logging_steps == 0
+
+    def _leave(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave(self)
+
+    def _led(self) -> Session | None:
+        """The run, while a due step is under way that this door has opened."""
+        session = self._session
+        return session if session is not None and session.leads(self) else None
+
+    def _see_gradients(self, clipped: bool | None) -> None:
+        """Have the gradients of a due step measured, once; ``clipped``: see :meth:`Instrument.gradients`."""
+        if not self._gradients_seen and (session := self._led()) is not None:
+            self._gradients_seen = True
+            session.tell("gradients", clipped)
 
 
 class Session:
     """One training run seen by those that watch it: the one place that times, isolates, says once and switches off.
 
-    Members of one training find the same session by its model, so that they share one reader, one recorder and one
-    writer, whether they were added one by one or together. The member whose door opens a due step leads it: what the
-    others' doors hear of it comes a second time.
+    Doors to one training find the same session by its model, so that they share one reader, one recorder and one
+    writer. The door that opens a due step leads it: what the others hear of it comes a second time.
 
     Args:
         model: what is trained, without its DDP or FSDP wrapper.
@@ -84,34 +109,31 @@ class Session:
         with self._isolated("reading the model"):
             self.family = find_family(model)
         self.setting = setting
-        self.processing_class = setting.processor
         self.tokenizer = getattr(setting.processor, "tokenizer", setting.processor)
         self._training: object = None
         self._model = weakref.ref(model)
-        self._members: list[Member] = []
+        self._doors: list[Door] = []
         self._failures: Counter[object] = Counter()
         self._turns: Counter[Instrument] = Counter()
         self._recorder: Recorder | None = None
         self._lockstep: Lockstep | None = None
         self._sound: SoundPolicy | None = None
         self._watch = Watch(model, self._measure, usable=not setting.compiled)
-        self._reader = PassReader(self.family, self._inputs, self._outputs)
+        self._reader = PassReader(self.family, partial(self._tell, "inputs"), partial(self._tell, "outputs"))
         self._clock = StepClock()
         self._step: Step | None = None
         self._due: list[Instrument] = []
-        self._leader: object = None
+        self._leader: Door | None = None
         self._evaluated = False
         self._logged: object = None
         self._epoch_at = -1
 
     @classmethod
-    def join(
-        cls, members: Sequence[Member], model: nn.Module, training: object, setting: Callable[[], Setting]
-    ) -> Session:
+    def join(cls, door: Door, model: nn.Module, training: object, setting: Callable[[], Setting]) -> Session:
         """Return the session of a model's training, made by the first door that asks.
 
         Args:
-            members: what joins.
+            door: what joins.
             model: what is trained.
             training: names this training of the model: another one closes what an interrupted one has left.
             setting: makes what is known of the run.
@@ -123,17 +145,16 @@ class Session:
         if session is None:
             session = cls._by_model[model] = cls(model, setting())
             session._training = training
-        session._members += members
-        for member in members:
-            session._sound = session._sound or member.sound
-        if session._recorder is not None:  # opened by a member that joined earlier
+        session._doors.append(door)
+        session._sound = session._sound or door.sound
+        if session._recorder is not None:  # opened by a door that joined earlier
             session._recorder.sound = session.sound
         return session
 
-    def leave(self, members: Sequence[Member]) -> None:
-        """Let members go when training has ended for them; the last ones close the backends."""
-        self._members = [member for member in self._members if member not in members]
-        if not self._members:
+    def leave(self, door: Door) -> None:
+        """Let a door go when training has ended for it; the last one closes the backends."""
+        self._doors = [other for other in self._doors if other is not door]
+        if not self._doors:
             self.close()
 
     def close(self) -> None:
@@ -147,22 +168,17 @@ class Session:
             self._recorder = None
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that shows."""
-        return self.setting.rank == 0
-
-    @property
     def sound(self) -> SoundPolicy:
-        """What may be heard of this run, by the first member that says it."""
+        """What may be heard of this run, by the first door that says it."""
         return self._sound or SoundPolicy()
 
     @property
     def recorder(self) -> Recorder:
-        """Opened at its first use, when all members have joined and brought their backends."""
+        """Opened at its first use, when all doors have joined and brought their backends."""
         if self._recorder is None:
             gather = RankGather.join()
             backends = self._backends()
-            own = [one for one in backends if self.is_main or (gather is not None and is_on_every_rank(one))]
+            own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
             self._recorder = Recorder(own, gather, judge=HealthMonitor(), sound=self.sound, rank=self.setting.rank)
             shared = gather is not None and any(map(is_on_every_rank, backends))
             self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
@@ -190,21 +206,21 @@ class Session:
 
     # -- a due step ---------------------------------------------------------------------------------------------------
 
-    def leads(self, door: object) -> bool:
+    def leads(self, door: Door) -> bool:
         """Return whether a due step is under way that a door has opened."""
         return self._step is not None and self._leader is door
 
-    def begin_step(self, door: object, number: int, evaluation_batches: Any = None) -> None:
+    def begin_step(self, door: Door, number: int, evaluation_batches: Any = None) -> None:
         """Watch the model for a due step, led by a door; nothing where another has opened it.
 
-        Before the first step of a fresh training all members see evaluation batches, where there are any: the baseline.
+        Before the first step of a fresh training all doors see evaluation batches, where there are any: the baseline.
         """
         if self._step is not None and self._step.number == number and self._leader is not door:
             return
         self._end()
         if number == 1 and not self._evaluated:  # with eval_on_start the Trainer has evaluated already
-            for member in self._members:
-                self.evaluation(member, 0, evaluation_batches)
+            for one in self._doors:
+                self.evaluation(one, 0, evaluation_batches)
         with self._isolated("beginning a step"):
             recorder = self.recorder
             self._clock = StepClock()
@@ -212,7 +228,7 @@ class Session:
                 recorder.discard()
                 if self.family is None:
                     recorder.say_once("family", NO_FAMILY)
-                due = [one for member in self._members if member.is_due(number) for one in member.instruments]
+                due = [one for other in self._doors if other.is_due(number) for one in other.instruments]
                 self._due = [instrument for instrument in due if self._is_its_turn(instrument)]
                 self._step, self._leader = self._make_step(number), door
                 self._watch.open()
@@ -228,17 +244,10 @@ class Session:
         if not self._watch.usable:
             self._replay(inputs, outputs)
 
-    def gradients(self, clipped: bool | None) -> None:
-        """All gradients are there; ``clipped`` says whether clipping has touched them, None where nobody knows."""
-        self._timed("gradients", clipped)
-
-    def before_update(self, optimizer: Any) -> None:
-        """The optimizer is about to step."""
-        self._timed("before_update", optimizer)
-
-    def after_update(self, optimizer: Any) -> None:
-        """The optimizer has stepped."""
-        self._timed("after_update", optimizer)
+    def tell(self, verb: Literal["gradients", "before_update", "after_update"], *args: Any) -> None:
+        """Call a verb of every instrument that is due, with what comes after the step: see :class:`Instrument`."""
+        with self._clock.running():
+            self._tell(verb, *args)
 
     def end_step(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> None:
         """Finish the due step and send it on its way.
@@ -258,19 +267,19 @@ class Session:
         with self._isolated("sending a step on its way"):
             self.recorder.flush(step.number, self._clock)
 
-    def abandon_step(self, door: object) -> None:
+    def abandon_step(self, door: Door) -> None:
         """Let go of a due step that a door has opened and that came to nothing."""
         if self.leads(door):
             self._end()
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
-    def evaluation(self, member: Member, number: int, batches: Any) -> None:
-        """Let a member's instruments look at evaluation batches, and write what they record.
+    def evaluation(self, door: Door, number: int, batches: Any) -> None:
+        """Let a door's instruments look at evaluation batches, and write what they record.
 
         An evaluation inside of a due step is left alone: the step goes on.
         """
-        looking = [one for one in member.instruments if type(one).evaluation is not Instrument.evaluation and one.every]
+        looking = [one for one in door.instruments if type(one).evaluation is not Instrument.evaluation and one.every]
         if batches is None or not looking or self._step is not None:
             return
         self._evaluated = True
@@ -307,16 +316,6 @@ class Session:
         """Call a verb of every instrument that is due."""
         for instrument in self._due:
             self._guard(instrument, getattr(instrument, verb), self._step, *args)
-
-    def _timed(self, verb: str, *args: Any) -> None:
-        with self._clock.running():
-            self._tell(verb, *args)
-
-    def _inputs(self, microbatch: Microbatch) -> None:
-        self._tell("inputs", microbatch)
-
-    def _outputs(self, microbatch: Microbatch, reading: Reading) -> None:
-        self._tell("outputs", microbatch, reading)
 
     def _measure(self, owner: object, action: Callable[..., None], *args: Any) -> None:
         """Do what a hook is there for, on the clock."""
@@ -387,13 +386,13 @@ class Session:
         )
 
     def _backends(self) -> Sequence[Backend]:
-        given = [backend for member in self._members for backend in member.backends or ()]
+        given = [backend for door in self._doors for backend in door.backends or ()]
         unique = list({id(backend): backend for backend in given}.values())
         return unique or self.setting.default_backends()
 
     def _run(self, launch_id: str) -> Run:
         setting = self.setting
-        chosen = next((member.logging_dir for member in self._members if member.logging_dir), None)
+        chosen = next((door.logging_dir for door in self._doors if door.logging_dir), None)
         return Run(
             logging_dir=Path(chosen or setting.logging_dir),
             starting_step=setting.starting_step,

@@ -7,78 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from telemetry.backends.base import Backend
-from telemetry.callbacks.trainer import StrategicCallback, TrainerDoor
-from telemetry.instruments import questions
-from telemetry.instruments.attention import DEFAULT_QUERIES
-from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS
-from telemetry.session import DEFAULT_LOGGING_STEPS, Session
+from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.instruments.questions import choose
+from telemetry.session import DEFAULT_LOGGING_STEPS
 from telemetry.sound import SoundPolicy
-from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
 class InputLoggerCallback(StrategicCallback):
-    """Inputs: is the data what I think it is? Everything under ``inputs/``.
+    """Inputs: is the data what I think it is? Everything under ``inputs/``."""
 
-    Takes the arguments of :class:`StrategicCallback`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments += questions.inputs()
+    question = "inputs"
 
 
 class OutputLoggerCallback(StrategicCallback):
-    """Outputs: what does the model predict, per stream? Everything under ``outputs/``.
+    """Outputs: what does the model predict, per stream? Everything under ``outputs/``."""
 
-    Takes the arguments of :class:`StrategicCallback`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments += questions.outputs()
+    question = "outputs"
 
 
 class SharedAttentionLoggerCallback(StrategicCallback):
     """Shared attention: do text and audio look at each other, and does every part learn?
 
-    Everything under ``attention/``, ``activations/`` and ``gradients/``. Takes the arguments of
-    :class:`StrategicCallback` and, by name, those of :func:`telemetry.instruments.questions.shared_attention`.
+    Everything under ``attention/``, ``activations/`` and ``gradients/``. Takes ``layers``, ``queries`` and
+    ``text_audio_cosine`` too: see :func:`telemetry.instruments.questions.shared_attention`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        layers: Sequence[int] | None = None,
-        queries: int = DEFAULT_QUERIES,
-        text_audio_cosine: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments += questions.shared_attention(layers, queries, text_audio_cosine)
+    question = "shared_attention"
 
 
 class ZeroShotVerificationLoggerCallback(StrategicCallback):
     """Zero-shot: is every sample a well-formed voice-cloning prompt, and does the model use the reference voice?
 
-    Everything under ``zero_shot/``. Takes the arguments of :class:`StrategicCallback` and, by name, those of
-    :func:`telemetry.instruments.questions.zero_shot`.
+    Everything under ``zero_shot/``. Takes ``conditioning_every``, ``clips``, ``speaker_encoder``, ``transcriber``,
+    ``max_new_tokens`` and ``clips_max_seconds`` too: see :func:`telemetry.instruments.questions.zero_shot`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        conditioning_every: int = 5,
-        clips: int = DEFAULT_CLIPS,
-        speaker_encoder: SpeakerEncoder | str | None = None,
-        transcriber: Transcriber | str | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        clips_max_seconds: float = MAX_SECONDS,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.instruments += questions.zero_shot(
-            conditioning_every, clips, speaker_encoder, transcriber, max_new_tokens, clips_max_seconds
-        )
+    question = "zero_shot"
 
 
 COMPONENTS: dict[str, type[StrategicCallback]] = {
@@ -89,8 +53,8 @@ COMPONENTS: dict[str, type[StrategicCallback]] = {
 }
 
 
-class StrategicTelemetry(TrainerDoor):
-    """All questions at once: one callback with a member for each.
+class StrategicTelemetry(StrategicCallback):
+    """All questions at once.
 
     Args:
         components: which of :data:`COMPONENTS`; all by default.
@@ -110,18 +74,4 @@ class StrategicTelemetry(TrainerDoor):
         options: Mapping[str, Mapping[str, Any]] | None = None,
         sound: SoundPolicy | None = None,
     ) -> None:
-        super().__init__()
-        self.members = [
-            COMPONENTS[name](logging_steps, backends, logging_dir, sound=sound, **given)
-            for name, given in questions.choose(components, options).items()
-        ]
-        self.logging_steps = logging_steps
-
-    def is_due(self, step: int) -> bool:
-        """Return whether an optimizer step is measured: its members are due together."""
-        return self.members[0].is_due(step)
-
-    def _watch(self, session: Session | None) -> None:
-        super()._watch(session)
-        for member in self.members:
-            member._watch(session)
+        super().__init__(logging_steps, backends, logging_dir, sound, choose(components, options))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
 from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.questions import QUESTIONS
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
-from telemetry.session import DEFAULT_LOGGING_STEPS, Session, is_due
+from telemetry.session import DEFAULT_LOGGING_STEPS, Door, Session
 from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
 
@@ -30,29 +32,67 @@ class Head:
     codebooks: int = 1
 
 
-class TrainerDoor(TrainerCallback):
-    """Passes a Trainer's events on to the run being watched. Off a due step it costs one comparison.
+class StrategicCallback(Door, TrainerCallback):
+    """Passes a Trainer's events on to the run being watched, at step 1 and every ``logging_steps`` optimizer steps.
+
+    Works alone on any Trainer: ``trainer.add_callback(InputLoggerCallback())``. It watches the model with hooks that
+    live for the due step only; off a due step it costs one comparison. What measures is its ``instruments``; a subclass
+    may also override the methods from :meth:`begin_step` to :meth:`observe_evaluation`.
 
     A trainer may also hand ``inputs=`` and ``outputs=`` to :meth:`on_step_end`, and call :meth:`on_microbatch` before a
-    forward pass, :meth:`on_outputs` after one and :meth:`on_gradients` before clipping.
+    forward pass, :meth:`on_outputs` after one and :meth:`on_gradients` before clipping. A callback that is added while
+    training runs joins at its next due step.
 
-    A callback that is added while training runs joins at its next due step.
+    Args:
+        logging_steps: N, at least 1.
+        backends: where to show; by default TensorBoard and the console. The callbacks of one Trainer share them.
+        logging_dir: where files go; by default ``TENSORBOARD_LOGGING_DIR`` or ``<output_dir>/runs/telemetry``.
+        sound: what may be heard (voice clips are personal data); by default a few clips a tag. The first callback of
+            a Trainer that says it speaks for all.
+        instruments: further ones of one's own.
+        options: of a callback for one question: the arguments of that question's function.
+
+    Attributes:
+        question: of :data:`telemetry.instruments.questions.QUESTIONS`, whose instruments a subclass brings.
+
+    Raises:
+        ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
     """
 
-    members: Sequence[StrategicCallback] = ()
+    question: ClassVar[str] = ""
 
-    def __init__(self) -> None:
-        self._session: Session | None = None
-        self._gradients_seen = False
+    def __init__(
+        self,
+        logging_steps: int = DEFAULT_LOGGING_STEPS,
+        backends: Sequence[Backend] | None = None,
+        logging_dir: str | Path | None = None,
+        sound: SoundPolicy | None = None,
+        instruments: Sequence[Instrument] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(logging_steps, backends, logging_dir, sound, instruments)
+        if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
+            self.instruments.append(_Overridden(self))
+        if self.question:
+            self.instruments += QUESTIONS[self.question](**options)
+        elif options:
+            raise TypeError(f"{type(self).__name__} got unexpected keyword arguments {sorted(options)}")
 
-    def is_due(self, step: int) -> bool:
-        """Return whether an optimizer step is measured."""
-        return any(member.is_due(step) for member in self.members)
+    @property
+    def session(self) -> Session:
+        """The run being watched.
+
+        Raises:
+            RuntimeError: outside training.
+        """
+        if self._session is None:
+            raise RuntimeError(f"{type(self).__name__} is not watching a training run")
+        return self._session
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watch(None)  # a training that ended in an exception may have left it
+        self._session = None  # a training that ended in an exception may have left it
         self._join(args, state, **kwargs)
 
     def on_step_begin(
@@ -113,7 +153,7 @@ class TrainerDoor(TrainerCallback):
     ) -> None:
         if (session := self._led()) is not None:
             self._see_gradients(clipped=(args.max_grad_norm or 0) > 0)
-            session.before_update(optimizer)
+            session.tell("before_update", optimizer)
 
     def on_optimizer_step(
         self,
@@ -124,7 +164,7 @@ class TrainerDoor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if (session := self._led()) is not None:
-            session.after_update(optimizer)
+            session.tell("after_update", optimizer)
 
     def on_step_end(
         self,
@@ -158,16 +198,12 @@ class TrainerDoor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._session is not None:
-            for member in self.members:
-                self._session.evaluation(member, state.global_step, eval_dataloader)
+            self._session.evaluation(self, state.global_step, eval_dataloader)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        session = self._session
-        self._watch(None)
-        if session is not None:
-            session.leave(self.members)
+        self._leave()
 
     def _join(
         self,
@@ -181,79 +217,9 @@ class TrainerDoor(TrainerCallback):
     ) -> None:
         if model is None:
             return
-
-        def setting() -> Setting:
-            return _setting(args, state, model, processing_class, {"train": train_dataloader, "eval": eval_dataloader})
-
-        self._watch(Session.join(self.members, model, state, setting))
-
-    def _watch(self, session: Session | None) -> None:
-        self._session = session
-
-    def _led(self) -> Session | None:
-        """The run, while a due step is under way that this door has opened."""
-        session = self._session
-        return session if session is not None and session.leads(self) else None
-
-    def _see_gradients(self, clipped: bool) -> None:
-        if not self._gradients_seen and (session := self._led()) is not None:
-            self._gradients_seen = True
-            session.gradients(clipped)
-
-
-class StrategicCallback(TrainerDoor):
-    """A callback for one question, at step 1 and every ``logging_steps`` optimizer steps.
-
-    Works alone on any Trainer: ``trainer.add_callback(InputLoggerCallback())``. It watches the model with hooks that
-    live for the due step only. What measures is its ``instruments``; a subclass may also override the methods from
-    :meth:`begin_step` to :meth:`observe_evaluation`.
-
-    Args:
-        logging_steps: N, at least 1.
-        backends: where to show; by default TensorBoard and the console. The callbacks of one Trainer share them.
-        logging_dir: where files go; by default ``TENSORBOARD_LOGGING_DIR`` or ``<output_dir>/runs/telemetry``.
-        sound: what may be heard (voice clips are personal data); by default a few clips a tag. The first callback of
-            a Trainer that says it speaks for all.
-        instruments: further ones of one's own.
-
-    Raises:
-        ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
-    """
-
-    def __init__(
-        self,
-        logging_steps: int = DEFAULT_LOGGING_STEPS,
-        backends: Sequence[Backend] | None = None,
-        logging_dir: str | Path | None = None,
-        sound: SoundPolicy | None = None,
-        instruments: Sequence[Instrument] = (),
-    ) -> None:
-        super().__init__()
-        if logging_steps < 1:
-            raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
-        self.logging_steps = logging_steps
-        self.backends = backends
-        self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
-        self.sound = sound
-        self.members = (self,)
-        self.instruments: list[Instrument] = [*instruments]
-        if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
-            self.instruments.append(_Overridden(self))
-
-    @property
-    def session(self) -> Session:
-        """The run being watched.
-
-        Raises:
-            RuntimeError: outside training.
-        """
-        if self._session is None:
-            raise RuntimeError(f"{type(self).__name__} is not watching a training run")
-        return self._session
-
-    def is_due(self, step: int) -> bool:
-        """Return whether an optimizer step, counted as the Trainer counts it after the update, is measured."""
-        return is_due(step, self.logging_steps)
+        loaders = {"train": train_dataloader, "eval": eval_dataloader}
+        setting = functools.partial(_setting, args, state, model, processing_class, loaders)
+        self._session = Session.join(self, model, state, setting)
 
     # -- what a subclass may override ---------------------------------------------------------------------------------
 

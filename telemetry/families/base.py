@@ -17,6 +17,14 @@ IGNORE_INDEX = -100
 NO_LOGITS = "the model computed no logits for it (a fused loss, or no such head)"
 NO_LABELS = "the model was given no labels for it"
 
+# Parts of a decoder's parameter names, as transformers writes them → gradient groups.
+DECODER_GROUPS = (
+    ("embed_tokens", "text_embedding"),
+    ("self_attn", "shared_attention"),
+    (".mlp.", "text_ffn"),
+    ("norm", "norms"),
+)
+
 Group = Literal["text", "audio"]
 Alignment = Literal["shifted", "aligned", "given_shifted"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import (
+    DECODER_GROUPS,
     NO_LABELS,
     NO_LOGITS,
     Absent,
@@ -28,15 +29,6 @@ from telemetry.families.base import (
     real_positions,
 )
 
-_GROUPS = (
-    ("lora_", "lora"),
-    ("embed_tokens", "text_embedding"),
-    ("lm_head", "text_head"),
-    ("self_attn", "shared_attention"),
-    (".mlp.", "text_ffn"),
-    ("norm", "norms"),
-)
-
 
 class CausalLMFamily(Family):
     """Reads models whose output embeddings give text logits, and whose loss is a cross-entropy over them.
@@ -46,7 +38,7 @@ class CausalLMFamily(Family):
     """
 
     name = "causal_lm"
-    groups = _GROUPS
+    groups = (("lora_", "lora"), ("lm_head", "text_head"), *DECODER_GROUPS)
 
     @classmethod
     def find(cls, model: nn.Module) -> CausalLMFamily | None:

@@ -11,17 +11,6 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Violation:
-    """Something that is wrong with a sample: which rule is broken, and how."""
-
-    kind: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.kind.replace('_', ' ')}: {self.what}"
-
-
-@dataclass(frozen=True)
 class Turn:
     """One turn: ``ids[start:end]`` with its header and end-of-turn; ``ids[body:end]`` without the header."""
 
@@ -51,33 +40,30 @@ class ChatFormat:
             return None
         return cls(*ids)
 
-    def turns(self, ids: Sequence[int], tokenizer: Any) -> tuple[list[Turn], list[Violation]]:
-        """Turns of a sequence, and what is wrong with its headers and turn ends (empty when they balance)."""
+    def turns(self, ids: Sequence[int], tokenizer: Any) -> tuple[list[Turn], dict[str, list[str]]]:
+        """Turns of a sequence, and what is wrong with its headers and turn ends (nothing when they balance)."""
         turns: list[Turn] = []
-        faults: list[Violation] = []
+        faults: dict[str, list[str]] = {"header": [], "end_of_turn": []}
         starts = [position for position, token in enumerate(ids) if token == self.header_start]
         for start, following in pairwise([*starts, len(ids)]):
             header_end = _find(ids, self.header_end, start, following)
             if header_end is None:
-                faults.append(Violation("header", f"no <|end_header_id|> behind token {start}"))
+                faults["header"].append(f"no <|end_header_id|> behind token {start}")
                 continue
             role = tokenizer.decode(ids[start + 1 : header_end]).strip()
             end = _find(ids, self.turn_end, header_end, following)
             if end is None:
-                faults.append(Violation("end_of_turn", f"the {role} turn at token {start} has no <|eot_id|>"))
+                faults["end_of_turn"].append(f"the {role} turn at token {start} has no <|eot_id|>")
             turns.append(Turn(role, start, header_end + 1, following if end is None else end + 1))
         stray = sum(token == self.header_end for token in ids) - len(turns)
         if stray > 0:
-            faults.append(Violation("header", f"{stray} <|end_header_id|> without a <|start_header_id|>"))
+            faults["header"].append(f"{stray} <|end_header_id|> without a <|start_header_id|>")
         return turns, faults
 
 
-def role_faults(turns: Sequence[Turn]) -> list[Violation]:
+def role_faults(turns: Sequence[Turn]) -> list[str]:
     """What is wrong with the order of roles: an optional system turn, then user and assistant in turn."""
-    return [Violation("role_order", what) for what in _role_faults([turn.role for turn in turns])]
-
-
-def _role_faults(roles: Sequence[str]) -> list[str]:
+    roles = [turn.role for turn in turns]
     if not roles:
         return ["no turn at all"]
     faults = [f"unknown role {role!r}" for role in roles if role not in ROLES]

@@ -12,13 +12,13 @@ in one sample, and says which of its positions the model has.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import (
+    DECODER_GROUPS,
     IGNORE_INDEX,
     NO_LOGITS,
     Absent,
@@ -41,22 +41,6 @@ _FIELDS = (
     "audio_num_codebooks", "audio_codebook_size", "audio_stream_bos_id", "audio_stream_eos_id",
     "audio_in_token_idx", "audio_out_token_idx",
 )  # fmt: skip
-# The audio encoder and a separate audio attention have parts named like those of the decoder: they come first.
-_GROUPS = (
-    ("lora_", "lora"),
-    ("audio_tower", "other"),
-    ("audio_encoder_proj", "other"),
-    ("audio_attn.", "other"),
-    ("audio_codebook_embeddings", "audio_embedding"),
-    ("audio_out_embed_projector", "audio_embedding"),
-    ("embed_tokens", "text_embedding"),
-    ("audio_lm_head", "audio_head"),
-    ("text_lm_head", "text_head"),
-    ("self_attn", "shared_attention"),
-    ("audio_mlp", "audio_ffn"),
-    (".mlp.", "text_ffn"),
-    ("norm", "norms"),
-)
 
 
 @reads("HiggsAudioModel")
@@ -68,7 +52,19 @@ class HiggsAudioFamily(Family):
 
     name = "higgs_audio"
     modalities = ("text", "audio")
-    groups = _GROUPS
+    groups = (
+        ("lora_", "lora"),
+        # The audio encoder and a separate audio attention have parts named like those of the decoder: they come first.
+        ("audio_tower", "other"),
+        ("audio_encoder_proj", "other"),
+        ("audio_attn.", "other"),
+        ("audio_codebook_embeddings", "audio_embedding"),
+        ("audio_out_embed_projector", "audio_embedding"),
+        ("audio_lm_head", "audio_head"),
+        ("text_lm_head", "text_head"),
+        ("audio_mlp", "audio_ffn"),
+        *DECODER_GROUPS,
+    )
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
@@ -123,8 +119,8 @@ class HiggsAudioFamily(Family):
         if not isinstance(input_ids, Tensor):
             return None
         config = self.model.config
-        audio = _AudioInputs.of(inputs, input_ids.device, config)
-        layout = _Layout.of(input_ids, audio, config, bool(inputs.get("use_cache")))
+        audio = _AudioInputs(inputs, input_ids.device, config)
+        layout = _Layout(input_ids, audio, config, bool(inputs.get("use_cache")))
         real = (layout.take(real_positions(inputs, input_ids)) & layout.is_text) | layout.is_audio
         labels = inputs.get("label_ids")
         return BatchView(
@@ -163,54 +159,38 @@ class HiggsAudioFamily(Family):
         )
 
 
-@dataclass(frozen=True)
 class _AudioInputs:
     """The audio of a batch; what belongs to ``<|AUDIO|>`` comes before what belongs to ``<|AUDIO_OUT|>``.
 
-    ``codes`` and ``labels`` int64 ``[frames, codebooks]``, one frame at least; ``in_*``, ``out_*`` int64 ``[clips]``:
-    first frame and number of frames of every clip; ``embeddings`` int64 ``[clips]``: positions that the features of an
-    ``<|AUDIO|>`` take. ``positions``: no less than all of it takes.
+    Attributes:
+        codes, labels: int64 ``[frames, codebooks]``, one frame at least.
+        in_first, in_frames, out_first, out_frames: int64 ``[clips]``: first frame and number of frames of every clip.
+        features, features_real: see :class:`AudioView`.
+        embeddings: int64 ``[clips]``: positions that the features of an ``<|AUDIO|>`` take.
+        positions: no less than all of it takes.
     """
 
-    codes: Tensor
-    labels: Tensor
-    in_first: Tensor
-    in_frames: Tensor
-    out_first: Tensor
-    out_frames: Tensor
-    embeddings: Tensor
-    positions: int
-    features: Tensor | None
-    features_real: Tensor | None
-
-    @classmethod
-    def of(cls, inputs: Mapping[str, Any], device: torch.device, config: Any) -> _AudioInputs:
+    def __init__(self, inputs: Mapping[str, Any], device: torch.device, config: Any) -> None:
         codebooks = int(config.audio_num_codebooks)
         takes_codes = bool(getattr(config, "encode_audio_in_tokens", False))
-        in_codes, in_first = _codes(inputs, "audio_in_ids" if takes_codes else "", codebooks, device)
+        in_codes, self.in_first = _codes(inputs, "audio_in_ids" if takes_codes else "", codebooks, device)
         out_codes, out_first = _codes(inputs, "audio_out_ids", codebooks, device)
+        self.out_first = out_first + in_codes.shape[1]
+        self.in_frames = _lengths(self.in_first, in_codes.shape[1])
+        self.out_frames = _lengths(out_first, out_codes.shape[1])
         out_labels = inputs.get("label_audio_ids")
         if not isinstance(out_labels, Tensor) or out_labels.shape != out_codes.shape:
             out_labels = torch.full_like(out_codes, IGNORE_INDEX)
         spare = out_codes.new_full((codebooks, 1), IGNORE_INDEX)  # something to read where there is no frame at all
-        features, features_real = (None, None) if getattr(config, "skip_audio_tower", False) else _features(inputs)
-        embeddings, most = _embedding_lengths(features_real, device)
-        frames = in_codes.shape[1] + out_codes.shape[1]
-        return cls(
-            codes=torch.cat([in_codes, out_codes, spare], dim=1).t(),
-            labels=torch.cat([torch.full_like(in_codes, IGNORE_INDEX), out_labels.to(device), spare], dim=1).t(),
-            in_first=in_first,
-            in_frames=_lengths(in_first, in_codes.shape[1]),
-            out_first=out_first + in_codes.shape[1],
-            out_frames=_lengths(out_first, out_codes.shape[1]),
-            embeddings=embeddings,
-            positions=frames + embeddings.shape[0] * most,
-            features=features,
-            features_real=features_real,
-        )
+        self.codes = torch.cat([in_codes, out_codes, spare], dim=1).t()
+        self.labels = torch.cat([torch.full_like(in_codes, IGNORE_INDEX), out_labels.to(device), spare], dim=1).t()
+        self.features: Tensor | None
+        self.features_real: Tensor | None
+        self.features, self.features_real = _features(inputs, config)
+        self.embeddings, most = _embedding_lengths(self.features_real, device)
+        self.positions = in_codes.shape[1] + out_codes.shape[1] + self.embeddings.shape[0] * most
 
 
-@dataclass(frozen=True)
 class _Layout:
     """Where the tokens of a batch go when its placeholders are expanded. All ``[batch, room]``.
 
@@ -220,24 +200,9 @@ class _Layout:
         frame: int64: index of the code frame that stands there, where one does.
         is_audio, embedded, starts, is_text: bool: audio, audio without codes, first positions of clips, other tokens.
         clips, placeholders: int64 ``[batch]``: clips that were handed over, and placeholders that ask for one.
-        left_padded: whether the model pads on the left.
-        round_to: what the model's sequence length is a multiple of.
     """
 
-    token: Tensor
-    filled: Tensor
-    frame: Tensor
-    is_audio: Tensor
-    embedded: Tensor
-    starts: Tensor
-    is_text: Tensor
-    clips: Tensor
-    placeholders: Tensor
-    left_padded: bool
-    round_to: int
-
-    @classmethod
-    def of(cls, input_ids: Tensor, audio: _AudioInputs, config: Any, use_cache: bool) -> _Layout:
+    def __init__(self, input_ids: Tensor, audio: _AudioInputs, config: Any, use_cache: bool) -> None:
         is_in, is_out = input_ids == int(config.audio_in_token_idx), input_ids == int(config.audio_out_token_idx)
         embeddings, _ = _by_placeholder(audio.embeddings, is_in)
         in_frames, _ = _by_placeholder(audio.in_frames, is_in)
@@ -246,33 +211,23 @@ class _Layout:
         out_first, has_out = _by_placeholder(audio.out_first, is_out)
         has_in = is_in & ((embeddings + in_frames) > 0)
         length = torch.where(has_in | has_out, embeddings + in_frames + out_frames, 1)
-        left_padded = use_cache or input_ids.shape[0] == 1
+        self._left_padded = use_cache or input_ids.shape[0] == 1
+        self._round_to = 1 if use_cache else _ROUND_TO
         room = _rounded(input_ids.shape[1] + audio.positions, _ROUND_TO)
-        token, within, filled = _expanded(length, room, left_padded)
+        self.token, within, self.filled = _expanded(length, room, self._left_padded)
 
-        def take(values: Tensor) -> Tensor:
-            return values.gather(1, token)
-
-        is_audio = filled & take(has_in | has_out)
-        embedded = is_audio & (within < take(embeddings))
-        frame = take(in_first + out_first) + within - take(embeddings)
+        self.is_audio = self.filled & self.take(has_in | has_out)
+        self.embedded = self.is_audio & (within < self.take(embeddings))
+        self.starts = self.is_audio & (within == 0)
+        self.is_text = self.filled & ~self.take(is_in | is_out)
+        frame = self.take(in_first + out_first) + within - self.take(embeddings)
+        self.frame = frame.clamp(0, audio.codes.shape[0] - 1)
+        self.placeholders = (is_in | is_out).sum(dim=1)
         surplus = _surplus(max(audio.in_first.shape[0], audio.embeddings.shape[0]), is_in)
         surplus = surplus + _surplus(audio.out_first.shape[0], is_out)
         clips = (has_in | has_out).sum(dim=1)
-        return cls(
-            token=token,
-            filled=filled,
-            frame=frame.clamp(0, audio.codes.shape[0] - 1),
-            is_audio=is_audio,
-            embedded=embedded,
-            starts=is_audio & (within == 0),
-            is_text=filled & ~take(is_in | is_out),
-            # A clip that nothing asks for belongs to no sample; the last one stands for the batch.
-            clips=torch.cat([clips[:-1], clips[-1:] + surplus]),
-            placeholders=(is_in | is_out).sum(dim=1),
-            left_padded=left_padded,
-            round_to=1 if use_cache else _ROUND_TO,
-        )
+        # A clip that nothing asks for belongs to no sample; the last one stands for the batch.
+        self.clips = torch.cat([clips[:-1], clips[-1:] + surplus])
 
     def take(self, values: Tensor) -> Tensor:
         """What every position's token has, of values ``[batch, sequence]``."""
@@ -282,9 +237,9 @@ class _Layout:
         """bool ``[batch, room]``: the positions that the model has, which it cuts to what is real and rounds up."""
         room = real.shape[1]
         column = torch.arange(room, device=real.device)
-        from_edge = room - column if self.left_padded else column + 1
+        from_edge = room - column if self._left_padded else column + 1
         extent = (real.any(dim=0) * from_edge).amax()
-        return (from_edge <= _rounded(extent, self.round_to)).expand_as(real)
+        return (from_edge <= _rounded(extent, self._round_to)).expand_as(real)
 
 
 def _expanded(length: Tensor, room: int, left_padded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,8 +283,13 @@ def _lengths(first: Tensor, frames: int) -> Tensor:
     return torch.cat([first[1:], first.new_full((min(1, first.shape[0]),), frames)]) - first
 
 
-def _features(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Features ``[clips, channels, frames]`` and bool ``[clips, frames]``; no clips where nothing is given."""
+def _features(inputs: Mapping[str, Any], config: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Features ``[clips, channels, frames]`` and bool ``[clips, frames]``; no clips where nothing is given.
+
+    None for a model without an audio encoder.
+    """
+    if getattr(config, "skip_audio_tower", False):
+        return None, None
     features, mask = inputs.get("audio_features"), inputs.get("audio_feature_attention_mask")
     if not isinstance(features, Tensor) or not isinstance(mask, Tensor) or not features.shape[0]:
         return torch.zeros(0, 0, 0), torch.zeros(0, 0, dtype=torch.bool)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import (
+    DECODER_GROUPS,
     IGNORE_INDEX,
     NO_LABELS,
     NO_LOGITS,
@@ -39,17 +40,6 @@ if TYPE_CHECKING:
 
 TEXT_HEAD = "text_lm_head"
 _GIVEN = ("input_ids", "attention_mask", "position_ids", "audio_input_ids", "audio_input_ids_mask")
-_GROUPS = (
-    ("lora_", "lora"),
-    ("embed_audio_tokens", "audio_embedding"),
-    ("embed_tokens", "text_embedding"),
-    ("audio_lm_head", "audio_head"),
-    ("text_lm_head", "text_head"),
-    ("self_attn", "shared_attention"),
-    ("audio_mlp", "audio_ffn"),
-    (".mlp.", "text_ffn"),
-    ("norm", "norms"),
-)
 
 
 @reads("HiggsAudioV2ForConditionalGeneration")
@@ -62,7 +52,14 @@ class HiggsAudioV2Family(Family):
 
     name = "higgs_audio_v2"
     modalities = ("text", "audio")
-    groups = _GROUPS
+    groups = (
+        ("lora_", "lora"),
+        ("embed_audio_tokens", "audio_embedding"),
+        ("audio_lm_head", "audio_head"),
+        ("text_lm_head", "text_head"),
+        ("audio_mlp", "audio_ffn"),
+        *DECODER_GROUPS,
+    )
 
     def __init__(self, model: HiggsAudioV2ForConditionalGeneration) -> None:
         super().__init__(model)
@@ -119,7 +116,7 @@ class HiggsAudioV2Family(Family):
         if codes is None:
             return given
         frames = inputs["audio_input_ids"]
-        return given | {"audio_input_ids": _collect(codes, self._is_audio(inputs["input_ids"]), frames, _valid(inputs))}
+        return given | {"audio_input_ids": _moved(codes, self._is_audio(inputs["input_ids"]), _valid(inputs), frames)}
 
     def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
         """A batch with positions masked; position ids are those that the model would have counted.
@@ -165,10 +162,10 @@ class HiggsAudioV2Family(Family):
             labels = torch.full_like(codes, IGNORE_INDEX)
         is_audio = asks & real
         starts = is_audio & ~self._continues(input_ids, is_audio)
-        placed_labels = _place(labels, mask, asks, IGNORE_INDEX)
+        placed_labels = _moved(labels, mask, asks, IGNORE_INDEX)
         target = clips_with(starts, is_audio, (placed_labels != IGNORE_INDEX).any(dim=-1))
         return AudioView(
-            codes=_place(codes, mask, asks, 0),
+            codes=_moved(codes, mask, asks, 0),
             labels=placed_labels,
             reference=is_audio & ~target,
             target=target,
@@ -209,43 +206,25 @@ def _valid(inputs: Mapping[str, Any]) -> Tensor:
     return torch.ones_like(inputs["audio_input_ids"][..., 0], dtype=torch.bool)
 
 
-def _place(frames: Tensor, mask: Tensor, is_audio: Tensor, fill: int) -> Tensor:
-    """Valid frames at the audio positions, in order, as the model's own masked scatter puts them.
+def _moved(values: Tensor, held: Tensor, asking: Tensor, otherwise: Tensor | int) -> Tensor:
+    """The values at marked places, in order, at the places that ask for one: as the model's own masked scatter does it.
 
-    Without boolean indexing, which would wait for the device. Positions beyond the frames at hand get ``fill``.
-
-    Args:
-        frames: int64 ``[batch, frames, codebooks]``.
-        mask: bool ``[batch, frames]``, the valid frames.
-        is_audio: bool ``[batch, sequence]``.
-
-    Returns:
-        int64 ``[batch, sequence, codebooks]``.
-    """
-    flat = frames.reshape(-1, frames.shape[-1])
-    if flat.shape[0] == 0:
-        return frames.new_full((*is_audio.shape, frames.shape[-1]), fill)
-    valid_first = torch.argsort(mask.reshape(-1).to(torch.int8), descending=True, stable=True)
-    rank = is_audio.reshape(-1).long().cumsum(0) - 1
-    source = valid_first[rank.clamp(0, flat.shape[0] - 1)]
-    at_hand = is_audio.reshape(-1) & (rank < mask.sum())
-    return torch.where(at_hand[:, None], flat[source], fill).view(*is_audio.shape, -1)
-
-
-def _collect(codes: Tensor, asks: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
-    """Codes of the audio positions back in their frames: the inverse of :func:`_place`.
+    Without boolean indexing, which would wait for the device.
 
     Args:
-        codes: int64 ``[batch, sequence, codebooks]``.
-        asks: bool ``[batch, sequence]``: positions that the model hands a frame to.
-        frames: int64 ``[batch, frames, codebooks]``: what stays in frames that no position asks for.
-        mask: bool ``[batch, frames]``, the valid frames.
+        values: int64 ``[batch, places, codebooks]``.
+        held: bool ``[batch, places]``: the places whose values are taken.
+        asking: bool ``[batch, others]``: the places that get one.
+        otherwise: what all other places get, and those for which there is no value left.
 
     Returns:
-        int64 ``[batch, frames, codebooks]``.
+        int64 ``[batch, others, codebooks]``.
     """
-    asking_first = torch.argsort(asks.reshape(-1).to(torch.int8), descending=True, stable=True)
-    rank = mask.reshape(-1).long().cumsum(0) - 1
-    position = asking_first[rank.clamp(0, asks.numel() - 1)]
-    placed = (mask.reshape(-1) & (rank < asks.sum())).view(mask.shape)
-    return torch.where(placed.unsqueeze(-1), codes.reshape(-1, codes.shape[-1])[position].view_as(frames), frames)
+    flat = values.flatten(0, 1)
+    if not flat.shape[0]:
+        flat, held = values.new_zeros(1, values.shape[-1]), held.new_zeros(1)
+    held_first = torch.argsort(held.flatten().to(torch.int8), descending=True, stable=True)
+    rank = (asking.flatten().long().cumsum(0) - 1).view_as(asking)
+    source = held_first[rank.clamp(0, flat.shape[0] - 1)]
+    given = asking & (rank < held.sum())
+    return torch.where(given.unsqueeze(-1), flat[source], otherwise)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from telemetry.families.base import AudioView, BatchView
-from telemetry.families.speech import Ending, Prompt, Speech
+from telemetry.families.speech import Ending, Prompt, Speaker, Speech
 
 _TOKENS = ("input_ids", "attention_mask")
 _FRAMES = ("audio_input_ids", "audio_input_ids_mask", "audio_labels")
 
 
-class HiggsAudioV2Speaker:
+class HiggsAudioV2Speaker(Speaker):
     """Makes ``HiggsAudioV2ForConditionalGeneration`` speak.
 
     Generation follows the model's own ``generation_config`` (greedy or sampling, temperature, repetition window): what
@@ -36,7 +36,6 @@ class HiggsAudioV2Speaker:
         self._config = model.config
 
     def prompt(self, inputs: Mapping[str, Any], row: int) -> Prompt | None:
-        """See :class:`telemetry.families.speech.Speaker`."""
         sample = _unpadded(inputs, row)
         view = self._view(sample)
         if view is None or view.audio is None or not bool(view.audio.target.any()):
@@ -52,7 +51,6 @@ class HiggsAudioV2Speaker:
         )
 
     def generate(self, prompt: Prompt, max_new_tokens: int, max_seconds: float, seed: int) -> Speech:
-        """See :class:`telemetry.families.speech.Speaker`."""
         device = self._higgs.device
         _seed(device, seed)
         # Ranks whose forward passes wait for each other are kept together by the caller, also when one of them raises.
@@ -66,7 +64,6 @@ class HiggsAudioV2Speaker:
         return Speech(self._codes(said), self._ending(said, max_new_tokens))
 
     def teacher_forced(self, prompt: Prompt) -> Tensor:
-        """See :class:`telemetry.families.speech.Speaker`."""
         logits = self._higgs(**_on(self._higgs.device, prompt.spoken), use_cache=False).logits
         shape = (*logits.shape[1:2], self._config.num_codebooks, self._config.codebook_size)
         begin = prompt.inputs["input_ids"].shape[1]
@@ -75,7 +72,6 @@ class HiggsAudioV2Speaker:
         return _undelayed(predicted, prompt.target.shape[1])
 
     def idle(self) -> None:
-        """See :class:`telemetry.families.speech.Speaker`."""
         text = torch.full((1, 1), self._config.bos_token_id or 0, device=self._higgs.device)
         self.model(input_ids=text, use_cache=False)
 
@@ -85,7 +81,6 @@ class HiggsAudioV2Speaker:
         return [self.model, decoder, *decoder.layers, decoder.norm, self._higgs.audio_lm_head]
 
     def frames_for(self, prompt: Prompt, ratio: float) -> int:
-        """See :class:`telemetry.families.speech.Speaker`."""
         return math.ceil(ratio * prompt.target.shape[1]) + self._config.num_codebooks + 1
 
     @property

@@ -77,17 +77,5 @@ def _partners(streams: Tensor, lengths: Tensor, speakers: Sequence[object]) -> t
 def _allowed(speakers: Sequence[object]) -> Tensor:
     """bool ``[batch, batch]``: whether the sample so many rows (first index) further on may have another speaker."""
     batch = len(speakers)
-    return torch.tensor(
-        [
-            [
-                None in (own, other) or own != other
-                for own, other in zip(speakers, _rolled(speakers, distance), strict=True)
-            ]
-            for distance in range(batch)
-        ],
-        dtype=torch.bool,
-    )
-
-
-def _rolled(speakers: Sequence[object], distance: int) -> list[object]:
-    return [*speakers[distance:], *speakers[:distance]]
+    pairs = [[(own, speakers[(row + step) % batch]) for row, own in enumerate(speakers)] for step in range(batch)]
+    return torch.tensor([[None in pair or pair[0] != pair[1] for pair in row] for row in pairs], dtype=torch.bool)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from telemetry.families.chat import ChatFormat, Turn, Violation, role_faults
+from telemetry.families.chat import ChatFormat, Turn, role_faults
 
 # What a prompt says of its language: "language: ar", "[lang=ar]", '"language": "Arabic"'.
 _LANGUAGE = re.compile(r"\blang(?:uage)?\b[\"']?\s*[:=]\s*[\"']?([^\W\d_]+(?:[-_]\w+)*)", re.IGNORECASE)
@@ -61,7 +61,7 @@ class VoicePrompt:
     layout: ClipLayout
 
     @cached_property
-    def parsed(self) -> tuple[list[Turn], list[Violation]]:
+    def parsed(self) -> tuple[list[Turn], dict[str, list[str]]]:
         """The turns, and what is wrong with their headers and ends."""
         return self.chat.turns(self.ids, self.tokenizer)
 
@@ -99,49 +99,41 @@ def clips_of(starts: np.ndarray, is_audio: np.ndarray, target: np.ndarray, codes
     return clips
 
 
-def violations(prompt: VoicePrompt) -> dict[str, list[Violation] | None]:
+def violations(prompt: VoicePrompt) -> dict[str, list[str] | None]:
     """What is wrong with a prompt, by kind: nothing in the list for a rule that is kept, None for one that the sample
     gives nothing to check by."""
     return {kind: check(prompt) for kind, check in CHECKS.items()}
 
 
-def _role_order(prompt: VoicePrompt) -> list[Violation]:
-    return role_faults(prompt.turns)
-
-
-def _structure(kind: str) -> Callable[[VoicePrompt], list[Violation]]:
-    return lambda prompt: [violation for violation in prompt.parsed[1] if violation.kind == kind]
-
-
-def _reference(prompt: VoicePrompt) -> list[Violation]:
+def _reference(prompt: VoicePrompt) -> list[str]:
     """One reference in every turn that has any."""
     turns = [prompt.turn_at(clip.start) for clip in prompt.clips if not clip.is_target]
     if not turns:
-        return [Violation("reference", "no reference audio")]
+        return ["no reference audio"]
     counts = {at: turns.count(at) for at in turns if at is not None}
     return [
-        Violation("reference", f"{count} clips in the {prompt.turns[at].role} turn at token {prompt.turns[at].start}")
+        f"{count} clips in the {prompt.turns[at].role} turn at token {prompt.turns[at].start}"
         for at, count in counts.items()
         if count > 1
     ]
 
 
-def _target(prompt: VoicePrompt) -> list[Violation]:
+def _target(prompt: VoicePrompt) -> list[str]:
     has_target = any(clip.is_target for clip in prompt.clips)
-    return [] if has_target else [Violation("target", "no supervised audio")]
+    return [] if has_target else ["no supervised audio"]
 
 
-def _placeholders(prompt: VoicePrompt) -> list[Violation]:
+def _placeholders(prompt: VoicePrompt) -> list[str]:
     if prompt.frames == prompt.placeholders:
         return []
-    return [Violation("placeholders", f"{prompt.placeholders} audio placeholders, audio for {prompt.frames}")]
+    return [f"{prompt.placeholders} audio placeholders, audio for {prompt.frames}"]
 
 
-def _delay_pattern(prompt: VoicePrompt) -> list[Violation] | None:
+def _delay_pattern(prompt: VoicePrompt) -> list[str] | None:
     if prompt.frames != prompt.placeholders:
         return None  # which codes belong to which clip is not known
     found = ((clip, _layout_fault(clip.codes, prompt.layout)) for clip in prompt.clips if clip.codes.size)
-    return [Violation("delay_pattern", f"the audio at token {clip.start} {fault}") for clip, fault in found if fault]
+    return [f"the audio at token {clip.start} {fault}" for clip, fault in found if fault]
 
 
 def _layout_fault(codes: np.ndarray, layout: ClipLayout) -> str:
@@ -162,10 +154,10 @@ def _layout_fault(codes: np.ndarray, layout: ClipLayout) -> str:
     return f"has {names[found[frame, k]]} for {names[due[frame, k]]} in codebook {k} at frame {frame}{more}"
 
 
-def _transcript(prompt: VoicePrompt) -> list[Violation]:
+def _transcript(prompt: VoicePrompt) -> list[str]:
     """Words before every reference in its turn or, for a clip that an assistant speaks, in the turn before."""
     return [
-        Violation("transcript", f"no transcript before the reference audio at token {clip.start}")
+        f"no transcript before the reference audio at token {clip.start}"
         for clip in prompt.clips
         if not clip.is_target and not _said_before(prompt, clip)
     ]
@@ -182,7 +174,7 @@ def _said_before(prompt: VoicePrompt, clip: PromptClip) -> str:
     return said
 
 
-def _target_text(prompt: VoicePrompt) -> list[Violation] | None:
+def _target_text(prompt: VoicePrompt) -> list[str] | None:
     """The words that the target clips are to say are those of the transcript."""
     transcript = _normalized(str(prompt.metadata.get("target_transcript") or ""))
     within = (prompt.turn_at(clip.start) for clip in prompt.clips if clip.is_target)
@@ -190,7 +182,7 @@ def _target_text(prompt: VoicePrompt) -> list[Violation] | None:
     if not transcript or not turns:
         return None
     text = " ".join(filter(None, (_words_of(prompt, at) for at in turns)))
-    return [] if text == transcript else [Violation("target_text", f"says {text!r}, the transcript {transcript!r}")]
+    return [] if text == transcript else [f"says {text!r}, the transcript {transcript!r}"]
 
 
 def _words_of(prompt: VoicePrompt, at: int) -> str:
@@ -204,15 +196,15 @@ def _words_of(prompt: VoicePrompt, at: int) -> str:
     return prompt.text(after, before.end)
 
 
-def _language(prompt: VoicePrompt) -> list[Violation]:
+def _language(prompt: VoicePrompt) -> list[str]:
     """The language is named, and the prompt names no other."""
     language = prompt.metadata.get("language")
     if not language:
-        return [Violation("language", "no language tag")]
+        return ["no language tag"]
     asked = " ".join(prompt.text(turn.body, turn.end) for turn in prompt.turns if turn.role != "assistant")
     stated = [name for name in _LANGUAGE.findall(asked) if _language_code(name) in LANGUAGES]
     other = [name for name in stated if _language_code(name) != _language_code(str(language))]
-    return [Violation("language", f"tagged {language}, the prompt says {name}") for name in other[:1]]
+    return [f"tagged {language}, the prompt says {name}" for name in other[:1]]
 
 
 def _language_code(name: str) -> str:
@@ -225,10 +217,10 @@ def _normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-CHECKS: dict[str, Callable[[VoicePrompt], list[Violation] | None]] = {
-    "role_order": _role_order,
-    "header": _structure("header"),
-    "end_of_turn": _structure("end_of_turn"),
+CHECKS: dict[str, Callable[[VoicePrompt], list[str] | None]] = {
+    "role_order": lambda prompt: role_faults(prompt.turns),
+    "header": lambda prompt: prompt.parsed[1]["header"],
+    "end_of_turn": lambda prompt: prompt.parsed[1]["end_of_turn"],
     "reference": _reference,
     "target": _target,
     "placeholders": _placeholders,

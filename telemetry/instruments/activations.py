@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import Layer
-from telemetry.instruments.base import Instrument, Step
-from telemetry.instruments.probed_layers import probed_layers
+from telemetry.instruments.base import Instrument, Step, probed_layers
 from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows
 from telemetry.probes.activations import Role, watch_networks
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Max, Mean, NormRatio, Sum
+from telemetry.records import Max, Mean, Metric, NormRatio, PresentSum
 
 NOT_RUN = "it did not run, or gave no tensor"
 NO_RESIDUAL = "the layer does not show the residual stream that it is added to"
@@ -35,8 +32,9 @@ class ActivationInstrument(Instrument):
         self._served: Mapping[str, Tensor] = {}
         self._real: Tensor | None = None
         self._rows: dict[tuple[str, int], Tensor] = {}
-        self._totals: dict[_Network, ActivationTotals] = {}
-        self._squares: dict[tuple[_Network, Role], Tensor] = {}
+        self._measured: set[_Network] = set()
+        self._values: list[tuple[str, Metric]] = []
+        self._residual: dict[_Network, Tensor] = {}  # sums of squares, until what is added to it is known
 
     def begin(self, step: Step) -> None:
         """A due step begins: watch the networks."""
@@ -56,27 +54,27 @@ class ActivationInstrument(Instrument):
         """The due step has ended: hand over what was measured."""
         for layer in self._watched:
             for name, network in layer.feed_forward.items():
-                if (layer.index, name) not in self._totals:
+                if (layer.index, name) not in self._measured:
                     step.recorder.absent(_prefix((layer.index, name)), NOT_RUN)
                 elif network.residual is None:
                     step.recorder.absent(f"{_prefix((layer.index, name))}/residual_share", NO_RESIDUAL)
-        if self._totals:
-            step.recorder.defer(_packed(self._totals, self._squares), _add_metrics)
+        for tag, value in self._values:
+            step.recorder.metric(tag, value)
         self._forget()
 
     def _observe(self, layer: int, name: str, role: Role, tensor: Tensor) -> None:
-        if self._real is not None and name in self._served:
-            self._measure((layer, name), role, tensor)
-
-    def _measure(self, network: _Network, role: Role, tensor: Tensor) -> None:
-        rows, counts = self._counted(network[1], tensor)
+        if self._real is None or name not in self._served:
+            return
+        network = layer, name
+        rows, counts = self._counted(name, tensor)
         if role == "output":
-            totals = activation_totals(rows, counts)
-            held = self._totals.get(network)
-            self._totals[network] = totals if held is None else held.merge(totals)
-        else:
-            squares = counted_squares(rows, counts)
-            self._squares[network, role] = self._squares.get((network, role), torch.zeros_like(squares)) + squares
+            self._measured.add(network)
+            self._values += _metrics(_prefix(network), activation_totals(rows, counts))
+        elif role == "residual":
+            self._residual[network] = counted_squares(rows, counts)
+        elif network in self._residual:
+            share = NormRatio(counted_squares(rows, counts), self._residual.pop(network))
+            self._values.append((f"{_prefix(network)}/residual_share", share))
 
     def _counted(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """A network's values as ``[rows, hidden]``, and which rows are real positions that it serves."""
@@ -91,39 +89,23 @@ class ActivationInstrument(Instrument):
 
     def _forget(self) -> None:
         self._watched = ()
-        self._totals.clear()
-        self._squares.clear()
+        self._measured.clear()
+        self._values = []
         self._forget_batch()
 
     def _forget_batch(self) -> None:
         self._served = {}
         self._real = None
         self._rows.clear()
+        self._residual.clear()
 
 
 def _prefix(network: _Network) -> str:
     return f"activations/layer_{network[0]}/{network[1]}"
 
 
-def _packed(
-    totals: Mapping[_Network, ActivationTotals], squares: Mapping[tuple[_Network, Role], Tensor]
-) -> dict[str, Tensor]:
-    """Prefix of tags → totals, and the squares of what is added and of the residual stream where both are known."""
-    packed = {}
-    for network, values in totals.items():
-        both = [squares[network, role] for role in ("added", "residual") if (network, role) in squares]
-        packed[_prefix(network)] = torch.cat([values.packed(), *(square[None] for square in both if len(both) == 2)])
-    return packed
-
-
-def _add_metrics(host: Mapping[str, Tensor], emit: Emitter) -> None:
-    for prefix, vector in host.items():
-        packed, squares = vector[:5], vector[5:]
-        totals = ActivationTotals.unpacked(packed)
-        emit.metric(f"{prefix}/rms", NormRatio(totals.squares, totals.values))
-        emit.metric(f"{prefix}/absmax", Max(totals.absmax))
-        emit.metric(f"{prefix}/zero_fraction", Mean(totals.zeros, totals.values))
-        if totals.values:
-            emit.metric(f"{prefix}/nonfinite", Sum(totals.nonfinite))
-        if len(squares):
-            emit.metric(f"{prefix}/residual_share", NormRatio(*squares))
+def _metrics(prefix: str, totals: ActivationTotals) -> Iterator[tuple[str, Metric]]:
+    yield f"{prefix}/rms", NormRatio(totals.squares, totals.values)
+    yield f"{prefix}/absmax", Max(totals.absmax)
+    yield f"{prefix}/zero_fraction", Mean(totals.zeros, totals.values)
+    yield f"{prefix}/nonfinite", PresentSum(totals.nonfinite, totals.values)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,22 +13,21 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import BatchView
 from telemetry.instruments.attention_images import heads_image, mass_image
-from telemetry.instruments.base import Instrument, Step
-from telemetry.instruments.probed_layers import probed_layers
+from telemetry.instruments.base import Instrument, Step, probed_layers
 from telemetry.measures.attention import (
     KINDS,
-    REFERENCE,
     TARGET,
     AttentionTotals,
     QuerySample,
     attention_rows,
     attention_totals,
+    merged_totals,
     sample_queries,
 )
 from telemetry.measures.attention_masks import sequence_starts
 from telemetry.probes.attention import AttentionCall, UnmeasurableError, watch_attention
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Max, Mean, Means, PresentMean, Sum
+from telemetry.records import Max, Mean, Means, Metric, PresentMean, PresentSum
 
 DEFAULT_QUERIES = 64
 NOT_SEEN = "its attention does not go through transformers' AttentionInterface"
@@ -55,7 +55,7 @@ class AttentionInstrument(Instrument):
         self._batch: AttendedBatch | None = None
         self._expected: set[int] = set()
         self._failed: set[int] = set()
-        self._totals: dict[int, AttentionTotals] = {}
+        self._totals: dict[int, list[AttentionTotals]] = {}
 
     def begin(self, step: Step) -> None:
         """A due step begins: watch the layers."""
@@ -84,17 +84,10 @@ class AttentionInstrument(Instrument):
             step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN)
         self._forget()
         if totals:
-            packed = {str(layer): totals[layer].packed() for layer in sorted(totals)}
-            kinds = KINDS if _hears(step) else KINDS[:1]
-
-            def add_metrics(host: Mapping[str, Tensor], emit: Emitter) -> None:
-                _add_metrics(host, emit, kinds)
-
-            def show_images(_host: Mapping[str, Tensor], emit: Emitter) -> None:
-                _show_images(sorted(totals), emit)
-
-            step.recorder.defer(packed, add_metrics)
-            step.recorder.show({}, show_images)
+            for layer, parts in totals.items():
+                for tag, value in _metrics(merged_totals(parts)):
+                    step.recorder.metric(f"attention/layer_{layer}/{tag}", value)
+            step.recorder.show({}, lambda _host, emit: _show_images(sorted(totals), emit))
 
     def _forget(self) -> None:
         self._batch = self._generator = None
@@ -111,23 +104,22 @@ class AttentionInstrument(Instrument):
             self._failed.add(call.layer)
             step.recorder.absent(f"attention/layer_{call.layer}", str(reason))
             return
-        held = self._totals.get(call.layer)
-        self._totals[call.layer] = totals if held is None else held.merge(totals)
+        self._totals.setdefault(call.layer, []).append(totals)
 
 
+@dataclass(frozen=True)
 class AttendedBatch:
     """What is looked at in one microbatch.
 
-    Args:
+    Attributes:
         sample: the queries.
         kinds: bool ``[batch, sequence, kinds]``, what is at each position.
         starts: int64 ``[batch, rows]``, where the sequence of each query begins.
     """
 
-    def __init__(self, sample: QuerySample, kinds: Tensor, starts: Tensor) -> None:
-        self._sample = sample
-        self._kinds = kinds
-        self._starts = starts
+    sample: QuerySample
+    kinds: Tensor
+    starts: Tensor
 
     def totals(self, call: AttentionCall) -> AttentionTotals:
         """Sums over the sampled queries of one layer.
@@ -135,13 +127,13 @@ class AttendedBatch:
         Raises:
             UnmeasurableError: when its attention cannot be worked out again exactly.
         """
-        if call.query.shape[2] != self._kinds.shape[1] or call.query.shape[0] != self._kinds.shape[0]:
+        if call.query.shape[2] != self.kinds.shape[1] or call.query.shape[0] != self.kinds.shape[0]:
             raise UnmeasurableError("its queries are not the positions of the batch")
-        rows = self._sample.rows
+        rows = self.sample.rows
         values = attention_rows(
-            call.query, call.key, rows, call.row_mask(rows), self._kinds, self._starts, call.scaling, call.softcap
+            call.query, call.key, rows, call.row_mask(rows), self.kinds, self.starts, call.scaling, call.softcap
         )
-        return attention_totals(values, self._sample, self._kinds)
+        return attention_totals(values, self.sample, self.kinds)
 
 
 def _hears(step: Step) -> bool:
@@ -164,22 +156,18 @@ def _starts(microbatch: Microbatch, real: Tensor) -> Tensor:
     return sequence_starts(real, positions if known else None)
 
 
-def _add_metrics(host: Mapping[str, Tensor], emit: Emitter, kinds: Sequence[str]) -> None:
-    for layer, vector in host.items():
-        totals = AttentionTotals.unpacked(vector)
-        prefix = f"attention/layer_{layer}"
-        queries = float(totals.queries.sum())
-        for (q, query), (k, key) in itertools.product(enumerate(kinds), repeat=2):
-            value = PresentMean(totals.mass[q, k], totals.queries[q], totals.keys[k])
-            emit.metric(f"{prefix}/{query}_to_{key}", value)
-        emit.metric(f"{prefix}/entropy", Mean(totals.entropy, queries))
-        emit.metric(f"{prefix}/entropy_fraction", Mean(*totals.fraction))
-        emit.metric(f"{prefix}/sink", Mean(totals.sink, queries))
-        emit.metric(f"{prefix}/max_logit", Max(totals.max_logit))
-        if queries:
-            emit.metric(f"{prefix}/nonfinite", Sum(totals.nonfinite))
-        if totals.keys[REFERENCE]:
-            emit.metric(f"{prefix}/heads", Means(totals.heads, totals.queries[TARGET]))
+def _metrics(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
+    kinds = KINDS[: len(totals.queries)]
+    for (q, query), (k, key) in itertools.product(enumerate(kinds), repeat=2):
+        yield f"{query}_to_{key}", PresentMean(totals.mass[q, k], totals.queries[q], totals.keys[k])
+    queries = totals.queries.sum()
+    yield "entropy", Mean(totals.entropy, queries)
+    yield "entropy_fraction", Mean(*totals.fraction)
+    yield "sink", Mean(totals.sink, queries)
+    yield "max_logit", Max(totals.max_logit)
+    yield "nonfinite", PresentSum(totals.nonfinite, queries)
+    if kinds == KINDS:
+        yield "heads", Means(totals.heads, totals.queries[TARGET])
 
 
 def _show_images(layers: Sequence[int], emit: Emitter) -> None:
@@ -205,5 +193,6 @@ def _mass(layer: int, emit: Emitter) -> np.ndarray:
 
 
 def _heads(layer: int, emit: Emitter) -> np.ndarray | None:
-    metric = emit.merged(f"attention/layer_{layer}/heads")
-    return metric.results() if isinstance(metric, Means) else None
+    metric, mass = (emit.merged(f"attention/layer_{layer}/{tag}") for tag in ("heads", "target_to_reference"))
+    there = mass is not None and mass.result() is not None
+    return metric.results() if there and isinstance(metric, Means) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from telemetry.delivery.recorder import Recorder
-from telemetry.families.base import Family
+from telemetry.families.base import Family, Layer
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.sound import SoundPolicy
 
 if TYPE_CHECKING:
     from telemetry.probes.forward import Microbatch, Reading
+
+
+COMPILED = "a compiled model is not watched by hooks"
+NO_LAYERS = "telemetry does not know the layers of this model"
 
 
 @dataclass(frozen=True)
@@ -112,3 +116,48 @@ class Instrument:
             batches: this rank's evaluation batches, on the model's device, metadata under ``metadata``. Reading them
                 costs what loading them costs.
         """
+
+
+class LastMicrobatchInstrument(Instrument):
+    """Looks at the last microbatch of a due step, when the step has ended."""
+
+    _last: Microbatch | None = None
+
+    def begin(self, step: Step) -> None:
+        """A due step begins: with nothing of the one before."""
+        self._last = None
+
+    def inputs(self, step: Step, microbatch: Microbatch) -> None:
+        """Keep the last microbatch of the step."""
+        self._last = microbatch
+
+    def finish(self, step: Step) -> None:
+        """Look at the last microbatch, and let go of it."""
+        microbatch, self._last = self._last, None
+        self.look(step, microbatch)
+
+    def look(self, step: Step, microbatch: Microbatch | None) -> None:
+        """The due step has ended with a microbatch; None where the model was not seen to run on any."""
+
+
+def probed_layers(step: Step, chosen: Sequence[int] | None, section: str) -> list[Layer]:
+    """Return the chosen layers that the model has: by default the first, the middle and the last.
+
+    What is missing, and why, is said once.
+
+    Args:
+        step: whose model is watched.
+        chosen: indices from 0, or None for the default.
+        section: of the tags that are absent where there is no layer.
+    """
+    if step.family is None:
+        return []
+    layers = step.family.layers() if step.watch.usable else ()
+    if not layers:
+        step.recorder.absent(section, NO_LAYERS if step.watch.usable else COMPILED)
+        return []
+    wanted = (0, len(layers) // 2, len(layers) - 1) if chosen is None else chosen
+    beyond = [index for index in wanted if index >= len(layers)]
+    if beyond:
+        step.recorder.say_once("layers", "layers %s do not exist: the model has %d", beyond, len(layers))
+    return [layers[index] for index in sorted(set(wanted)) if index < len(layers)]

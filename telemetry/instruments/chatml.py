@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import AudioView, BatchView
-from telemetry.families.chat import ChatFormat, Violation
+from telemetry.families.chat import ChatFormat
 from telemetry.families.voice_prompt import CHECKS, ClipLayout, VoicePrompt, clips_of, violations
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.forward import Microbatch
@@ -68,26 +68,25 @@ class ChatMLInstrument(Instrument):
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             self._languages_named |= any(sample.get("language") for sample in metadata)
-            found = [
-                self._violations(_prompt(host, row, sample, chat, tokenizer, layout))
-                for row, sample in enumerate(metadata)
-            ]
+            found = [violations(_prompt(host, row, of, chat, tokenizer, layout)) for row, of in enumerate(metadata)]
+            if not self._languages_named:  # an optional field: it is missing where other samples of the data have it
+                found = [{**by_kind, "language": None} for by_kind in found]
             compliant = [not any(by_kind.values()) for by_kind in found]
             emit.metric(COMPLIANCE, Mean(sum(compliant), len(compliant)))
             _count(found, emit)
             for name, sample, kept, by_kind in zip(names, metadata, compliant, found, strict=True):
-                listed = "; ".join(str(violation) for of_kind in by_kind.values() for violation in of_kind or ())
+                listed = "; ".join(_listed(by_kind))
                 rows.append((name, sample.get("speaker"), "yes" if kept else "no", listed))
 
         step.recorder.defer(_tensors(view, audio), build)
 
-    def _violations(self, prompt: VoicePrompt) -> dict[str, list[Violation] | None]:
-        found = violations(prompt)
-        # Language is an optional field: it is missing where other samples of the data have it.
-        return found if self._languages_named else {**found, "language": None}
+
+def _listed(by_kind: Mapping[str, list[str] | None]) -> Iterator[str]:
+    for kind, found in by_kind.items():
+        yield from (f"{kind.replace('_', ' ')}: {what}" for what in found or ())
 
 
-def _count(found: Sequence[Mapping[str, list[Violation] | None]], emit: Emitter) -> None:
+def _count(found: Sequence[Mapping[str, list[str] | None]], emit: Emitter) -> None:
     """How many samples break each rule, for the rules that could be checked."""
     for kind in CHECKS:
         checked = [of_kind for by_kind in found if (of_kind := by_kind[kind]) is not None]

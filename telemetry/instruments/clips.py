@@ -21,7 +21,7 @@ from telemetry.families.speech import Prompt, Speaker, Speech
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
-from telemetry.probes.company import can_keep_company, in_company
+from telemetry.probes.lockstep import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Clip
 from telemetry.speech.base import SpeakerEncoder, Transcriber
@@ -45,13 +45,8 @@ class _Sample:
     sample_id: str
 
 
-@dataclass(frozen=True)
-class _Spoken:
-    """What the model has made of a sample."""
-
-    sample: _Sample
-    speech: Speech
-    teacher_forced: Tensor
+_Spoken = tuple[_Sample, Speech, Tensor]
+"""A sample, what the model has made of it, and what it says with the target's past given."""
 
 
 class ClipInstrument(Instrument):
@@ -88,16 +83,16 @@ class ClipInstrument(Instrument):
                 f"clips must be at least 0, max_new_tokens at least 1 and max_seconds above 0, got {clips}, "
                 f"{max_new_tokens} and {max_seconds}"
             )
-        self._clips = clips
+        self.clips = clips
         self._encoder = load_speaker_encoder(speaker_encoder) if isinstance(speaker_encoder, str) else speaker_encoder
         self._transcriber = load_transcriber(transcriber) if isinstance(transcriber, str) else transcriber
-        self._max_new_tokens = max_new_tokens
-        self._max_seconds = max_seconds
+        self.max_new_tokens = max_new_tokens
+        self.max_seconds = max_seconds
         self._forget()
 
     def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
         """An evaluation has ended, or training is about to begin: let the model speak and record what it says."""
-        if not self._clips or not self._first_at_this_step(step):
+        if not self.clips or not self._first_at_this_step(step):
             return
         speaker = step.family.speaker if step.family is not None else None
         codec = getattr(step.processor, "audio_tokenizer", None)
@@ -110,20 +105,6 @@ class ClipInstrument(Instrument):
                 step.recorder.absent("zero_shot/clips", f"{missing} (the processor's audio_tokenizer)")
                 return
             _Evaluation(step, speaker, codec, self).run(self._fixed_samples(step, speaker, batches))
-
-    @property
-    def clips(self) -> int:
-        """Samples a rank."""
-        return self._clips
-
-    @property
-    def max_seconds(self) -> float:
-        """Wall time of one evaluation's clips."""
-        return self._max_seconds
-
-    def token_limit(self, speaker: Speaker, prompt: Prompt) -> int:
-        """How many tokens a clip may have."""
-        return min(self._max_new_tokens, speaker.frames_for(prompt, LENGTH_RATIO))
 
     def listener(self, recorder: Recorder) -> Listener:
         """What measures, and says once what it cannot."""
@@ -157,7 +138,7 @@ class ClipInstrument(Instrument):
         """Never raises: a rank without samples keeps the others company."""
         try:
             if self._samples is None:
-                self._samples = list(_cut(speaker, batches, self._clips))
+                self._samples = list(_cut(speaker, batches, self.clips))
             if not self._samples:
                 step.recorder.absent("zero_shot/clips", "no evaluation sample has target audio")
         except Exception:
@@ -218,16 +199,16 @@ class _Evaluation:
                 self._out_of_time(sample.sample_id)
                 continue
             with self._isolated(sample.sample_id, "generated"):
-                limit = self._log.token_limit(self._speaker, sample.prompt)
+                limit = min(self._log.max_new_tokens, self._speaker.frames_for(sample.prompt, LENGTH_RATIO))
                 speech = self._speaker.generate(sample.prompt, limit, left / (len(samples) - index), _SEED)
-                yield _Spoken(sample, speech, self._speaker.teacher_forced(sample.prompt))
+                yield sample, speech, self._speaker.teacher_forced(sample.prompt)
 
     def _heard(self, spoken: Sequence[_Spoken]) -> Iterator[MeasuredClip]:
         listener = self._log.listener(self._step.recorder)
         clips = []
         for one in spoken:
-            with self._isolated(one.sample.sample_id, "decoded"):
-                clips.append(self._decoded(one))
+            with self._isolated(one[0].sample_id, "decoded"):
+                clips.append(self._decoded(*one))
         for index, clip in enumerate(self._progress(clips, "listening to clips")):
             if time.monotonic() > self._began + self._log.max_seconds:
                 self._out_of_time(clip.sample_id)
@@ -237,20 +218,20 @@ class _Evaluation:
                 said = listener.transcript(clip)
                 yield MeasuredClip(clip, said, dict(listener.measure(clip, said, other)))
 
-    def _decoded(self, spoken: _Spoken) -> HeardClip:
-        prompt, known = spoken.sample.prompt, spoken.sample.metadata
+    def _decoded(self, sample: _Sample, speech: Speech, teacher_forced: Tensor) -> HeardClip:
+        prompt, known = sample.prompt, sample.metadata
         return HeardClip(
-            sample_id=spoken.sample.sample_id,
+            sample_id=sample.sample_id,
             speaker=str(known.get("speaker") or ""),
             language=str(known.get("language") or ""),
             target_text=str(known.get("target_transcript") or ""),
             reference_text=str(known.get("ref_transcript") or ""),
             prompt=prompt,
-            speech=spoken.speech,
+            speech=speech,
             reference=self._own(known, "reference", prompt.reference),
             target=self._own(known, "target", prompt.target),
-            generated=self._decode(spoken.speech.codes),
-            teacher_forced=self._decode(spoken.teacher_forced),
+            generated=self._decode(speech.codes),
+            teacher_forced=self._decode(teacher_forced),
         )
 
     def _own(self, known: Mapping[str, Any], kind: str, codes: Tensor | None) -> Clip:
@@ -271,15 +252,13 @@ class _Evaluation:
     def _show(self, clips: Sequence[MeasuredClip]) -> None:
         step, directory, heard = self._step, self._step.output_dir / "clips", self._step.sound.enabled
 
-        def keep(_host: Mapping[str, Tensor], _emit: Emitter) -> None:
-            save([measured.clip for measured in clips], directory, step.number, step.rank)
-
         def show(_host: Mapping[str, Tensor], emit: Emitter) -> None:
             for record in shown(clips, with_media=heard):
                 emit.record(record)
 
         if heard:
-            step.recorder.defer({}, keep)
+            own = [measured.clip for measured in clips]
+            step.recorder.defer({}, lambda _host, _emit: save(own, directory, step.number, step.rank))
         if step.is_main:
             step.recorder.show({}, show)
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
 from telemetry.families.base import AudioView, Family, shift_labels
 from telemetry.families.references import Swap, swap_references
-from telemetry.instruments.base import Instrument, Step
-from telemetry.measures.conditioning import Totals, loss_totals
-from telemetry.measures.token_stats import token_statistics
+from telemetry.instruments.base import LastMicrobatchInstrument, Step
+from telemetry.measures.token_stats import masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch, streams_of
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Mean
@@ -45,7 +45,7 @@ class _Comparison:
     note: str
 
 
-class ConditioningInstrument(Instrument):
+class ConditioningInstrument(LastMicrobatchInstrument):
     """What swapping and hiding references does to the audio loss, on training and evaluation batches.
 
     Runs the model aside, without gradients, in eval mode, after the step's update: three forward passes over the last
@@ -64,19 +64,9 @@ class ConditioningInstrument(Instrument):
             raise ValueError(f"conditioning_every must not be negative, got {every}")
         self.every = every
         self._refusals = 0  # in a row
-        self._last: Microbatch | None = None
 
-    def begin(self, step: Step) -> None:
-        """A due step begins."""
-        self._last = None
-
-    def inputs(self, step: Step, microbatch: Microbatch) -> None:
-        """Keep the last microbatch of the step."""
-        self._last = microbatch
-
-    def finish(self, step: Step) -> None:
+    def look(self, step: Step, microbatch: Microbatch | None) -> None:
         """Measure the last microbatch."""
-        microbatch, self._last = self._last, None
         with set_aside(step.model):
             self._measure(step, TRAINING, lambda: microbatch)
 
@@ -116,8 +106,8 @@ def _stages(step: Step, section: str, take: Callable[[], Microbatch | None]) -> 
     losses = {}
     for name, inputs in comparison.runs.items():
         yield name
-        losses[name] = _loss(step, comparison, inputs)
-    _emit(step, section, loss_totals(losses, comparison.counted), comparison)
+        losses[name] = masked_totals(_loss(step, comparison, inputs), comparison.counted)
+    _emit(step, section, losses, comparison)
     yield _DONE
 
 
@@ -185,20 +175,21 @@ def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> Ten
     raise ValueError("the model's output holds no audio logits")
 
 
-def _metrics(totals: Totals) -> Iterator[tuple[str, Mean]]:
-    tokens = totals.count.sum()
-    gain = totals.difference("swapped", "own")
+def _metrics(losses: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Mean]]:
+    """Tag and value of what becomes of the loss; ``losses``: sums and counts ``[codebooks]`` under each reference."""
+    (own, count), (swapped, _), (none, _) = (losses[name] for name in ("own", "swapped", "none"))
+    tokens, gain = count.sum(), swapped - own
     yield "gain", Mean(gain.sum(), tokens)
-    yield "gain_without", Mean(totals.difference("none", "own").sum(), tokens)
-    for k in range(gain.shape[0]):
-        yield f"codebook_{k}/gain", Mean(gain[k], totals.count[k])
-    for name, loss in totals.loss.items():
+    yield "gain_without", Mean((none - own).sum(), tokens)
+    for k in range(len(gain)):
+        yield f"codebook_{k}/gain", Mean(gain[k], count[k])
+    for name, (loss, _) in losses.items():
         yield f"loss_{name}", Mean(loss.sum(), tokens)
 
 
-def _emit(step: Step, section: str, totals: Totals, comparison: _Comparison) -> None:
+def _emit(step: Step, section: str, losses: Mapping[str, tuple[Tensor, Tensor]], comparison: _Comparison) -> None:
     """Values, or why there are none: only the host sees whether a sample could be swapped."""
-    names, swap, note = tuple(totals.loss), comparison.swap, comparison.note
+    names, note, swap = tuple(losses), comparison.note, comparison.swap
 
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         if not int(host["samples/present"]):
@@ -206,10 +197,8 @@ def _emit(step: Step, section: str, totals: Totals, comparison: _Comparison) -> 
         elif not int(host["samples/swapped"]):
             emit.absent(f"{section}/gain", "no sample of the batch has another speaker's reference to swap in")
         else:
-            losses = {name: host[f"loss/{name}"] for name in names}
-            for tag, value in _metrics(Totals(losses, host["tokens"])):
+            for tag, value in _metrics({name: (host[name][0], host[name][1]) for name in names}):
                 emit.metric(f"{section}/{tag}", value, note)
 
-    tensors = {f"loss/{name}": total for name, total in totals.loss.items()} | {"tokens": totals.count}
     samples = {"samples/present": swap.present.sum(), "samples/swapped": swap.swapped.sum()}
-    step.recorder.defer({**tensors, **samples}, build)
+    step.recorder.defer({name: torch.stack(totals) for name, totals in losses.items()} | samples, build)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from telemetry.instruments.gradient_tables import LargestGradients, MissingGradi
 from telemetry.measures.gradients import ABSMAX, NONFINITE, SQUARES, ZEROS, gradient_statistics
 from telemetry.probes.gradients import (
     TrainedParameter,
+    UpdateProbe,
     out_of_reach,
     own_gradients,
     steps_by_itself,
     trained_parameters,
 )
-from telemetry.probes.updates import UpdateProbe
 from telemetry.records import Mean, Norm, NormRatio, Sum
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
@@ -36,27 +35,6 @@ PARTS_OF_A_LAYER = frozenset({"shared_attention", "text_ffn", "audio_ffn"})
 STEPPED_BY_ITSELF = "DeepSpeed's optimizer has stepped before a callback could look"
 
 
-@dataclass
-class _Sweep:
-    """What is held of a due step from its gradients to its end.
-
-    Attributes:
-        parameters: all that are trained.
-        indices: those of which this rank has a part of the gradient.
-        statistics: ``[indices, 4]`` of :func:`gradient_statistics`.
-        values: by index, values in this rank's part.
-        clipped: whether clipping had touched the gradients.
-        scale: what the loss was multiplied by (float16), 0-d; None where nothing scales it.
-    """
-
-    parameters: Sequence[TrainedParameter]
-    indices: Sequence[int]
-    statistics: Tensor
-    values: Sequence[int]
-    clipped: bool | None
-    scale: Tensor | None = None
-
-
 class GradientInstrument(Instrument):
     """Measures the gradients of a due step once, before clipping where the trainer offers that.
 
@@ -67,14 +45,16 @@ class GradientInstrument(Instrument):
     def __init__(self) -> None:
         self._largest = LargestGradients()
         self._missing = MissingGradients()
-        self._sweep: _Sweep | None = None
+        self._parameters: Sequence[TrainedParameter] = ()  # all that are trained
+        self._values: dict[int, int] = {}  # index of a parameter → values in this rank's part of its gradient
+        self._tensors: dict[str, Tensor] = {}  # statistics of these parts, and what their loss was multiplied by
+        self._clipped: bool | None = None
         self._update: UpdateProbe | None = None
-        self._parameters: Sequence[TrainedParameter] = ()
 
     def begin(self, step: Step) -> None:
         """A due step begins: with nothing of the one before."""
-        self._sweep = self._update = None
-        self._parameters = ()
+        self._parameters, self._values, self._tensors = (), {}, {}
+        self._clipped = self._update = None
 
     def gradients(self, step: Step, clipped: bool | None) -> None:
         """Sweep over all gradients, once."""
@@ -87,9 +67,9 @@ class GradientInstrument(Instrument):
         self._parameters = trained_parameters(step.model, step.family)
         found = own_gradients(self._parameters, step.is_main)
         if found:
-            values = [part.numel() for part in found.values()]
-            statistics = gradient_statistics(list(found.values()))
-            self._sweep = _Sweep(self._parameters, list(found), statistics, values, clipped)
+            self._values = {index: part.numel() for index, part in found.items()}
+            self._tensors = {"statistics": gradient_statistics(list(found.values()))}
+            self._clipped = clipped
         if step.is_main:
             self._look_for_missing(step, bool(found))
 
@@ -123,14 +103,14 @@ class GradientInstrument(Instrument):
 
     def finish(self, step: Step) -> None:
         """Send the sweep on its way, and let go of everything."""
-        sweep, parameters = self._sweep, self._parameters
+        parameters = self._parameters
+        if self._tensors:
+            step.recorder.defer(self._tensors, _metrics(parameters, self._values, self._clipped))
+            if step.is_main:
+                self._show_largest(step)
         self.begin(step)
-        if sweep is not None:
-            self._send(step, sweep)
-        if step.is_main:
-            missing = self._missing.table(parameters)
-            if missing is not None:
-                step.recorder.record(missing)
+        if step.is_main and (missing := self._missing.table(parameters)) is not None:
+            step.recorder.record(missing)
 
     def _look_for_missing(self, step: Step, found: bool) -> None:
         if found:
@@ -142,37 +122,30 @@ class GradientInstrument(Instrument):
     def _note_scale(self, optimizer: Any) -> None:
         """Clipping takes the scale out; without it, gradients carry it until the optimizer steps."""
         scale = getattr(getattr(optimizer, "scaler", None), "_scale", None)
-        if self._sweep is not None and self._sweep.clipped is False and isinstance(scale, Tensor):
-            self._sweep.scale = scale.detach().clone()  # the scaler changes it in place
+        if self._tensors and self._clipped is False and isinstance(scale, Tensor):
+            self._tensors["scale"] = scale.detach().clone()  # the scaler changes it in place
 
-    def _send(self, step: Step, sweep: _Sweep) -> None:
-        names = [(one.name, one.group) for one in sweep.parameters]
-        largest = self._largest
+    def _show_largest(self, step: Step) -> None:
+        names, largest = [(one.name, one.group) for one in self._parameters], self._largest
 
         def show(_host: Mapping[str, Tensor], emit: Emitter) -> None:
             sums = emit.merged(SUMS)
             if sums is not None:
                 emit.record(largest.table(names, sums.components))
 
-        tensors = {"statistics": sweep.statistics}
-        if sweep.scale is not None:
-            tensors["scale"] = sweep.scale
-        step.recorder.defer(tensors, _metrics(sweep))
-        if step.is_main:
-            step.recorder.show({}, show)
+        step.recorder.show({}, show)
 
 
-def _metrics(sweep: _Sweep) -> Build:
-    """What makes a sweep's metrics of its host values."""
-    layout = [(one.group, one.layer) for one in sweep.parameters]
-    indices, values = list(sweep.indices), list(sweep.values)
-    note = NOTES[sweep.clipped]
+def _metrics(parameters: Sequence[TrainedParameter], values: Mapping[int, int], clipped: bool | None) -> Build:
+    """What makes metrics of the host values of a sweep over this rank's parts of gradients."""
+    layout, note = [(one.group, one.layer) for one in parameters], NOTES[clipped]
+    indices = list(values)
 
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         scale = float(host["scale"]) if "scale" in host else 1.0
         columns = np.zeros((5, len(layout)))
         columns[:4, indices] = host["statistics"].double().numpy().T
-        columns[4, indices] = values
+        columns[4, indices] = list(values.values())
         columns[SQUARES] /= scale**2
         columns[ABSMAX] /= scale
         emit.metric(SUMS, ParameterSums(*(torch.from_numpy(column) for column in columns)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, BatchView
 from telemetry.families.chat import ChatFormat
-from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.base import LastMicrobatchInstrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
@@ -27,21 +27,15 @@ TENSOR_COLUMNS = (
 SEQUENCE_COLUMNS = ("sample", "span", "tokens", "supervised", "text")
 
 
-class InputInstrument(Instrument):
+class InputInstrument(LastMicrobatchInstrument):
     """Everything under ``inputs/``: token shares, supervision, invalid ids, tensor statistics, spans and sound.
 
     Scalars cover every microbatch of the step; tables and audio show its last one.
     """
 
-    _last: Microbatch | None = None
-
-    def begin(self, step: Step) -> None:
-        """Begin with nothing."""
-        self._last = None
-
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Measure one microbatch."""
-        self._last = microbatch
+        super().inputs(step, microbatch)
         recorder = step.recorder
         if microbatch.view is not None:
             for tag, value in _view_metrics(microbatch.view):
@@ -50,9 +44,8 @@ class InputInstrument(Instrument):
             for kind, value in _tensor_metrics(tensor_statistics(tensor)):
                 recorder.metric(f"inputs/tensor/{name}/{kind}", value)
 
-    def finish(self, step: Step) -> None:
+    def look(self, step: Step, microbatch: Microbatch | None) -> None:
         """Show the last microbatch."""
-        microbatch, self._last = self._last, None
         if microbatch is None:
             return
         self._show_tensors(step, microbatch)
@@ -65,7 +58,7 @@ class InputInstrument(Instrument):
         statics = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), str(t.device)) for name, t in named]
         tensors: dict[str, Tensor] = {}
         for name, tensor in named:
-            tensors[f"{name}/stats"] = tensor_statistics(tensor).packed()
+            tensors[f"{name}/stats"] = torch.stack(tensor_statistics(tensor))
             tensors[f"{name}/first"] = first_values(tensor)
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
@@ -160,12 +153,12 @@ def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:
     yield "max", Max(stats.maximum)
     yield "mean", Mean(stats.total, stats.finite)
     yield "std", Std(stats.total, stats.squares, stats.finite)
-    yield "zero_fraction", Mean(stats.zeros, stats.count)
+    yield "zero_fraction", Mean(stats.zeros, stats.values)
     yield "nonfinite", Sum(stats.nonfinite)
 
 
 def _tensor_row(host: Mapping[str, Tensor], name: str) -> tuple[Cell, ...]:
-    stats = dict(_tensor_metrics(TensorStats.unpacked(host[f"{name}/stats"])))
+    stats = dict(_tensor_metrics(TensorStats(*host[f"{name}/stats"])))
     nonfinite = stats.pop("nonfinite").result()
     values = [stats[kind].result() for kind in ("min", "max", "mean", "std", "zero_fraction")]
     first = " ".join(_short(value) for value in host[f"{name}/first"].tolist())

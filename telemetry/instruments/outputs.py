@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
 # model is handed over, its loss may be made of logits that were never rounded to the dtype in which it returns them.
 _ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _FINE, _COMPILED = 1e-4, 1e-2
-_PLACE = torch.empty(0)
 _SMALL = 0.1  # nats: of a loss below this, rounding is no share any more
 
 
@@ -65,32 +63,43 @@ class CheckedMean(Metric):
 
 @dataclass(frozen=True)
 class _Pass:
-    """How the loss of one pass is to be read from its ``tensors``, 0-d each.
+    """How the loss of one pass is to be read.
 
     Attributes:
-        tensors: ``read``, the loss added up from streams and parts; ``returned``, that of the model; each part's by its
-            tag. What there is not is not in it.
+        tensors: 0-d each, by tag: the loss that the model returned, and each part of it that no stream shows.
+        read: 0-d, the loss added up from streams and parts; None where there are none.
         partial: whether a part of it was not read.
         rounding: share of it that two right sums may differ by.
         counted: whether the trainer has it divided by the tokens of the whole step, so that passes add up.
     """
 
     tensors: dict[str, Tensor]
+    read: Tensor | None
     partial: bool
     rounding: float
     counted: bool
 
-    def values(self, host: Mapping[str, Tensor], at: int) -> dict[str, float]:
-        """Its numbers, of host copies named by the place of the pass in its step."""
-        return {name: float(host[f"{at}/{name}"]) for name in self.tensors}
+    def checked(self) -> CheckedMean:
+        """Compare what was read with what the model returned, without waiting for either; the count is left out."""
+        read, returned = self.read, self.tensors.get(MODEL)
+        if self.partial or read is None:
+            return CheckedMean(0, 0, self.partial or returned is not None, 0, 0, 0)
+        if returned is None:
+            return CheckedMean(read, 0, 0, 0, 0, 0)
+        returned = returned.to(read)
+        most = torch.maximum(read.abs(), returned.abs()).clamp(min=_SMALL)
+        finite = returned.isfinite()  # of a mean over nothing it is not, say: there is nothing to compare
+        wrong = finite & ~((read - returned).abs() <= self.rounding * most)
+        total = torch.where(finite, read.where(~wrong, 0.0), returned)
+        return CheckedMean(total, 0, 0, wrong, read.where(wrong, 0.0), returned.where(wrong, 0.0))
 
 
 class OutputInstrument(Instrument):
     """Everything under ``outputs/``, reduced on the device as soon as a pass has ended.
 
     Scalars cover every microbatch of the step; the table shows its last one. Every pass's loss, added up again from
-    what its family declares, is compared with the loss that the model returned, on the host: where they differ, the
-    total is withheld on all ranks.
+    what its family declares, is compared with the loss that the model returned: where they differ, the total is
+    withheld on all ranks.
     """
 
     def __init__(self) -> None:
@@ -210,13 +219,13 @@ def _share(stream: Stream, total: Tensor, count: Tensor) -> Tensor:
 def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) -> _Pass:
     tensors = {f"outputs/loss/{part.name}": part.value.detach().clone() for part in reading.parts}
     read = [*shares, *tensors.values()]
-    if read:
-        tensors["read"] = torch.stack([one.to(read[0]) for one in read]).sum()
+    rounding = _FINE
     if reading.loss is not None:
-        tensors["returned"] = reading.loss
-    rounding = _ROUNDING.get(reading.loss.dtype, _FINE) if reading.loss is not None else _FINE
+        tensors[MODEL] = reading.loss
+        rounding = _ROUNDING.get(reading.loss.dtype, _FINE)
     return _Pass(
         tensors,
+        torch.stack([one.to(read[0]) for one in read]).sum() if read else None,
         partial=any(one.in_loss for one in reading.absent),
         rounding=rounding if reading.watched else max(rounding, _COMPILED),
         counted=microbatch.inputs.get("num_items_in_batch") is not None,
@@ -224,9 +233,10 @@ def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) ->
 
 
 def _compare(step: Step, passes: Sequence[_Pass]) -> None:
-    """Have the losses of a step added up, and compared with what the model returned, on the host."""
+    """Add the losses of a step up, compared with what the model returned."""
     recorder, family = step.recorder, step.family.name if step.family is not None else ""
-    read, returned = (any(name in one.tensors for one in passes) for name in ("read", "returned"))
+    tags = {tag for one in passes for tag in one.tensors}
+    read, returned = any(one.read is not None for one in passes), MODEL in tags
     if not returned:
         recorder.absent(MODEL, NO_LOSS)
     elif not read and not any(one.partial for one in passes):
@@ -234,19 +244,15 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
     # Passes add up where the trainer has counted the tokens of all; so do ranks, unless each has counted its own.
     ranks = step.world_size if step.tokens_across_ranks else 1
     count = 1 / ranks if any(one.counted for one in passes) else len(passes)
-    tensors = {f"{at}/{name}": tensor for at, one in enumerate(passes) for name, tensor in one.tensors.items()}
-    layout = [replace(one, tensors=dict.fromkeys(one.tensors, _PLACE)) for one in passes]
-
-    def add_up(host: Mapping[str, Tensor], emit: Emitter) -> None:
-        values = [one.values(host, at) for at, one in enumerate(layout)]
-        for name in {name for one in values for name in one} - {"read"}:
-            total = sum(one.get(name, 0.0) for one in values)
-            emit.metric(MODEL if name == "returned" else name, Mean(total, count))
-        for one, found in zip(layout, values, strict=True):
-            if read or one.partial:
-                emit.metric(TOTAL, _checked(one, found), "" if returned else UNCHECKED)
-        if read:
-            emit.metric(TOTAL, CheckedMean(0, count, 0, 0, 0, 0))
+    for one in passes:
+        for tag, value in one.tensors.items():
+            recorder.metric(tag, Mean(value, 0))
+        if read or one.partial:
+            recorder.metric(TOTAL, one.checked(), "" if returned else UNCHECKED)
+    for tag in tags:
+        recorder.metric(tag, Mean(0, count))
+    if read:
+        recorder.metric(TOTAL, CheckedMean(0, count, 0, 0, 0, 0))
 
     def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
         total = emit.merged(TOTAL)
@@ -256,21 +262,7 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
         if fault not in ("", PARTIAL):
             recorder.say_once(f"fault:{TOTAL}", "%s is withheld: %s", TOTAL, fault)
 
-    recorder.defer(tensors, add_up)
     recorder.show({}, say)
-
-
-def _checked(one: _Pass, values: Mapping[str, float]) -> CheckedMean:
-    """The loss of one pass, without a count."""
-    read, returned = values.get("read"), values.get("returned")
-    if one.partial or read is None:
-        return CheckedMean(0, 0, int(one.partial or returned is not None), 0, 0, 0)
-    if returned is None:
-        return CheckedMean(read, 0, 0, 0, 0, 0)
-    if not math.isfinite(returned):  # of a mean over nothing, say: there is nothing to compare
-        return CheckedMean(returned, 0, 0, 0, 0, 0)
-    same = abs(read - returned) <= one.rounding * max(abs(read), abs(returned), _SMALL)
-    return CheckedMean(read, 0, 0, 0, 0, 0) if same else CheckedMean(0, 0, 0, 1, read, returned)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -278,65 +270,50 @@ def _checked(one: _Pass, values: Mapping[str, float]) -> CheckedMean:
 
 @dataclass(frozen=True)
 class _Shown:
-    """The first samples of a stream: ``targets``, ``predicted``, ``hits``, all ``[samples, positions, sequences]``."""
+    """The first samples of a stream: ``tokens`` ``[samples, positions, sequences, 3]``: target, prediction, hit."""
 
     names: tuple[str, ...]
     group: str
-    tensors: Mapping[str, Tensor]
+    tokens: Tensor
 
     @classmethod
     def of(cls, stream: Stream, stats: TokenStats) -> list[_Shown]:
         """Nothing for a stream whose tokens are not laid out by samples."""
-        targets = stream.targets
-        if targets.dim() - (not isinstance(stream.name, str)) < 2:
+        shape = stream.targets.shape
+        if len(shape) - (not isinstance(stream.name, str)) < 2:
             return []
-        found = {"targets": stream.predicted, "predicted": stats.prediction, "hits": stats.rank == 0}
-        laid_out = {name: _laid_out(values, stream)[:SHOWN_SAMPLES] for name, values in found.items()}
-        return [cls(stream.names, stream.group, laid_out)]
-
-
-def _laid_out(values: Tensor, stream: Stream) -> Tensor:
-    """``[samples, positions, sequences]``; positions without logits have no target."""
-    shape = stream.targets.shape
-    if stream.rows is not None:
-        everywhere = torch.full(shape, IGNORE_INDEX, dtype=torch.long, device=values.device).to(values.dtype)
-        everywhere.flatten(0, 1).index_copy_(0, stream.rows, values)
-        values = everywhere
-    return values.reshape(shape[0], -1, len(stream.names))
+        tokens = torch.stack([stream.predicted, stats.prediction, (stats.rank == 0).long()], dim=-1)
+        if stream.rows is not None:  # positions without logits have no target
+            everywhere = tokens.new_full((*shape, 3), IGNORE_INDEX)
+            everywhere.flatten(0, 1).index_copy_(0, stream.rows, tokens)
+            tokens = everywhere
+        return [cls(stream.names, stream.group, tokens.reshape(shape[0], -1, len(stream.names), 3)[:SHOWN_SAMPLES])]
 
 
 def _show(step: Step, microbatch: Microbatch, shown: Sequence[_Shown]) -> None:
     tokenizer = step.tokenizer
-    streams = [(one.names, one.group) for one in shown]
-    samples = max(one.tensors["targets"].shape[0] for one in shown)
-    names = [microbatch.sample_id(row) for row in range(samples)]
-    tensors = {f"{at}/{name}": tensor for at, one in enumerate(shown) for name, tensor in one.tensors.items()}
+    streams = [(str(at), one.names, one.group) for at, one in enumerate(shown)]
+    samples = [microbatch.sample_id(row) for row in range(max(len(one.tokens) for one in shown))]
 
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         rows = tuple(
             (sample, *cells)
-            for row, sample in enumerate(names)
-            for at, (of, group) in enumerate(streams)
-            for k, name in enumerate(of)
-            for cells in _prediction_rows(name, group, _sequence(host, at, row, k), tokenizer)
+            for row, sample in enumerate(samples)
+            for at, names, group in streams
+            if row < len(host[at])
+            for k, name in enumerate(names)
+            for cells in _prediction_rows(name, group, host[at][row, :, k], tokenizer)
         )
         emit.record(Table("outputs/predictions", COLUMNS, rows))
 
-    step.recorder.show(tensors, build)
-
-
-def _sequence(host: Mapping[str, Tensor], at: int, row: int, k: int) -> list[Tensor]:
-    """Targets, predictions and hits of one sequence of one sample."""
-    tensors = [host[f"{at}/{name}"] for name in ("targets", "predicted", "hits")]
-    return [tensor[row, :, k] if row < tensor.shape[0] else tensor.new_empty(0) for tensor in tensors]
+    step.recorder.show({str(at): one.tokens for at, one in enumerate(shown)}, build)
 
 
 def _prediction_rows(
-    name: str, group: str, sequence: Sequence[Tensor], tokenizer: Any
+    name: str, group: str, tokens: Tensor, tokenizer: Any
 ) -> Iterator[tuple[str, int, float, str, str]]:
     """Stream, supervised tokens, accuracy, target and prediction of what is supervised: text decoded, and its ids."""
-    mask = sequence[0] != IGNORE_INDEX
-    targets, predicted, hits = (tensor[mask].tolist() for tensor in sequence)
+    targets, predicted, hits = tokens[tokens[:, 0] != IGNORE_INDEX].t().tolist()
     if not targets:
         return
     accuracy = round(sum(hits) / len(hits), 4)

@@ -83,10 +83,8 @@ QUESTIONS: dict[str, Callable[..., list[Instrument]]] = {
 }
 
 
-def choose(
-    components: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, dict[str, Any]]:
-    """Return the chosen questions, all by default, each with its further arguments.
+def choose(components: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]] | None) -> list[Instrument]:
+    """Return the instruments of the chosen questions, of all by default, each made with its further arguments.
 
     Raises:
         ValueError: for a question that does not exist, options for one that is not chosen, or no question at all.
@@ -99,4 +97,4 @@ def choose(
     unknown = [name for name in given if name not in chosen]
     if unknown:
         raise ValueError(f"options for {unknown}, which are not among the components {chosen}")
-    return {name: given.get(name, {}) for name in chosen}
+    return [instrument for name in chosen for instrument in QUESTIONS[name](**given.get(name, {}))]

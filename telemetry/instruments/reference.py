@@ -44,7 +44,8 @@ class ReferenceInstrument(Instrument):
             recorder.absent("zero_shot/reference/present_fraction", "the batch has no audio")
             return
         audio = microbatch.view.audio
-        recorder.metric("zero_shot/reference/present_fraction", _present(audio))
+        present = audio.reference.any(dim=1)
+        recorder.metric("zero_shot/reference/present_fraction", Mean(present.sum(), present.numel()))
         if audio.features is None:
             recorder.absent("zero_shot/reference/features_present", NO_ENCODER)
         for name, value in _feature_metrics(audio):
@@ -118,11 +119,6 @@ def _signal(clip: Any) -> tuple[float, float, float]:
     if clipped is None or silent is None:
         raise ValueError("it has no samples")
     return float(np.maximum(level_db(samples), FLOOR_DB)), clipped, silent
-
-
-def _present(audio: AudioView) -> Mean:
-    present = audio.reference.any(dim=1)
-    return Mean(present.sum(), present.numel())
 
 
 def _feature_metrics(audio: AudioView) -> Iterator[tuple[str, Metric]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from telemetry.measures._support import piece_elements, row_pieces, sum_dtype, undisturbed
 
 
-@dataclass(frozen=True)
-class ActivationTotals:
+class ActivationTotals(NamedTuple):
     """Sums over the values of the positions that count: 0-d, float64 (float32 on "mps").
 
     Attributes:
@@ -27,25 +26,6 @@ class ActivationTotals:
     absmax: Tensor
     zeros: Tensor
     nonfinite: Tensor
-
-    def merge(self, other: ActivationTotals) -> ActivationTotals:
-        """Both as if measured together."""
-        return ActivationTotals(
-            values=self.values + other.values,
-            squares=self.squares + other.squares,
-            absmax=torch.maximum(self.absmax, other.absmax),
-            zeros=self.zeros + other.zeros,
-            nonfinite=self.nonfinite + other.nonfinite,
-        )
-
-    def packed(self) -> Tensor:
-        """All in one vector ``[5]``: one tensor to copy to the host."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)])
-
-    @classmethod
-    def unpacked(cls, vector: Tensor) -> ActivationTotals:
-        """What :meth:`packed` was called on."""
-        return cls(*vector.unbind())
 
 
 def served_rows(served: Tensor, real: Tensor, rows: int) -> Tensor:

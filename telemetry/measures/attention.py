@@ -7,7 +7,8 @@ that the kernel was given. The whole matrix is never made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +52,7 @@ class AttentionRows:
     visible: Tensor
 
 
-@dataclass(frozen=True)
-class AttentionTotals:
+class AttentionTotals(NamedTuple):
     """Sums over sampled queries, in float64 (float32 on "mps"), that combine over microbatches and ranks.
 
     Attributes:
@@ -77,28 +77,11 @@ class AttentionTotals:
     max_logit: Tensor
     heads: Tensor
 
-    def merge(self, other: AttentionTotals) -> AttentionTotals:
-        """Both as if measured together."""
-        merged = {
-            field.name: (torch.maximum if field.name == "max_logit" else torch.add)(
-                getattr(self, field.name), getattr(other, field.name)
-            )
-            for field in fields(self)
-        }
-        return AttentionTotals(**merged)
 
-    def packed(self) -> Tensor:
-        """All in one vector: one tensor to copy to the host."""
-        return torch.cat([getattr(self, field.name).reshape(-1) for field in fields(self)])
-
-    @classmethod
-    def unpacked(cls, vector: Tensor) -> AttentionTotals:
-        """What :meth:`packed` was called on."""
-        kinds = len(KINDS)
-        sizes = [kinds * kinds, kinds, kinds, 1, 2, 1, 1, 1]
-        mass, queries, keys, entropy, fraction, *rest, heads = vector.split([*sizes, len(vector) - sum(sizes)])
-        sink, nonfinite, max_logit = (part[0] for part in rest)
-        return cls(mass.view(kinds, kinds), queries, keys, entropy[0], fraction, sink, nonfinite, max_logit, heads)
+def merged_totals(parts: Sequence[AttentionTotals]) -> AttentionTotals:
+    """All parts as if measured together."""
+    stacked = AttentionTotals(*(torch.stack(values) for values in zip(*parts, strict=True)))
+    return AttentionTotals(*(values.sum(0) for values in stacked))._replace(max_logit=stacked.max_logit.amax(0))
 
 
 def sample_queries(kinds: Tensor, queries: int, generator: torch.Generator) -> QuerySample:
@@ -112,21 +95,17 @@ def sample_queries(kinds: Tensor, queries: int, generator: torch.Generator) -> Q
     with undisturbed(kinds.device):
         sequence, count = kinds.shape[1:]
         order = torch.rand(kinds.shape[:2], generator=generator, device=kinds.device)
+        of_kind = torch.arange(count, device=kinds.device)
         rows, used = [], []
         for kind, size in enumerate(_shares(queries, count)):
             picked = torch.where(kinds[..., kind], order, -1.0).topk(min(size, sequence), dim=1)
             rows.append(picked.indices)
-            used.append(_one_hot(picked.values >= 0, kind, count))
+            used.append((picked.values >= 0).unsqueeze(-1) & (of_kind == kind))
         return QuerySample(torch.cat(rows, dim=1), torch.cat(used, dim=1))
 
 
 def _shares(queries: int, kinds: int) -> Sequence[int]:
     return [queries // kinds + (kind < queries % kinds) for kind in range(kinds)]
-
-
-def _one_hot(used: Tensor, kind: int, kinds: int) -> Tensor:
-    columns = [used if other == kind else torch.zeros_like(used) for other in range(kinds)]
-    return torch.stack(columns, dim=-1)
 
 
 def attention_rows(
@@ -228,9 +207,9 @@ def attention_totals(values: AttentionRows, sample: QuerySample, key_kinds: Tens
         target = kinds[:, None, :, TARGET] if kinds.shape[-1] > TARGET else torch.zeros_like(used)[:, None]
         reference = values.mass[..., REFERENCE] if kinds.shape[-1] > TARGET else torch.zeros_like(values.entropy)
         return AttentionTotals(
-            mass=_widened(torch.where(kinds[..., None], mass, 0.0).sum(dim=(0, 1))),
-            queries=_widened(kinds.sum(dim=(0, 1)).to(dtype)),
-            keys=_widened(key_kinds.sum(dim=(0, 1)).to(dtype)),
+            mass=torch.where(kinds[..., None], mass, 0.0).sum(dim=(0, 1)),
+            queries=kinds.sum(dim=(0, 1)).to(dtype),
+            keys=key_kinds.sum(dim=(0, 1)).to(dtype),
             entropy=total(values.entropy, used),
             fraction=torch.stack([total(values.entropy / largest_entropy, spread), spread.sum().to(dtype)]),
             sink=total(values.sink, used),
@@ -238,9 +217,3 @@ def attention_totals(values: AttentionRows, sample: QuerySample, key_kinds: Tens
             max_logit=torch.where(used[:, None], values.max_logit, -torch.inf).amax().to(dtype),
             heads=torch.where(target, reference, 0.0).to(dtype).sum(dim=(0, 2)),
         )
-
-
-def _widened(totals: Tensor) -> Tensor:
-    """Zeros behind the kinds that a text model does not have, in every dimension."""
-    missing = len(KINDS) - totals.shape[-1]
-    return torch.nn.functional.pad(totals, (0, missing) * totals.dim())

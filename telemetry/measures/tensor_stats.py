@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,26 +10,24 @@ from torch import Tensor
 from telemetry.measures._support import piece_elements, sum_dtype, undisturbed, value_pieces
 
 
-@dataclass(frozen=True)
-class TensorStats:
+class TensorStats(NamedTuple):
     """Counts, sums and extremes of one tensor: 0-d float64 tensors (float32 on "mps") on its device.
 
     ``Mean(total, finite)`` and ``Std(total, squares, finite)`` of :mod:`telemetry.records` combine them over
-    microbatches and ranks that were measured with the same shift; the mean is then relative to it.
+    microbatches and ranks.
 
     Attributes:
-        count: values.
+        values: how many.
         finite: values that are neither NaN nor infinite; what follows is over these alone.
         nonfinite: values that are NaN or infinite.
         zeros: values that are exactly zero.
-        total: sum of ``value - shift``.
-        squares: sum of ``(value - shift)²``.
+        total: their sum.
+        squares: sum of their squares.
         minimum: +inf when there is no finite value.
         maximum: -inf when there is no finite value.
-        shift: what the sums are relative to.
     """
 
-    count: Tensor
+    values: Tensor
     finite: Tensor
     nonfinite: Tensor
     zeros: Tensor
@@ -37,47 +35,35 @@ class TensorStats:
     squares: Tensor
     minimum: Tensor
     maximum: Tensor
-    shift: Tensor
-
-    def packed(self) -> Tensor:
-        """All statistics in one vector ``[9]``, in the order of the attributes: one tensor to copy to the host."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)])
-
-    @classmethod
-    def unpacked(cls, vector: Tensor) -> TensorStats:
-        """What :meth:`packed` was called on."""
-        return cls(*vector.unbind())
 
 
-def tensor_statistics(tensor: Tensor, shift: float = 0.0) -> TensorStats:
+def tensor_statistics(tensor: Tensor) -> TensorStats:
     """Statistics of all values of a tensor, summed in float64 without a float64 copy of the whole.
 
     Args:
         tensor: strided, of any shape and dtype: bool as 0 and 1, complex by magnitude. Integers beyond ±2**53 are
             rounded to float64.
-        shift: what ``total`` and ``squares`` are relative to. 0 does until the mean is some 10**6 times the standard
-            deviation; beyond that, a number near the values keeps the deviation's digits.
     """
     device = tensor.device
     with undisturbed(device):
-        pieces = [_piece_statistics(piece, shift) for piece in value_pieces(tensor, piece_elements(device))]
-        count, fixed_shift, none, low, high = (
+        pieces = [_piece_statistics(piece) for piece in value_pieces(tensor, piece_elements(device))]
+        count, none, low, high = (
             torch.full((), value, dtype=sum_dtype(device), device=device)
-            for value in (tensor.numel(), shift, 0.0, torch.inf, -torch.inf)
+            for value in (tensor.numel(), 0.0, torch.inf, -torch.inf)
         )
         if not pieces:
-            return TensorStats(count, none, none, none, none, none, low, high, fixed_shift)
-        finite, zeros, total, squares = torch.stack([sums for sums, _, _ in pieces]).sum(0).unbind()
+            return TensorStats(count, none, none, none, none, none, low, high)
+        columns = torch.stack(pieces)
+        finite, zeros, total, squares = columns[:, :4].sum(0)
         return TensorStats(
-            count=count,
+            values=count,
             finite=finite,
             nonfinite=count - finite,
             zeros=zeros,
             total=total,
             squares=squares,
-            minimum=torch.stack([minimum for _, minimum, _ in pieces]).amin(),
-            maximum=torch.stack([maximum for _, _, maximum in pieces]).amax(),
-            shift=fixed_shift,
+            minimum=columns[:, 4].amin(),
+            maximum=columns[:, 5].amax(),
         )
 
 
@@ -92,20 +78,19 @@ def first_values(tensor: Tensor, n: int = 8) -> Tensor:
         return tensor[:rows].reshape(-1)[:n].clone()
 
 
-def _piece_statistics(piece: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``([finite, zeros, total, squares], minimum, maximum)`` of the values of a flat piece that is not empty."""
+def _piece_statistics(piece: Tensor) -> Tensor:
+    """``[finite, zeros, total, squares, minimum, maximum]`` of the values of a flat piece that is not empty."""
     values = _as_real(piece)
-    nonfinite = torch.count_nonzero(values * 0.0)  # 0 · x is 0 for a finite x and NaN for any other
-    centred = (values - shift).nan_to_num_(0.0, 0.0, 0.0)
-    sums = (
-        values.numel() - nonfinite,
+    kept = values.nan_to_num(0.0, 0.0, 0.0)
+    found = (
+        values.numel() - torch.count_nonzero(values * 0.0),  # 0 · x is 0 for a finite x and NaN for any other
         values.numel() - torch.count_nonzero(values),
-        centred.sum(),
-        centred.square_().sum(),
+        kept.sum(),
+        kept.square_().sum(),
+        values.nan_to_num(torch.inf, torch.inf, torch.inf).amin(),
+        values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax(),
     )
-    minimum = values.nan_to_num(torch.inf, torch.inf, torch.inf).amin()
-    maximum = values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax()
-    return torch.stack([value.to(values.dtype) for value in sums]), minimum, maximum
+    return torch.stack([value.to(values.dtype) for value in found])
 
 
 def _as_real(piece: Tensor) -> Tensor:

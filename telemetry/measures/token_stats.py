@@ -6,7 +6,7 @@ whose shapes are known beforehand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ _LOWEST_LOG_PROBABILITY = -200.0  # exp(-200) is exactly 0 in float32: such an e
 _LARGEST_VOCABULARY = 2**24  # integers up to here are exact in float32, which ids and counts are computed in
 
 
-@dataclass(frozen=True)
-class TokenStats:
+class TokenStats(NamedTuple):
     """Statistics of every predicted token; all tensors have the shape of the targets and lie on the logits' device.
 
     Attributes:
@@ -65,7 +64,7 @@ def token_statistics(
     vocab = _checked_vocab(logits, targets, probe_id)
     with undisturbed(logits.device):
         flat = targets.reshape(-1)
-        pieces: list[TokenStats] = []
+        pieces: list[tuple[Tensor, ...]] = []
         start = 0
         for rows in row_pieces(logits, piece_elements(logits.device)):
             labels = flat[start : start + rows.shape[0]]
@@ -73,7 +72,7 @@ def token_statistics(
             start += rows.shape[0]
         if not pieces:
             pieces.append(_piece_statistics(logits.reshape(0, vocab), flat, flat != ignore_index, probe_id))
-        return _joined(pieces, targets.shape)
+        return TokenStats(*(torch.cat(column).reshape(targets.shape) for column in zip(*pieces, strict=True)))
 
 
 def masked_totals(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,66 +123,29 @@ def _checked_vocab(logits: Tensor, targets: Tensor, probe_id: int | None) -> int
     return vocab
 
 
-def _piece_statistics(rows: Tensor, labels: Tensor, labelled: Tensor, probe_id: int | None) -> TokenStats:
-    """Statistics of ``rows`` ``[n, vocab]`` for ``labels`` ``[n]``; ``labelled`` is False at ``ignore_index``."""
+def _piece_statistics(rows: Tensor, labels: Tensor, labelled: Tensor, probe_id: int | None) -> tuple[Tensor, ...]:
+    """Statistics of ``rows`` ``[n, vocab]`` for ``labels`` ``[n]``, as in :class:`TokenStats`.
+
+    ``labelled`` is False at ``ignore_index``.
+    """
     vocab = rows.shape[-1]
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     valid = labelled & (labels >= 0) & (labels < vocab)
     targets = labels.clamp(0, vocab - 1).unsqueeze(-1)
 
-    # Two buffers of the piece's size serve every pass: on the CPU fresh memory costs more than the arithmetic.
     log_probabilities = torch.log_softmax(rows, -1)
     target_log_probability = log_probabilities.gather(-1, targets).squeeze(-1)
     log_probabilities.clamp_(min=_LOWEST_LOG_PROBABILITY)
     probabilities = log_probabilities.exp()
-    probe = None if probe_id is None else probabilities[:, probe_id].to(torch.float32, copy=True)
+    probe = () if probe_id is None else (probabilities[:, probe_id].to(torch.float32, copy=True),)
     entropy = -probabilities.mul_(log_probabilities).sum(-1)
-    rank = _ranks(rows, targets, probabilities, log_probabilities)
-    prediction = _first_largest(rows, log_probabilities)
-
+    own, ids = rows.gather(-1, targets), torch.arange(vocab, device=rows.device)
+    rank = ((rows > own) | ((rows == own) & (ids < targets))).sum(-1)
     poisoned = entropy.isnan()  # log_softmax spreads a log-sum-exp that is not finite over its whole row
-    return TokenStats(
-        nll=torch.where(valid, torch.where(poisoned, torch.nan, -target_log_probability), 0.0).float(),
-        entropy=torch.where(valid, entropy, 0.0).float(),
-        rank=torch.where(valid & ~poisoned, rank, vocab),
-        prediction=prediction,
-        probe_probability=probe,
-    )
-
-
-def _ranks(rows: Tensor, targets: Tensor, buffer: Tensor, other: Tensor) -> Tensor:
-    """Entries ahead of ``targets`` ``[n, 1]`` in each row, int64 ``[n]``. Overwrites both buffers.
-
-    Comparisons into a floating buffer and sums of it are vectorised on the CPU; sums of bool tensors are not.
-    """
-    own = rows.gather(-1, targets)
-    ids = torch.arange(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    torch.eq(rows, own, out=buffer)
-    torch.lt(ids, targets.to(rows.dtype), out=other)
-    equals_before = buffer.mul_(other).sum(-1)
-    larger = torch.gt(rows, own, out=buffer).sum(-1)
-    return (equals_before + larger).long()
-
-
-def _first_largest(rows: Tensor, buffer: Tensor) -> Tensor:
-    """The index of the largest entry of each row, the first of equals, int64 ``[n]``. Overwrites ``buffer``.
-
-    The largest entries are marked with their distance from the end, of which the first has the greatest: three
-    vectorised passes, where ``argmax`` takes one that is not. A row with a NaN marks nothing; its index is the last.
-    """
-    vocab = rows.shape[-1]
-    from_end = torch.arange(vocab, 0, -1, dtype=rows.dtype, device=rows.device)
-    torch.eq(rows, rows.amax(-1, keepdim=True), out=buffer)
-    return (vocab - buffer.mul_(from_end).amax(-1).long()).clamp_(max=vocab - 1)
-
-
-def _joined(pieces: list[TokenStats], shape: torch.Size) -> TokenStats:
-    """The statistics of all pieces in the targets' shape."""
-    probes = [piece.probe_probability for piece in pieces if piece.probe_probability is not None]
-    return TokenStats(
-        nll=torch.cat([piece.nll for piece in pieces]).reshape(shape),
-        entropy=torch.cat([piece.entropy for piece in pieces]).reshape(shape),
-        rank=torch.cat([piece.rank for piece in pieces]).reshape(shape),
-        prediction=torch.cat([piece.prediction for piece in pieces]).reshape(shape),
-        probe_probability=torch.cat(probes).reshape(shape) if probes else None,
+    return (
+        torch.where(valid, torch.where(poisoned, torch.nan, -target_log_probability), 0.0).float(),
+        torch.where(valid, entropy, 0.0).float(),
+        torch.where(valid & ~poisoned, rank, vocab),
+        rows.argmax(-1),
+        *probe,
     )

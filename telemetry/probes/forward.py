@@ -86,7 +86,7 @@ class PassReader:
         inputs: Callable[[Microbatch], None],
         outputs: Callable[[Microbatch, Reading], None],
     ) -> None:
-        self._family = family
+        self._family = family if family is not None else Family(None)  # which reads nothing
         self._inputs = inputs
         self._outputs = outputs
         self._pass: _Pass | None = None
@@ -105,7 +105,8 @@ class PassReader:
         self.passes = 0
         if watch.usable:
             watch.passes(self, self._begin, self._end)
-            for name, module in self._watched().items():
+            watched = self._attempt("name modules to watch", self._family.watched, {})
+            for name, module in watched.items():
                 watch.after(self, module, functools.partial(self._keep, name))
 
     def forget(self) -> None:
@@ -124,7 +125,9 @@ class PassReader:
     def _begin(self, inputs: Mapping[str, Any]) -> None:
         self.passes += 1
         metadata, self._metadata = self._metadata, ()
-        self._pass = _Pass(Microbatch(inputs, self._view(inputs), metadata))
+        # None for a batch that the family cannot read, which the model may still be able to
+        view = self._attempt("read a batch", functools.partial(self._family.view, inputs), None)
+        self._pass = _Pass(Microbatch(inputs, view, metadata))
         self._inputs(self._pass.microbatch)
 
     def _keep(self, name: str, output: Any) -> None:
@@ -137,12 +140,12 @@ class PassReader:
             self._outputs(ended.microbatch, self._reading(ended, outputs, watched))
 
     def _reading(self, ended: _Pass, outputs: Any, watched: bool) -> Reading:
-        inputs = ended.microbatch.inputs
+        inputs, view, family = ended.microbatch.inputs, ended.microbatch.view, self._family
         loss = model_loss(inputs, outputs)
-        seen = Seen(ended.microbatch.view, ended.modules)
-        if not watched:
-            seen = Seen(ended.microbatch.view, missing=NOT_SHOWN)
-        declared = [self._checked(one) for one in self._declared(inputs, outputs, seen)]
+        seen = Seen(view, ended.modules) if watched else Seen(view, missing=NOT_SHOWN)
+        failed = Absent("text", f"family {family.name} cannot read what the model returned")
+        found = self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
+        declared = [self._checked(one) for one in found]
         return Reading(
             streams=[one for one in declared if isinstance(one, Stream)],
             parts=[one for one in declared if isinstance(one, LossPart)],
@@ -153,7 +156,7 @@ class PassReader:
 
     def _checked(self, declared: Declared) -> Declared:
         """The same, or for a stream whose parts do not fit together why it is absent."""
-        if not isinstance(declared, Stream) or self._family is None:
+        if not isinstance(declared, Stream):
             return declared
         tensors = (declared.logits, declared.labels, *([] if declared.rows is None else [declared.rows]))
         key = (declared.name, *((tensor.shape, tensor.dtype) for tensor in tensors))
@@ -163,22 +166,6 @@ class PassReader:
         fault = self._faults[key]
         return Absent(declared.group, fault) if fault else replace(declared, logits=declared.logits.detach())
 
-    def _watched(self) -> Mapping[str, Any]:
-        return self._attempt("name modules to watch", self._family.watched, {}) if self._family is not None else {}
-
-    def _view(self, inputs: Mapping[str, Any]) -> BatchView | None:
-        """How the family reads a batch; None for one that it cannot, which the model may still be able to."""
-        if self._family is None:
-            return None
-        return self._attempt("read a batch", functools.partial(self._family.view, inputs), None)
-
-    def _declared(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Sequence[Declared]:
-        family = self._family
-        if family is None:
-            return ()
-        failed = Absent("text", f"family {family.name} cannot read what the model returned")
-        return self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
-
     def _attempt(self, doing: str, action: Any, otherwise: Any) -> Any:
         """What a family gives; where it raises, which is said once, something else."""
         try:
@@ -186,8 +173,7 @@ class PassReader:
         except Exception:
             if doing not in self._said:
                 self._said.add(doing)
-                name = self._family.name if self._family is not None else ""
-                logger.exception("family %s cannot %s; training goes on", name, doing)
+                logger.exception("family %s cannot %s; training goes on", self._family.name, doing)
             return otherwise
 
 

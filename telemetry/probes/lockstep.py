@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from itertools import count
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from telemetry.probes.sharding import forwards_are_collective
+from telemetry.probes.sharding import forwards_are_collective, fsdp2_modules, is_fsdp1, is_zero3
 from telemetry.ranks import all_here
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,10 @@ class Lockstep:
 
     Not a collective: of one that times out some ranks may have seen the result and others not, and a forward pass that
     only some begin hangs them. In the store the first to decide decides for all.
+
+    Attributes:
+        needed: whether a forward pass of the model needs every rank.
+        together: whether ranks can still agree on anything: False once one of them has not come in time.
     """
 
     def __init__(self, store: Any, world_size: int, key: str = "", together: bool = True) -> None:
@@ -34,7 +40,8 @@ class Lockstep:
         self._world_size = world_size
         self._key = key
         self._rounds: Counter[str] = Counter()
-        self._together = together
+        self.needed = world_size > 1
+        self.together = together
 
     @classmethod
     def join(cls, model: nn.Module) -> Lockstep:
@@ -49,16 +56,6 @@ class Lockstep:
         store = dist.distributed_c10d._get_default_store()
         return cls(store, world_size, f"strategic_telemetry/lockstep/{next(_sessions)}", all_here(world_size))
 
-    @property
-    def needed(self) -> bool:
-        """Whether a forward pass of the model needs every rank."""
-        return self._world_size > 1
-
-    @property
-    def together(self) -> bool:
-        """Whether ranks can still agree on anything: False once one of them has not come in time."""
-        return self._together
-
     def agree(self, able: bool, what: str = "forward") -> bool:
         """Whether every rank is able, which all ranks are told alike. Waits for the slowest, at most 60 s.
 
@@ -69,9 +66,9 @@ class Lockstep:
             able: whether this rank is.
             what: what is about to be run.
         """
-        if self._world_size == 1:
+        if not self.needed:
             return able
-        if not self._together:
+        if not self.together:
             return False
         try:
             return self._vote(able, what)
@@ -112,5 +109,60 @@ class Lockstep:
             self._store.delete_key(f"{key}/{name}")
 
     def _give_up(self, what: str, reason: str) -> None:
-        self._together = False
+        self.together = False
         logger.warning("ranks cannot run the model together for %s (%s): not tried again", what, reason)
+
+
+@contextlib.contextmanager
+def in_company(model: nn.Module, lockstep: Lockstep, idle: Callable[[], object]) -> Iterator[None]:
+    """Inside, every forward pass of ``model`` happens on all ranks at the same time, however many each rank makes.
+
+    Before each of its forward passes a rank tells the others; whoever is done with the inside, or has left it with an
+    exception, runs ``idle`` whenever another has a pass to make, until nobody has. So prompts may be uneven, and a rank
+    that fails between two passes does not leave the others waiting (as ranks that generate in step with transformers'
+    ``synced_gpus`` do when one of them raises).
+
+    Enter it on every rank.
+
+    Args:
+        model: its forward pass is collective.
+        lockstep: how ranks tell each other.
+        idle: makes one forward pass and throws the result away.
+
+    Raises:
+        RuntimeError: inside, in a forward pass, when another rank has not come in time.
+    """
+    watched = True
+
+    def before(_module: nn.Module, _args: Any) -> None:
+        if watched:
+            lockstep.agree(False, what="clips")  # "I am not done"
+            if not lockstep.together:
+                raise RuntimeError("a rank did not come in time")
+
+    # In front of FSDP's own hook, which is where ranks meet.
+    handle = model.register_forward_pre_hook(before, prepend=True)
+    try:
+        yield
+    finally:
+        watched = False
+        handle.remove()
+        while lockstep.together and not lockstep.agree(True, what="clips") and lockstep.together:
+            idle()
+
+
+def can_keep_company(model: nn.Module, always: Collection[nn.Module]) -> bool:
+    """Whether any two forward passes of a model have the same collectives: FSDP2 around modules that always run.
+
+    FSDP2 gathers parameters where a sharded module is called, DeepSpeed's ZeRO-3 and FSDP wherever one holds some. A
+    prompt's pass embeds text, a later one does not: were the embedding sharded by itself, ranks would wait for
+    different things.
+
+    Args:
+        model: its forward pass is collective.
+        always: the modules that every forward pass calls, in the same order.
+    """
+    if is_fsdp1(model) or any(is_zero3(parameter) for parameter in model.parameters()):
+        return False
+    sharded = fsdp2_modules(model)
+    return bool(sharded) and all(any(module is other for other in always) for module in sharded)

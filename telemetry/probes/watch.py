@@ -61,11 +61,6 @@ class Watch:
         self._begin: list[tuple[Any, Callable[..., None]]] = []
         self._end: list[tuple[Any, Callable[..., None]]] = []
 
-    @property
-    def running(self) -> bool:
-        """Whether a pass of training is under way."""
-        return self._running
-
     def open(self) -> None:
         """Start watching the model itself."""
         self.close()

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import telemetry.delivery.recorder
-from telemetry import ConsoleBackend, OutputLoggerCallback, Step, StrategicTelemetry, TensorBoardBackend
+from telemetry import ConsoleBackend, Step, StrategicTelemetry, TensorBoardBackend
 from telemetry.instruments.outputs import OutputInstrument
 
 BROKEN_FROM = 100
@@ -116,7 +116,7 @@ class Disk(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 not in (FULL_FROM, FREE_FROM):
             return
-        assert self._watching.members[0].session.recorder.drain()
+        assert self._watching.session.recorder.drain()
         (file,) = self._logs.iterdir()
         room = file.stat().st_size + 50 if state.global_step + 1 == FULL_FROM else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
@@ -296,9 +296,9 @@ class BreaksOnOneRank(OutputInstrument):
 
 def rank_raises_in_a_measure(directory: Path) -> None:
     watching = watched(directory)
-    for member in watching.members:
-        if isinstance(member, OutputLoggerCallback):
-            member.instruments = [BreaksOnOneRank()]
+    watching.instruments = [
+        BreaksOnOneRank() if isinstance(one, OutputInstrument) else one for one in watching.instruments
+    ]
     on_ranks(directory, [watching])
 
 
@@ -321,7 +321,7 @@ class Resources(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0 or state.global_step % self._every:
             return
-        assert self._watching.members[0].session.recorder.drain()
+        assert self._watching.session.recorder.drain()
         gc.collect()
         if self._trace and not self.held:
             tracemalloc.start()

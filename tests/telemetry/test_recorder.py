@@ -201,11 +201,11 @@ def test_many_vectors_come_back_in_their_own_shapes() -> None:
     backend = MemoryBackend()
     recorder = opened(backend)
     recorder.metric("used", UsedFraction(torch.tensor([0, 2, 0, 1])))
-    recorder.metric("entries", Perplexity(torch.tensor([6.0, 6.0, 0.0])))
+    recorder.metric("perplexity", Perplexity(torch.tensor([6.0, 0.0, 6.0])))
     recorder.metric("scalar", Sum(torch.tensor(2.5, dtype=torch.bfloat16)))
     recorder.flush(1)
     drained(recorder)
-    assert shown(backend) == {"used": {1: 0.5}, "entries": {1: pytest.approx(2.0)}, "scalar": {1: 2.5}}
+    assert shown(backend) == {"used": {1: 0.5}, "perplexity": {1: pytest.approx(2.0)}, "scalar": {1: 2.5}}
 
 
 def test_written_records_go_past_the_step_that_is_collected() -> None:

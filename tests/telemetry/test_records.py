@@ -19,6 +19,7 @@ from telemetry.records import (
     Norm,
     Perplexity,
     PresentMean,
+    PresentSum,
     Std,
     Sum,
     Table,
@@ -43,6 +44,7 @@ def metrics_of(values: Sequence[float]) -> dict[str, Metric]:
         "min": Min(min(values, default=math.inf)),
         "norm": Norm(tensor.square().sum()),
         "std": Std(tensor.sum(), tensor.square().sum(), len(values)),
+        "present sum": PresentSum(tensor.sum(), len(values)),
         "used fraction": UsedFraction(ids),
         "perplexity": Perplexity(ids),
     }
@@ -60,6 +62,7 @@ def expected(values: Sequence[float]) -> dict[str, float | None]:
         "min": min(values, default=None),
         "norm": math.sqrt(math.fsum(value**2 for value in values)),
         "std": None if mean is None else math.sqrt(math.fsum((value - mean) ** 2 for value in values) / size),
+        "present sum": math.fsum(values) if size else None,
         "used fraction": len(shares) / IDS if size else None,
         "perplexity": math.exp(-math.fsum(share * math.log(share) for share in shares)) if size else None,
     }
@@ -104,6 +107,7 @@ def test_unequal_token_counts_weigh_what_they_are() -> None:
         Max(-math.inf),
         Min(math.inf),
         Std(0.0, 0.0, 0),
+        PresentSum(0.0, 0),
         UsedFraction(torch.zeros(4)),
         Perplexity(torch.zeros(4)),
     ],
@@ -116,6 +120,7 @@ def test_what_was_not_measured_is_absent(metric: Metric) -> None:
 def test_what_was_measured_as_zero_is_zero() -> None:
     metrics = (Mean(0.0, 3), Sum(0.0), Max(0.0), Min(0.0), Norm(0.0), Std(0.0, 0.0, 2))
     assert [metric.result() for metric in metrics] == [0.0] * 6
+    assert PresentSum(0.0, 2).result() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,7 @@ def test_what_was_measured_as_zero_is_zero() -> None:
         Norm(math.nan),
         Std(math.nan, 1.0, 2),
         Std(0.0, math.nan, 2),
+        PresentSum(math.nan, 2),
     ],
 )
 def test_a_nan_stays_one_whatever_it_is_merged_with(metric: Metric) -> None:

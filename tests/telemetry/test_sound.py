@@ -17,7 +17,7 @@ from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, Zero
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Recorder
-from telemetry.instruments.clip_images import spectrogram_image
+from telemetry.instruments.clip_records import spectrogram_image
 from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
 RATE = 10
@@ -203,7 +203,7 @@ def test_numbers_of_a_voice_stay_when_it_is_not_heard(
 ) -> None:
     backend = MemoryBackend()
     callback = StrategicTelemetry(["inputs", "zero_shot"], 1, [backend], sound=SoundPolicy(enabled=enabled))
-    run_with(callback.members, higgs, voices, tmp_path)
+    run_with([callback], higgs, voices, tmp_path)
     heard = {tag for tag, shown in backend.records.items() if any(isinstance(record, Audio) for _, record in shown)}
     assert heard == ({"inputs/reference", "inputs/target"} if enabled else set())
     assert backend.scalars("zero_shot/reference/level_db") == {1: pytest.approx(20 * np.log10(0.5))}

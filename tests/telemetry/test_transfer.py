@@ -18,7 +18,7 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.delivery.transfer import Transfer
-from telemetry.records import Max, Mean, Min, Norm, Perplexity, Std, Sum, Table, UsedFraction
+from telemetry.records import Max, Mean, Min, Norm, Perplexity, PresentSum, Std, Sum, Table, UsedFraction
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -97,6 +97,7 @@ KINDS = [
     Min(torch.tensor(3.0)),
     Norm(torch.tensor(9.0)),
     Std(torch.tensor(2.0), torch.tensor(4.0), torch.tensor(2)),
+    PresentSum(torch.tensor(3.0), torch.tensor(2)),
     UsedFraction(torch.tensor([1, 0])),
     Perplexity(torch.tensor([1, 1])),
 ]

@@ -179,7 +179,7 @@ def test_after_a_training_that_was_interrupted_the_next_one_is_whole(
     if again == "new callbacks":
         callbacks = [InputLoggerCallback(2, [backend]), StrategicTelemetry(["outputs"], 2, [backend])]
     else:
-        callbacks[0].backends = callbacks[1].members[0].backends = [backend]
+        callbacks[0].backends = callbacks[1].backends = [backend]
 
     run = training(llama, tmp_path, callbacks, steps=4)
     run.trainer.train()

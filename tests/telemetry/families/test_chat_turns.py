@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from telemetry.families.chat import ChatFormat, Violation, role_faults
+from telemetry.families.chat import ChatFormat, role_faults
 
 
 def turn(role: str, text: str = "hello") -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 
 
-def read(tokenizer: Any, text: str) -> tuple[list[tuple[str, str, str]], list[Violation]]:
-    """Role, whole text and body of each turn, and the faults."""
+def read(tokenizer: Any, text: str) -> tuple[list[tuple[str, str, str]], dict[str, list[str]]]:
+    """Role, whole text and body of each turn, and the faults by kind."""
     chat = ChatFormat.of(tokenizer)
     assert chat is not None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -23,13 +23,13 @@ def read(tokenizer: Any, text: str) -> tuple[list[tuple[str, str, str]], list[Vi
         (turn.role, tokenizer.decode(ids[turn.start : turn.end]), tokenizer.decode(ids[turn.body : turn.end]))
         for turn in turns
     ]
-    return shown, faults
+    return shown, {kind: found for kind, found in faults.items() if found}
 
 
 def test_turns_are_read_back(tokenizer: Any) -> None:
     text = "<|begin_of_text|>" + turn("system", "Be kind.") + turn("user", "") + turn("assistant", "Yes,\nنعم")
     turns, faults = read(tokenizer, text)
-    assert faults == []
+    assert faults == {}
     assert turns == [
         ("system", turn("system", "Be kind."), "\n\nBe kind.<|eot_id|>"),
         ("user", turn("user", ""), "\n\n<|eot_id|>"),
@@ -65,12 +65,12 @@ def test_turns_are_read_back(tokenizer: Any) -> None:
 def test_headers_that_do_not_balance(tokenizer: Any, text: str, roles: list[str], kind: str, fault: str) -> None:
     turns, faults = read(tokenizer, text)
     assert [role for role, *_ in turns] == roles
-    assert faults == [Violation(kind, fault)]
+    assert faults == {kind: [fault]}
 
 
 def test_text_without_headers_has_no_turns(tokenizer: Any) -> None:
-    assert read(tokenizer, "hello") == ([], [])
-    assert read(tokenizer, "") == ([], [])
+    assert read(tokenizer, "hello") == ([], {})
+    assert read(tokenizer, "") == ([], {})
 
 
 def test_a_tokenizer_without_header_tokens_has_no_format() -> None:
@@ -111,4 +111,4 @@ def test_the_order_of_roles(tokenizer: Any, roles: str, faults: list[str]) -> No
     assert chat is not None
     text = "".join(turn(role) for role in roles.split())
     turns, _ = chat.turns(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
-    assert role_faults(turns) == [Violation("role_order", fault) for fault in faults]
+    assert role_faults(turns) == faults

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from voice_batches import Sample, Voices
 
-from telemetry.families.chat import ChatFormat, Violation
+from telemetry.families.chat import ChatFormat
 from telemetry.families.voice_prompt import CHECKS, ClipLayout, PromptClip, VoicePrompt, clips_of, violations
 
 LANGUAGE_NOTE = "You clone voices. Language: {}"
@@ -42,7 +42,7 @@ def prompt(
 
 def broken(voices: Voices, sample: Sample, metadata: dict[str, Any] | None = None) -> list[str]:
     found = violations(prompt(voices, sample, metadata))
-    return [str(violation) for of_kind in found.values() for violation in of_kind or ()]
+    return [f"{kind.replace('_', ' ')}: {what}" for kind, of_kind in found.items() for what in of_kind or ()]
 
 
 def test_a_compliant_prompt_breaks_no_rule_and_all_are_checked(voices: Voices) -> None:
@@ -61,9 +61,7 @@ def test_what_cannot_be_checked_is_neither_kept_nor_broken(voices: Voices) -> No
 def test_kinds_are_named_as_their_tags(voices: Voices) -> None:
     sample = voices.conversation(reference=None)[:-1]
     found = violations(prompt(voices, sample, {"target_transcript": "Else."}))
-    assert all(violation.kind == kind for kind, of_kind in found.items() for violation in of_kind or ())
     assert [kind for kind, of_kind in found.items() if of_kind] == ["end_of_turn", "reference", "target_text"]
-    assert str(Violation("end_of_turn", "none")) == "end of turn: none"
 
 
 def test_two_references_in_one_turn(voices: Voices) -> None:
@@ -188,7 +186,7 @@ def delay_fault(voices: Voices, codes: np.ndarray, is_delayed: bool = True) -> s
     layout = ClipLayout(BOS, EOS, tuple(range(codebooks)) if is_delayed else (0,) * codebooks)
     found = violations(VoicePrompt([0] * 99, [clip], 1, 1, {}, chat, voices.tokenizer, layout))["delay_pattern"]
     assert found is not None
-    return found[0].what.removeprefix("the audio at token 7 has ") if found else ""
+    return found[0].removeprefix("the audio at token 7 has ") if found else ""
 
 
 streams = st.integers(1, 4).flatmap(

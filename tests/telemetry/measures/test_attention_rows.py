@@ -13,7 +13,13 @@ from torch import Tensor
 from waiting import Watch
 
 from telemetry.measures import attention
-from telemetry.measures.attention import AttentionTotals, attention_rows, attention_totals, sample_queries
+from telemetry.measures.attention import (
+    AttentionTotals,
+    attention_rows,
+    attention_totals,
+    merged_totals,
+    sample_queries,
+)
 from telemetry.measures.attention_masks import (
     RowMask,
     given_mask_rows,
@@ -177,6 +183,10 @@ def measured(query: Tensor, key: Tensor, kinds: Tensor, mask: Tensor, queries: i
     return attention_totals(values, sample, kinds)
 
 
+def packed(totals: AttentionTotals) -> Tensor:
+    return torch.cat([values.reshape(-1) for values in totals])
+
+
 def causal(length: int) -> Tensor:
     return torch.ones(1, 1, length, length).tril().bool()
 
@@ -187,9 +197,7 @@ def test_totals_of_parts_merge_to_those_of_the_whole() -> None:
     mask = causal(6) & kinds.any(dim=-1)[:, None, None, :]
     whole = measured(query, key, kinds, mask)
     parts = [measured(query[b : b + 1], key[b : b + 1], kinds[b : b + 1], mask[b : b + 1]) for b in range(3)]
-    merged = parts[0].merge(parts[1]).merge(parts[2])
-    torch.testing.assert_close(merged.packed(), whole.packed())
-    assert torch.equal(AttentionTotals.unpacked(whole.packed()).packed(), whole.packed())
+    torch.testing.assert_close(packed(merged_totals(parts)), packed(whole))
     assert whole.queries.tolist() == whole.keys.tolist() == [7, 3, 5]
 
 
@@ -211,7 +219,7 @@ def test_padding_that_is_not_finite_harms_nothing() -> None:
     mask = causal(4) & kinds.any(dim=-1)[:, None, None, :]
     clean = measured(query, key, kinds, mask)
     query[0, :, 3], key[0, :, 3] = torch.nan, torch.nan
-    assert torch.equal(measured(query, key, kinds, mask).packed(), clean.packed())
+    assert torch.equal(packed(measured(query, key, kinds, mask)), packed(clean))
 
 
 def test_a_row_that_sees_nothing_does_not_count() -> None:
@@ -220,7 +228,7 @@ def test_a_row_that_sees_nothing_does_not_count() -> None:
     mask[:, :, 1] = False
     totals = measured(query, key, kinds_of(["trrg"]), mask)
     assert totals.queries.tolist() == [1, 1, 1]
-    assert torch.isfinite(totals.packed()).all()
+    assert torch.isfinite(packed(totals)).all()
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -228,7 +236,7 @@ def test_nothing_waits_for_the_device() -> None:
     mask = causal(6) & kinds.any(dim=-1)[:, None, None, :]
     arguments: Any = random(2, 4, 6, 3), random(2, 2, 6, 3), kinds, mask
     with Watch() as watch:
-        measured(*arguments).packed()
+        packed(measured(*arguments))
         ruled_mask_rows(torch.tensor([[1], [2]]), 6, True, kinds.any(dim=-1), 3)
         segments_of_lengths(torch.tensor([0, 2, 6]), 6)
         sequence_starts(kinds.any(dim=-1), torch.arange(6)[None])
@@ -238,9 +246,9 @@ def test_nothing_waits_for_the_device() -> None:
 
 def test_autocast_changes_nothing() -> None:
     arguments: Any = random(1, 2, 6, 3), random(1, 2, 6, 3), kinds_of(["trrggg"]), causal(6)
-    plain = measured(*arguments).packed()
+    plain = packed(measured(*arguments))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(measured(*arguments).packed(), plain)
+        assert torch.equal(packed(measured(*arguments)), plain)
 
 
 def test_rows_of_half_precision_are_worked_out_in_float32() -> None:

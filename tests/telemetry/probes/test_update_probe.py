@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from telemetry.probes.gradients import TrainedParameter
-from telemetry.probes.updates import SAMPLED, UpdateProbe, evenly_spread
+from telemetry.probes.gradients import SAMPLED, TrainedParameter, UpdateProbe, evenly_spread
 
 
 def trained(*parameters: nn.Parameter) -> dict[int, TrainedParameter]:
