@@ -107,7 +107,7 @@ records = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(records, st.booleans(), st.integers(1, 4), st.sampled_from([0.5, 2.0, 30.0]))
 def test_no_mixture_of_records_gets_past_the_policy(
     given_records: list[Record], enabled: bool, max_clips: int, max_seconds: float

@@ -745,7 +745,7 @@ def outcome_of(file: Path, skip_bad_samples: bool) -> list[Sample] | DataFileErr
 
 
 @given(raws=st.lists(samples_like, min_size=1, max_size=4), extension=st.sampled_from([".json", ".jsonl"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_json_of_any_shape_is_read_or_refused(clips: Path, raws: list[Any], extension: str) -> None:
     file = clips / f"any{extension}"
     file.write_text(json.dumps(raws) if extension == ".json" else "\n".join(map(json.dumps, raws)), encoding="utf-8")
@@ -754,7 +754,7 @@ def test_json_of_any_shape_is_read_or_refused(clips: Path, raws: list[Any], exte
 
 
 @given(data=st.binary(max_size=60), extension=st.sampled_from([".json", ".jsonl", ""]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bytes_of_any_kind_are_read_or_refused(clips: Path, data: bytes, extension: str) -> None:
     file = clips / f"bytes{extension}"
     file.write_bytes(data)

@@ -695,7 +695,7 @@ def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
 
 
 @given(st.text(alphabet=st.one_of(st.sampled_from(string.punctuation + " \t\nab1"), st.characters()), max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_is_shown_as_it_is(text: str) -> None:
     page = markdown_to_safe_html(escape(f"({text})")).removeprefix("<p>").removesuffix("</p>")
     assert set(re.findall(r"<\w+", page)) <= {"<br"}

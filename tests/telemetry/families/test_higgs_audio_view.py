@@ -146,7 +146,7 @@ samples_strategy = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(samples_strategy, st.booleans(), st.booleans(), st.data())
 def test_any_batch_is_laid_out_as_the_model_lays_it_out(
     samples: list[list[Item]], left: bool, encodes_features: bool, data: st.DataObject

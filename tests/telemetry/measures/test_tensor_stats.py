@@ -58,7 +58,7 @@ def reference(tensor: Tensor, shift: float) -> dict[str, float]:
     }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(tensors(), st.sampled_from([1, 3, 1000]), st.sampled_from([0.0, 7.25]))
 def test_equals_the_definitions_however_it_is_cut(tensor: Tensor, limit: int, shift: float) -> None:
     with patch.object(tensor_stats, "piece_elements", lambda device: limit):
@@ -70,7 +70,6 @@ def test_equals_the_definitions_however_it_is_cut(tensor: Tensor, limit: int, sh
         assert float(value) == pytest.approx(expected, rel=1e-12, abs=1e-9), name
 
 
-@settings(deadline=None)
 @given(tensors(), st.integers(1, 10))
 def test_first_values_are_the_first(tensor: Tensor, n: int) -> None:
     first = first_values(tensor, n)
