@@ -14,21 +14,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry"))  # where voice_batches lies
-sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry" / "callbacks"))  # where spoken_training lies
-
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 import torch.distributed as dist
 from rank_program import OrderedTrainer, _alone, _state, _telemetry_log, make_arguments, make_model
 from rank_scenarios import Batch, Scenario, tiny_config
 from sharded_training import _ShardedRun
-from spoken_training import Processor, ToneCodec, rows, speaking_callback
+from support.batches import Voices
+from support.speaking import Processor, ToneCodec, rows, speaking_callback
 from torch import Tensor
 from transformers.models.higgs_audio_v2.generation_higgs_audio_v2 import HiggsAudioV2DelayPatternLogitsProcessor
-from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Audio
@@ -146,7 +140,6 @@ def _generated(backend: MemoryBackend) -> dict[str, Tensor]:
 
 def main(directory: str) -> None:
     """Run every training on this rank and store its outcomes."""
-    torch.set_num_threads(1)
     place = Path(directory)
     outcomes = {kind: run(kind, place) for kind in ("ddp", "plain", "sharded", "failing")}
     torch.save(outcomes, place / f"outcomes-{os.environ['RANK']}")

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry"))  # where voice_batches lies
 
 import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
 
 # isort: split
+import numpy as np
+import pytest
 from rank_scenarios import RATE, Batch, Waveform, tiny_config
-from voice_batches import Sample, Voices
+from support.batches import Sample, Voices
 
 from trainer.demo.prepare import train_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 import torch.distributed as dist
 from rank_faults import FAULTS
@@ -149,7 +146,6 @@ def _telemetry_log() -> Iterator[list[str]]:
 
 def main(directory: str) -> None:
     """Run every scenario on this rank and store its outcomes."""
-    torch.set_num_threads(1)
     place = Path(directory)
     scenarios: list[Scenario] = torch.load(place / "scenarios", weights_only=False)
     torch.save(

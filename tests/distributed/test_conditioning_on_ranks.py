@@ -12,7 +12,7 @@ import torch
 from rank_faults import FAULTY_RANK
 from rank_program import make_model
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from step_runs import StepRun
+from support.steps import StepRun
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rank_faults import FAULTY_RANK, POISONED_STEP
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from voice_batches import Voices
+from support.batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Table

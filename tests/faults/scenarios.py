@@ -18,10 +18,10 @@ from typing import Any
 
 import fault_runs
 import psutil
-import tiny_training as tiny
 import torch
 from fault_runs import LOGGED, LOGS, MEASURED
 from support import programs
+from support import tiny_training as tiny
 from torch import Tensor
 from transformers import TrainerCallback
 

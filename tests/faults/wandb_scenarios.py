@@ -27,8 +27,8 @@ import psutil
 import torch
 import wandb.apis.public  # the client takes its time over these: once, before the forks
 import wandb.sdk.launch.inputs.internal  # noqa: F401
+from support.wandb_server import Fault, Server, client_environment, serve
 from wandb.sdk.data_types._private import MEDIA_TMP
-from wandb_server import Fault, Server, client_environment, serve
 
 import telemetry.backends.wandb.client
 import telemetry.backends.wandb.values
@@ -280,7 +280,6 @@ def _own_media(directory: Path) -> None:
 
 
 def main(directory: Path, names: Sequence[str]) -> None:
-    torch.set_num_threads(1)
     gc.freeze()  # the end of a fork then need not go through all that was imported
     waiting, running, ended = list(names), {}, {}
     while waiting or running:

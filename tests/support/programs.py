@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from support import fork_server
+
+from . import fork_server
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent

@@ -12,21 +12,12 @@ import trainer  # noqa: F401  # makes an installed torchaudio importable before 
 # isort: split
 import pytest
 import torch
+from support.batches import Voices
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
-from voice_batches import Voices
 
 from trainer.demo.prepare import AUDIO_BOS_TOKEN, AUDIO_DELAY_TOKEN, AUDIO_TOKEN, train_tokenizer
 
 CODES = 10
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Small tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

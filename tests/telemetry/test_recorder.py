@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_references import measured_records
+from support.references import measured_records
 from torch import Tensor
 
 from telemetry.backends.base import Run

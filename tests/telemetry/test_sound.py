@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_runs import StepRun
+from support.batches import Voices
+from support.steps import StepRun
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from voice_batches import Voices
 
 from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, ZeroShotVerificationLoggerCallback
 from telemetry.backends.base import Run

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
+
+# isort: split
 import pytest
 import torch
 from huggingface_hub import constants
@@ -39,23 +41,6 @@ def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Tiny tensors are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
-
-
 @pytest.fixture
 def trainer_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What ``trainer`` logs, also after a test that has set up logging without propagation."""
@@ -70,8 +55,7 @@ def trainer_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
-    with on_one_thread():
-        return prepare(tmp_path_factory.mktemp("demonstration"), show_progress=False)
+    return prepare(tmp_path_factory.mktemp("demonstration"), show_progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +115,7 @@ def tiny_model(tiny_model_path: Path) -> HiggsAudioV2ForConditionalGeneration:
 
 
 @pytest.fixture
-def train(tmp_path: Path, collator: VoiceCloningCollator, one_thread: None) -> TrainerFactory:
+def train(tmp_path: Path, collator: VoiceCloningCollator) -> TrainerFactory:
     """Makes a trainer; see :func:`one_step.make_trainer`."""
 
     def make(model: nn.Module, dataset: Any, callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> Any:

@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 from torch import Tensor, nn
 from transformers import HiggsAudioV2ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
@@ -98,7 +95,6 @@ class Job:
 
 def main(job_file: str, result_file: str) -> None:
     """Run a job on this rank; rank 0 stores loss and gradients."""
-    torch.set_num_threads(1)
     job: Job = torch.load(job_file, weights_only=False)
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(job.model_path, use_text_head=True)
     result = train_one_step(model, job.examples, Path(result_file).parent / "output", **job.arguments)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from support.programs import FORK
+from support.wandb_server import client_environment
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from wandb_server import client_environment
 
 import trainer.train_v2_ddp
 from trainer.demo.prepare import Demonstration

@@ -27,11 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
 from support.programs import FORK
+from support.tensorboard_server import LOADERS, SAMPLES, Server, Sound, serve
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.util.tensor_util import make_ndarray
-from tensorboard_server import LOADERS, SAMPLES, Server, Sound, serve
 
 from telemetry.backends.base import Run
 from telemetry.backends.encoding import encode_png, encode_wav

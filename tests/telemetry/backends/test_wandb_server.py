@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.wandb_server import API_KEY, Fault, Run, Server, serve
 from wandb_clients import COUNTS, EDGES, GO, RATE, SAID, STEP
-from wandb_server import API_KEY, Fault, Run, Server, serve
 
 PROGRAM = Path(__file__).parent / "wandb_clients.py"
 SECONDS = 60.0
@@ -365,8 +365,15 @@ def test_what_was_accepted_survives_a_kill_and_the_port_stays(tmp_path: Path) ->
 
 
 def test_it_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
-    code = "import sys, pathlib, wandb_server as w; s = w.Server(pathlib.Path(sys.argv[1])); s.start(); print(s.url)"
-    command = [sys.executable, "-c", f"{code}; sys.stdout.flush(); sys.stdin.read()", str(tmp_path)]
+    code = """
+import sys, pathlib
+from support.wandb_server import Server
+server = Server(pathlib.Path(sys.argv[1]))
+server.start()
+print(server.url, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     starter = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None

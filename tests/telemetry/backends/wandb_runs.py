@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import wandb
-from tiny_training import train
+from support.tiny_training import train
+from support.wandb_server import client_environment
 from transformers import TrainerCallback
 from wandb_facts import (
     CHECKPOINT,
@@ -38,7 +39,6 @@ from wandb_facts import (
     WAITS,
     WAITS_AT,
 )
-from wandb_server import client_environment
 
 import telemetry.backends.wandb.backend
 import telemetry.backends.wandb.client

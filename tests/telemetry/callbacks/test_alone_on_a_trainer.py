@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import OWN_SECTIONS, assert_same, measured_records, scalars_at
-from text_training import Training, hooks_of, training
+from support.references import OWN_SECTIONS, assert_same, measured_records, scalars_at
+from support.text_training import Training, hooks_of, training
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 

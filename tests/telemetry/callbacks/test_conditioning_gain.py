@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from step_runs import StepRun
-from swapped_samples import with_reference_of
+from support.batches import IGNORED, Sample, Voices, with_reference_of
+from support.steps import StepRun
 from torch import Tensor
 from transformers import (
     HiggsAudioV2Config,
@@ -21,7 +21,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import HIGGS_GROUPS, assert_same, gradient_values, scalars_at, update_values
-from step_runs import StepRun, measure
-from voice_batches import Voices
+from support.batches import Voices
+from support.references import HIGGS_GROUPS, assert_same, gradient_values, scalars_at, update_values
+from support.steps import StepRun, measure
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import SharedAttentionLoggerCallback

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import assert_same, measured_records, scalars_at
-from text_training import hooks_of, training
+from support.references import assert_same, measured_records, scalars_at
+from support.text_training import hooks_of, training
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 

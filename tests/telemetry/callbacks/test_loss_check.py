@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from slow_references import Outputs, scalars_at
-from step_runs import measure
-from text_models import SHAPE
-from text_training import training
+from support.batches import Voices
+from support.models import SHAPE
+from support.references import Outputs, scalars_at
+from support.steps import measure
+from support.text_training import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from voice_batches import Voices
 
 from telemetry import OutputLoggerCallback, StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend

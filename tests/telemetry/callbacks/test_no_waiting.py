@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_references import measured_records
-from step_runs import StepRun
+from support.batches import Voices
+from support.references import measured_records
+from support.steps import StepRun
+from support.waiting import Watch
 from torch import Tensor
-from voice_batches import Voices
-from waiting import Watch
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import COMPONENTS

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slow_references import scalars_at
+from support.batches import Sample, Voices
+from support.references import scalars_at
 from transformers import TrainingArguments
-from voice_batches import Sample, Voices
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend

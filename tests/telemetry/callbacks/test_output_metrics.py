@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import Outputs, assert_same, scalars_at, supervised_ends
-from step_runs import StepRun, hand_over, measure
+from support.batches import IGNORED, Sample, Voices
+from support.references import Outputs, assert_same, scalars_at, supervised_ends
+from support.steps import StepRun, hand_over, measure
 from torch import Tensor
-from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import OutputLoggerCallback

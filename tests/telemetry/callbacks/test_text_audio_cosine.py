@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from step_runs import StepRun
+from support.batches import Voices
+from support.steps import StepRun
 from torch import Tensor
-from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import SharedAttentionLoggerCallback, StrategicTelemetry

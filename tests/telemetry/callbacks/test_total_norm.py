@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.batches import Sample, Voices
 from transformers import TrainingArguments
-from voice_batches import Sample, Voices
 
 from telemetry import SharedAttentionLoggerCallback
 from telemetry.backends.memory import MemoryBackend

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_references import measured_records
-from step_runs import StepRun, hand_over, measure
+from support.batches import Sample, Voices
+from support.references import measured_records
+from support.steps import StepRun, hand_over, measure
 from torch import Tensor
-from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from boson_stand_in import AUDIO_IN, AUDIO_OUT, IGNORED, PAD, HiggsAudioModel, StandInConfig, StandInOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.boson_stand_in import AUDIO_IN, AUDIO_OUT, IGNORED, PAD, HiggsAudioModel, StandInConfig, StandInOutput
+from support.waiting import Watch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from waiting import Watch
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend

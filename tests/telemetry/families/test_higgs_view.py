@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.batches import IGNORED, Sample, Voices
 from torch import Tensor
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
-from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.families import AudioView, BatchView, HiggsAudioV2Family
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from voice_batches import Sample, Voices
+from support.batches import Sample, Voices
 
 from telemetry.families.chat import ChatFormat, Violation
 from telemetry.families.voice_prompt import CHECKS, ClipLayout, PromptClip, VoicePrompt, clips_of, violations

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.waiting import Watch
 from torch import Tensor
-from waiting import Watch
 
 from telemetry.measures import activations
 from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows

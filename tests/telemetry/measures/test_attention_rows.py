@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.waiting import Watch
 from torch import Tensor
-from waiting import Watch
 
 from telemetry.measures import attention
 from telemetry.measures.attention import AttentionTotals, attention_rows, attention_totals, sample_queries

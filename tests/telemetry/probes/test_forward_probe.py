@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import Outputs
-from text_training import hooks_of
+from support.batches import Voices
+from support.references import Outputs
+from support.text_training import hooks_of
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from voice_batches import Voices
 from watching import open_watch
 
 from telemetry.families import Absent, CausalLMFamily, Family, HiggsAudioV2Family, Seen, Stream

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
-from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 from telemetry.records import Audio, Table
 from trainer.higgs_trainer import HiggsAudioTrainer
+
+from .batches import Sample, Voices
 
 RATE = 1000
 FRAME = 40  # samples

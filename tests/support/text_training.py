@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slow_references import LLAMA_GROUPS, Outputs, gradient_values, tensor_values, update_values
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .references import LLAMA_GROUPS, Outputs, gradient_values, tensor_values, update_values
 
 IGNORED = -100
 LENGTHS = (5, 9, 3, 7, 4, 8, 6, 2, 9, 3, 5, 7)

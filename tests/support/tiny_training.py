@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -112,8 +109,6 @@ def train(
     **arguments: Any,
 ) -> Outcome:
     """Train the tiny model; how it went is kept in the directory too. An error is raised again."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     given: dict[str, Any] = {"logging_steps": 1, "per_device_train_batch_size": 2} | arguments
     made = Trainer(
         model=tiny_llama(),
@@ -139,7 +134,6 @@ def train(
         error = f"{type(raised).__name__}: {raised}"
         raise
     finally:
-        torch.set_num_threads(threads)
         outcome = _outcome(made, error)
         if made.is_world_process_zero():
             torch.save(outcome, directory / RESULT)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
-from voice_batches import IGNORED, Position, Sample, every
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Record, Scalar
+
+from .batches import IGNORED, Position, Sample, every
 
 OWN_SECTIONS = ("telemetry", "health")
 
