@@ -12,7 +12,7 @@ import torch
 from rank_faults import FAULTY_RANK
 from rank_program import make_model
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from support.steps import StepRun
+from support.steps import Steps
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
@@ -56,10 +56,8 @@ def gain_and_codes(batch: Batch, directory: Path) -> tuple[float, int]:
     """The gain of one batch in one process, and the number of codes that it is the mean of."""
     backend = MemoryBackend()
     model: Any = make_model(Scenario("", [], 0))
-    run = StepRun(model, [ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)], directory)
-    tensors = {name: value for name, value in batch.items() if name != "metadata"}
-    run.step([tensors], [batch["metadata"]])
-    run.end()
+    with Steps(model, [ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)], directory) as run:
+        run.step([batch])
     supervised = (batch["audio_labels"] >= 0) & batch["audio_input_ids_mask"].unsqueeze(-1)
     return backend.scalars(GAIN).get(1, 0.0), int(supervised.sum()) * (len(batch["metadata"]) > 1)
 

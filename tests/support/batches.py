@@ -152,3 +152,14 @@ def with_reference_of(sample: Sample, other: Sample, config: HiggsAudioV2Config)
                 codes[k] = given[k][(frame - 1 - k) % len(given[k])]
         changed.append(replace(position, codes=tuple(codes)))
     return changed
+
+
+def text_batch(*lengths: int, left: bool = False) -> dict[str, Tensor]:
+    """Sequences of token ids, padded to the longest."""
+    most = max(lengths)
+    ids, mask = [], []
+    for row, length in enumerate(lengths):
+        real, fill = [1 + (7 * row + 5 * at) % 27 for at in range(length)], [0] * (most - length)
+        ids.append([*fill, *real] if left else [*real, *fill])
+        mask.append([*fill, *[1] * length] if left else [*[1] * length, *fill])
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+
+from .steps import quiet_arguments
 
 VOCABULARY = 13
 RESULT = "result.pt"
@@ -109,20 +111,10 @@ def train(
     **arguments: Any,
 ) -> Outcome:
     """Train the tiny model; how it went is kept in the directory too. An error is raised again."""
-    given: dict[str, Any] = {"logging_steps": 1, "per_device_train_batch_size": 2} | arguments
+    given = {"per_device_train_batch_size": 2, **arguments}
     made = Trainer(
         model=tiny_llama(),
-        args=TrainingArguments(
-            output_dir=str(directory / "output"),
-            max_steps=steps,
-            learning_rate=0.01,
-            disable_tqdm=True,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            **given,
-        ),
+        args=quiet_arguments(directory / "output", max_steps=steps, learning_rate=0.01, **given),
         train_dataset=rows() if dataset is None else dataset,  # type: ignore[arg-type]
         data_collator=collator,
         callbacks=list(callbacks),

@@ -13,7 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from support.references import measured_records
-from support.text_training import IGNORED, hooks_of, training
+from support.steps import hooks_of
+from support.text_training import IGNORED, training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader

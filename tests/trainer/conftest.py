@@ -14,7 +14,8 @@ import trainer  # noqa: F401  # makes an installed torchaudio importable before 
 import pytest
 import torch
 from huggingface_hub import constants
-from one_step import TrainerFactory, make_trainer
+from one_step import TrainerFactory
+from support.steps import make_trainer
 from torch import Tensor, nn
 from transformers import (
     HiggsAudioV2Config,
@@ -116,7 +117,7 @@ def tiny_model(tiny_model_path: Path) -> HiggsAudioV2ForConditionalGeneration:
 
 @pytest.fixture
 def train(tmp_path: Path, collator: VoiceCloningCollator) -> TrainerFactory:
-    """Makes a trainer; see :func:`one_step.make_trainer`."""
+    """Makes a trainer; see :func:`support.steps.make_trainer`."""
 
     def make(model: nn.Module, dataset: Any, callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> Any:
         return make_trainer(model, dataset, collator, tmp_path / "output", callbacks, **arguments)

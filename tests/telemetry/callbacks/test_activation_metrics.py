@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from forward_steps import real_kinds, text_batch, watched_step
 from support import models
-from support.batches import Voices
+from support.attention import real_kinds
+from support.batches import Voices, text_batch
 from support.references import assert_same
+from support.steps import watched_step
 from torch import Tensor, nn
 
 Kinds = list[list[str]]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.references import OWN_SECTIONS, assert_same, measured_records, scalars_at
-from support.text_training import Training, hooks_of, training
+from support.steps import hooks_of
+from support.text_training import Training, training
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forward_steps import KINDS, AttentionSums, attention_of, text_batch, watched_step
 from matplotlib import colormaps
 from support import models
-from support.batches import Sample, Voices
+from support.attention import KINDS, AttentionSums, attention_of
+from support.batches import Sample, Voices, text_batch
+from support.steps import watched_step
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 

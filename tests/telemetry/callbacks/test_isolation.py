@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.references import assert_same, measured_records, scalars_at
-from support.text_training import hooks_of, training
+from support.steps import hooks_of
+from support.text_training import training
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.boson_stand_in import AUDIO_IN, AUDIO_OUT, IGNORED, PAD, HiggsAudioModel, StandInConfig, StandInOutput
+from support.steps import Steps
 from support.waiting import Watch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
@@ -211,17 +211,9 @@ def test_a_batch_without_token_ids_has_no_view() -> None:
 def measure(model: nn.Module, inputs: dict[str, Any], directory: Path, hand_over: bool = False) -> MemoryBackend:
     backend = MemoryBackend()
     callback = StrategicTelemetry(["inputs", "outputs", "zero_shot"], 1, [backend])
-    event = (TrainingArguments(output_dir=str(directory), report_to=[], use_cpu=True), TrainerState(), TrainerControl())
-    callback.on_train_begin(*event, model=model)
-    callback.on_step_begin(*event)
-    if hand_over:
-        with torch.no_grad():
-            outputs = HiggsAudioModel.forward(model, **inputs)  # type: ignore[arg-type]
-    else:
-        outputs = model(**inputs)
-    event[1].global_step = 1
-    callback.on_step_end(*event, inputs=inputs, outputs=outputs)
-    callback.on_train_end(*event)
+    with Steps(model, [callback], directory) as run, run.taken() as handed, torch.set_grad_enabled(not hand_over):
+        outputs = HiggsAudioModel.forward(model, **inputs) if hand_over else model(**inputs)
+        handed.update(inputs=inputs, outputs=outputs)
     return backend
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from forward_steps import text_batch
 from support import models
+from support.batches import text_batch
+from support.steps import open_watch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
-from watching import open_watch
 
 from telemetry.families import find_family
 from telemetry.probes.activations import watch_networks

@@ -9,10 +9,9 @@ import pytest
 import torch
 from support.batches import Voices
 from support.references import Outputs
-from support.text_training import hooks_of
+from support.steps import hooks_of, open_watch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from watching import open_watch
 
 from telemetry.families import Absent, CausalLMFamily, Family, HiggsAudioV2Family, Seen, Stream
 from telemetry.families.base import NO_LABELS, NO_LOGITS
