@@ -11,8 +11,10 @@ import trainer  # noqa: F401  # makes an installed torchaudio importable before 
 # isort: split
 import numpy as np
 import pytest
-from rank_scenarios import RATE, Batch, Waveform, tiny_config
+from rank_scenarios import Batch
+from support import models
 from support.batches import Sample, Voices
+from support.speaking import FRAME, Waveform
 
 from trainer.demo.prepare import train_tokenizer
 
@@ -20,7 +22,7 @@ from trainer.demo.prepare import train_tokenizer
 @pytest.fixture(scope="session")
 def voices() -> Voices:
     tokenizer = train_tokenizer()
-    return Voices(tokenizer, tiny_config(tokenizer))
+    return Voices(tokenizer, models.higgs_config(tokenizer))
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +44,8 @@ class _Row:
         self.metadata: dict[str, Any] = {
             "sample_id": f"sample-{seed}",
             "speaker": f"speaker-{seed % 3}",
-            "reference": [Waveform(np.zeros(lengths[0] * RATE // 25, np.float32))] if reference else [],
-            "target": [Waveform(np.zeros(lengths[1] * RATE // 25, np.float32))],
+            "reference": [Waveform(np.zeros(lengths[0] * FRAME, np.float32))] if reference else [],
+            "target": [Waveform(np.zeros(lengths[1] * FRAME, np.float32))],
         }
 
 

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 from clip_ranks import RANKS, SAMPLES, STEPS, Outcome
-from rank_scenarios import finish
+from support.programs import finish
 
 PROGRAM = Path(__file__).parent / "clip_ranks.py"
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import gc
 import json
-import logging
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ import psutil
 import torch
 import wandb.apis.public  # the client takes its time over these: once, before the forks
 import wandb.sdk.launch.inputs.internal  # noqa: F401
+from support import programs
 from support.wandb_server import Fault, Server, client_environment, serve
 from wandb.sdk.data_types._private import MEDIA_TMP
 
@@ -102,8 +102,7 @@ class Training:
         self._directory = directory
         self._stopwatch = Stopwatch()
         os.environ.update(client_environment(address, directory / "client"))
-        logging.getLogger("telemetry").setLevel(logging.INFO)
-        logging.getLogger("telemetry").addHandler(_Keeps(self.seen.said))
+        programs.Keeper("telemetry", self.seen.said).__enter__()
         began = time.perf_counter()
         self.recorder = telemetry.delivery.recorder.Recorder([WandbBackend()])
         self.recorder.open(Run(directory / "logs", name=directory.name, config={"scenario": directory.name}))
@@ -145,15 +144,6 @@ def clips(step: int, tensors: Any, emit: Any) -> None:
     sound = Audio("zero_shot/clip_0/generated", (Clip(samples.astype(np.float32), RATE),))
     emit.record(Table(CLIPS, COLUMNS, ((step, f"sentence {step}", sound),)))
     emit.record(sound)
-
-
-class _Keeps(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
-        super().__init__()
-        self._said = said
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._said.append(record.getMessage())
 
 
 # ------------------------------------------------------------------------------------------------------------ scenarios

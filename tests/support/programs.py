@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ ROOT = TESTS.parent
 # and end of any other. Where the interpreter's own end is not what is tested, a brief one will do.
 FORK = (sys.executable, "-IS", fork_server.__file__, "--whole")
 BRIEF_FORK = (*FORK[:-1], "--brief")
-ENDS_WITHIN = 150.0  # a hang is all that it is there to end, on a machine with much else to do too
+ENDS_WITHIN = 200.0  # a hang is all that it is there to end, on a machine with much else to do too
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,35 @@ def on_ranks(arguments: Sequence[str], ranks: int = 2, brief: bool = False) -> l
     """The arguments with which torchrun starts a program on several ranks, each of them a fork, perhaps a brief one."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
     return [*torchrun, *(BRIEF_FORK if brief else FORK), *arguments]
+
+
+def finish(arguments: Sequence[str], directory: Path, ranks: int = 1) -> None:
+    """Run a program on so many ranks to its end, a brief one, which must be a good one."""
+    ended = run(on_ranks(arguments, ranks, brief=True) if ranks > 1 else arguments, directory, brief=True)
+    assert ended.status == 0, ended.said
+
+
+class Keeper(logging.Handler):
+    """Keeps what a logger says from INFO on, tracebacks included, as ``LEVEL message``; as a context, for a while."""
+
+    def __init__(self, name: str, lines: list[str]) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        self._lines = lines
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> list[str]:
+        self._before = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self._lines
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._before)
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = ENDS_WITHIN) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from one_step import TrainerFactory
+from support.models import shrunk
 from support.steps import make_trainer
 from torch import Tensor, nn
 from transformers import (
@@ -90,10 +91,7 @@ def collator(processor: HiggsAudioV2Processor) -> VoiceCloningCollator:
 @pytest.fixture(scope="session")
 def tiny_config(demo: Demonstration) -> HiggsAudioV2Config:
     """The demonstration model's configuration, much smaller, with dropout."""
-    config = HiggsAudioV2Config.from_pretrained(demo.model)
-    config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8})
-    config.attention_dropout = 0.1
-    return config
+    return shrunk(HiggsAudioV2Config.from_pretrained(demo.model), dropout=0.1)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from support.batches import Voices
-from support.models import SHAPE
+from support.models import SHAPE, sure
 from support.references import Outputs, scalars_at
 from support.steps import make_trainer, measure, quiet_arguments
 from support.text_training import training
@@ -55,13 +55,8 @@ MODELS: dict[str, dict[str, Any]] = {
 def make(name: str, **more: Any) -> Any:
     """A model by its class's name, with logits that are far from uniform."""
     config = re.sub(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration)$", "Config", name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = getattr(transformers, name)(getattr(transformers, config)(**SHAPE | MODELS.get(name, {}) | more))
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
+    shape = SHAPE | MODELS.get(name, {}) | more
+    return sure(lambda: getattr(transformers, name)(getattr(transformers, config)(**shape)), 3, 0.3)
 
 
 def trained(model: Any, directory: Path, accumulation: int = 1, **arguments: Any) -> MemoryBackend:
