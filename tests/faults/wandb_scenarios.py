@@ -243,10 +243,7 @@ def perform(name: str, directory: Path) -> None:
 
 def until_it_streams(training: Training, server: Server) -> None:
     """Faults come in the middle of a run."""
-    deadline = time.monotonic() + 20
-    while not any(run.history() for run in server.runs()):
-        assert time.monotonic() < deadline, training.seen.said
-        training.steps(0.2)
+    programs.wait_until(lambda: training.steps(0.2) or any(run.history() for run in server.runs()), 20)
 
 
 def forked(name: str, directory: Path) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -152,9 +153,16 @@ class Keeper(logging.Handler):
         self._lines.append(self.format(record))
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = ENDS_WITHIN) -> None:
-    """Ask again until something holds."""
+def wait_until(holds: Callable[[], Any], seconds: float = ENDS_WITHIN, unready: Any = ()) -> None:
+    """Ask again until something holds; ``unready``: errors that say that it does not yet.
+
+    Raises:
+        AssertionError: when it does not in so many seconds.
+    """
     deadline = time.monotonic() + seconds
-    while not holds():
+    while True:
+        with contextlib.suppress(unready):
+            if holds():
+                return
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.05)

@@ -15,12 +15,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .programs import wait_until
 from .wandb_stand_in.serving import Fault, listen
 from .wandb_stand_in.state import Alert, Artifact, Journal, Run, State, Table, View
 
@@ -120,20 +120,9 @@ class Server:
         return self.journal.find(*secrets)
 
     def wait_for(self, ready: Callable[[State], Any], seconds: float = PATIENCE) -> State:
-        """Read again until ``ready`` holds, taking a run that is not there yet as not ready.
-
-        Raises:
-            TimeoutError: when it does not in time.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            state = self.state()
-            with contextlib.suppress(KeyError):
-                if ready(state):
-                    return state
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"it never reached the stand-in in {self.journal.directory}")
-            time.sleep(0.05)
+        """Read again until ``ready`` holds, taking a run that is not there yet as not ready."""
+        wait_until(lambda: ready(self.state()), seconds, KeyError)
+        return self.state()
 
 
 def client_environment(url: str, directory: Path, **settings: str) -> dict[str, str]:
