@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from support.batches import Voices
-from support.references import measured_records
-from support.steps import Steps
+from support.references import differing, measured_records
+from support.steps import Steps, gradients_of
 from support.waiting import Watch
 from torch import Tensor
 
@@ -121,9 +121,7 @@ def test_loss_and_gradients_are_the_same_bits_with_everything_watching(
         model = make_higgs()
         with Steps(model, [kind(1, [MemoryBackend()]) for kind in kinds], tmp_path, voices.tokenizer) as run:
             loss = run.step(batches(voices))
-        gradients.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+        gradients.append((loss, gradients_of(model)))
     (loss, plain), (watched_loss, seen) = gradients
     assert watched_loss == loss
-    assert plain.keys() == seen.keys()
-    for name, gradient in plain.items():
-        assert torch.equal(gradient, seen[name]), name
+    assert differing(plain, seen) == []
