@@ -7,12 +7,16 @@ import importlib
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support import fork_server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, on models that one thread is enough for
+os.environ["OMP_NUM_THREADS"] = "1"  # of this process and those that it starts: tests run side by side, on small models
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # an example takes as long as the machine is busy
+hypothesis.settings.load_profile("no deadline")
 
 TESTS = Path(__file__).parent
 # Those that take the longest begin, so that no worker is left with one in the end; slowest first.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard_server import LOADERS, Server, serve
+from support.tensorboard_server import LOADERS, Server, serve
 
 from telemetry.catalogue import find
 from telemetry.charts import QUESTIONS, matcher
@@ -87,7 +87,7 @@ def run(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory) 
         *("--per_device_eval_batch_size", "4", "--learning_rate", "2e-3", "--logging_steps", "1", "--eval_steps", "12"),
         *("--enable_strategic_logging", "--strategic_logging_steps", "6", "--zero_shot_clips", "3"),
     ]
-    environment = os.environ | {"HF_HOME": str(directory / "home"), "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_HOME": str(directory / "home"), "COLUMNS": "140"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory / "logs", done.stderr

@@ -19,8 +19,8 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.backends.wandb import WandbBackend
 from telemetry.delivery.recorder import Recorder
 from telemetry.records import Audio, Clip, Image, Record, Scalar, Table
+from tests.support.wandb_server import Fault, serve
 
-TESTS = Path(__file__).parents[1]
 SERVERS = ("no W&B", "up", "slow (5 s)", "killed meanwhile", "never there")
 STEPS, STEP_SECONDS, KILLED_AT = 30, 0.5, 15
 SCALARS = 200
@@ -43,9 +43,6 @@ def report() -> list[tuple[str, ...]]:
 
 def _measured(condition: str, directory: Path) -> tuple[list[float], list[float]]:
     """Microseconds of every due step, and seconds from a step to the server for those after the run was opened."""
-    sys.path.insert(0, str(TESTS))
-    from wandb_server import Fault, serve
-
     with serve(directory) as server:
         environment = {**os.environ, **server.environment(directory / "client")}
         if condition == "never there":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wandb_server import Fault, Server, serve
+from support.wandb_server import Fault, Server, serve
 from wandb_workspaces.workspaces import Workspace, internal
 
 from dashboards.workspace import TITLE, workspace

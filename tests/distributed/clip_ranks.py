@@ -6,29 +6,23 @@ torchrun --nproc_per_node=2 clip_ranks.py DIRECTORY
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry"))  # where voice_batches lies
-sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry" / "callbacks"))  # where spoken_training lies
-
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 import torch.distributed as dist
-from rank_program import OrderedTrainer, _alone, _state, _telemetry_log, make_arguments, make_model
-from rank_scenarios import Batch, Scenario, tiny_config
-from sharded_training import _ShardedRun
-from spoken_training import Processor, ToneCodec, rows, speaking_callback
+from rank_program import own_rank, train
+from rank_scenarios import Batch, Scenario
+from support import models
+from support.batches import Voices
+from support.programs import Keeper
+from support.speaking import Processor, ToneCodec, rows, speaking_callback
 from torch import Tensor
 from transformers.models.higgs_audio_v2.generation_higgs_audio_v2 import HiggsAudioV2DelayPatternLogitsProcessor
-from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Audio
@@ -85,54 +79,17 @@ def failing_between_passes(rank: int) -> Iterator[None]:
 
 def run(kind: str, directory: Path) -> Outcome:
     """One training on this rank: ``ddp``, ``plain`` (sharded, without telemetry), ``sharded`` or ``failing``."""
-    rank, tokenizer, backend = int(os.environ["RANK"]), train_tokenizer(), MemoryBackend()
-    voices = Voices(tokenizer, tiny_config(tokenizer))
-    scenario = Scenario(
-        kind, batches(voices), STEPS, sharded=kind != "ddp", arguments=EVALUATES if kind == "ddp" else {}
-    )
+    rank, tokenizer, backend = own_rank(), train_tokenizer(), MemoryBackend()
+    voices, sharded = Voices(tokenizer, models.higgs_config(tokenizer)), kind != "ddp"
+    scenario = Scenario(kind, batches(voices), STEPS, sharded=sharded, arguments={} if sharded else EVALUATES)
     callbacks = [] if kind == "plain" else [speaking_callback(backend, clips=3)]
     fault = failing_between_passes(rank) if kind == "failing" else contextlib.nullcontext()
-    train = _train_ddp if kind == "ddp" else _train_sharded
-    with _telemetry_log() as log, fault:
-        model, optimizer = train(scenario, directory / kind, callbacks, voices, rank)
+    own = [evaluation(voices, other) for other in range(RANKS)]
+    evaluated = own[rank] if sharded else [batch for pair in zip(*own, strict=False) for batch in pair]
+    with Keeper("telemetry", []) as log, fault:
+        state = train(scenario, directory / kind, callbacks, Processor(tokenizer, ToneCodec()), evaluated)
     numbers = {tag: backend.scalars(tag) for tag in backend.records if tag.startswith("zero_shot/")}
-    return Outcome(numbers, _generated(backend), log, _state(model, optimizer))
-
-
-def _train_ddp(
-    scenario: Scenario, directory: Path, callbacks: Sequence[Any], voices: Voices, rank: int
-) -> tuple[Any, Any]:
-    model = make_model(scenario)
-    every_rank = [
-        batch for pair in zip(*(evaluation(voices, other) for other in range(RANKS)), strict=False) for batch in pair
-    ]
-    made = OrderedTrainer(
-        model=model,
-        args=make_arguments(scenario, directory),
-        data_collator=_alone,
-        train_dataset=scenario.batches,  # type: ignore[arg-type]
-        eval_dataset=every_rank,  # type: ignore[arg-type]
-        processing_class=Processor(voices.tokenizer, ToneCodec()),  # type: ignore[arg-type]
-        callbacks=list(callbacks),
-    )
-    made.train()
-    return model, made.optimizer
-
-
-def _train_sharded(
-    scenario: Scenario, directory: Path, callbacks: Sequence[Any], voices: Voices, rank: int
-) -> tuple[Any, Any]:
-    arguments = make_arguments(scenario, directory)
-    assert arguments.world_size == RANKS  # which also forms the process group
-    made = _ShardedRun(make_model(scenario), arguments, callbacks)
-    made.eval_dataloader = evaluation(voices, rank)
-    made.tell("on_train_begin", processing_class=Processor(voices.tokenizer, ToneCodec()))
-    own = iter(scenario.batches[rank::RANKS])
-    for _ in range(scenario.steps):
-        made.step([next(own)])
-        made.tell("on_evaluate")
-    made.tell("on_train_end")
-    return made.model, made.optimizer
+    return Outcome(numbers, _generated(backend), log, state)
 
 
 def _generated(backend: MemoryBackend) -> dict[str, Tensor]:
@@ -146,10 +103,9 @@ def _generated(backend: MemoryBackend) -> dict[str, Tensor]:
 
 def main(directory: str) -> None:
     """Run every training on this rank and store its outcomes."""
-    torch.set_num_threads(1)
     place = Path(directory)
     outcomes = {kind: run(kind, place) for kind in ("ddp", "plain", "sharded", "failing")}
-    torch.save(outcomes, place / f"outcomes-{os.environ['RANK']}")
+    torch.save(outcomes, place / f"outcomes-{own_rank()}")
     dist.destroy_process_group()
 
 

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "telemetry"))  # where voice_batches lies
 
 import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
 
 # isort: split
-from rank_scenarios import RATE, Batch, Waveform, tiny_config
-from voice_batches import Sample, Voices
+import numpy as np
+import pytest
+from rank_scenarios import Batch
+from support import models
+from support.batches import Sample, Voices
+from support.speaking import FRAME, Waveform
 
 from trainer.demo.prepare import train_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def voices() -> Voices:
     tokenizer = train_tokenizer()
-    return Voices(tokenizer, tiny_config(tokenizer))
+    return Voices(tokenizer, models.higgs_config(tokenizer))
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +44,8 @@ class _Row:
         self.metadata: dict[str, Any] = {
             "sample_id": f"sample-{seed}",
             "speaker": f"speaker-{seed % 3}",
-            "reference": [Waveform(np.zeros(lengths[0] * RATE // 25, np.float32))] if reference else [],
-            "target": [Waveform(np.zeros(lengths[1] * RATE // 25, np.float32))],
+            "reference": [Waveform(np.zeros(lengths[0] * FRAME, np.float32))] if reference else [],
+            "target": [Waveform(np.zeros(lengths[1] * FRAME, np.float32))],
         }
 
 

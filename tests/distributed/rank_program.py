@@ -5,48 +5,31 @@ torchrun --nproc_per_node=2 rank_program.py DIRECTORY
 
 from __future__ import annotations
 
-import logging
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 import torch.distributed as dist
 from rank_faults import FAULTS
-from rank_scenarios import Batch, Outcome, Scenario, tiny_config
-from sharded_training import train_sharded
+from rank_scenarios import Batch, Outcome, Scenario
+from support import models
+from support.programs import Keeper
+from support.steps import OF_HIGGS, Steps, make_trainer, quiet_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import HiggsAudioV2ForConditionalGeneration, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from trainer.demo.prepare import train_tokenizer
 from trainer.higgs_trainer import HiggsAudioTrainer
-
-SEED = 7
-QUIET: Mapping[str, Any] = {
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "seed": SEED,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "remove_unused_columns": False,
-    "dataloader_pin_memory": False,
-    "label_names": ["labels", "audio_labels"],
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-}
 
 
 class OrderedTrainer(HiggsAudioTrainer):
@@ -61,44 +44,74 @@ def run(scenario: Scenario, directory: Path) -> Outcome:
     backend = MemoryBackend()
     everything = StrategicTelemetry(logging_steps=1, backends=[backend], options=scenario.options)
     telemetry = [everything] if scenario.telemetry else []
-    rank = int(os.environ.get("RANK", "0"))
-    with _telemetry_log() as log, FAULTS[scenario.fault](rank) as faulty:
-        train = train_sharded if scenario.sharded else _train
-        model, optimizer = train(
-            make_model(scenario), make_arguments(scenario, directory), scenario, [*faulty, *telemetry]
-        )
-    return Outcome(backend, log, _state(model, optimizer), counters["stats"]["unique_graphs"])
+    evaluation = scenario.batches if "eval_strategy" in scenario.arguments else None
+    with Keeper("telemetry", []) as log, FAULTS[scenario.fault](own_rank()) as faulty:
+        state = train(scenario, directory, [*faulty, *telemetry], train_tokenizer(), evaluation)
+    return Outcome(backend, log, state, counters["stats"]["unique_graphs"])
 
 
-def make_model(scenario: Scenario) -> HiggsAudioV2ForConditionalGeneration:
+def own_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def make_model(scenario: Scenario) -> Any:
     """The same weights every time, with logits that are far from uniform."""
-    set_seed(SEED)
-    model = HiggsAudioV2ForConditionalGeneration(tiny_config(train_tokenizer(), scenario.dropout), use_text_head=True)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)
-    return model
+    return models.higgs(models.higgs_config(train_tokenizer(), dropout=scenario.dropout), OF_HIGGS["seed"], 0.2)
 
 
-def make_arguments(scenario: Scenario, directory: Path) -> TrainingArguments:
-    steps = {"max_steps": scenario.steps, "gradient_accumulation_steps": scenario.accumulation}
-    return TrainingArguments(output_dir=str(directory / "output"), **{**QUIET, **steps, **scenario.arguments})
+def train(
+    scenario: Scenario, directory: Path, callbacks: Sequence[TrainerCallback], processor: Any, evaluation: Any = None
+) -> dict[str, Tensor]:
+    """Train on this rank's share of the batches; what is left of model, optimizer and random numbers.
+
+    Args:
+        evaluation: what the Trainer evaluates, of all ranks; of a sharded training this rank's, at every step.
+    """
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": scenario.steps}
+    arguments = {**sizes, "gradient_accumulation_steps": scenario.accumulation, **scenario.arguments}
+    set_seed(OF_HIGGS["seed"])
+    model, output = make_model(scenario), directory / "output"
+    if scenario.sharded:
+        optimizer = _train_sharded(model, scenario, output, callbacks, processor, evaluation, arguments)
+    else:
+        data = (scenario.batches, _alone, output, callbacks, OrderedTrainer, evaluation, processor)
+        made = make_trainer(model, *data, **arguments)
+        made.train()
+        optimizer = made.optimizer
+    return _state(model, optimizer)
 
 
-def _train(
-    model: nn.Module, arguments: TrainingArguments, scenario: Scenario, callbacks: Sequence[TrainerCallback]
-) -> tuple[nn.Module, Any]:
-    made = OrderedTrainer(
-        model=model,
-        args=arguments,
-        data_collator=_alone,
-        train_dataset=scenario.batches,
-        eval_dataset=scenario.batches if "eval_strategy" in scenario.arguments else None,
-        processing_class=train_tokenizer(),
-        callbacks=list(callbacks),
-    )
-    made.train()
-    return model, made.optimizer
+def _train_sharded(
+    model: Any,
+    scenario: Scenario,
+    directory: Path,
+    callbacks: Sequence[TrainerCallback],
+    processor: Any,
+    evaluation: Any,
+    given: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """A plain loop under FSDP2: every layer is sharded, and what is left of the model.
+
+    The Trainer itself cannot shard here: accelerate turns to FSDP on accelerators only, and on CPUs it wraps every
+    model in DDP.
+    """
+    arguments = quiet_arguments(directory, **{**OF_HIGGS, **given})
+    assert arguments.world_size > 1  # which also forms the process group
+    mesh = init_device_mesh("cpu", (arguments.world_size,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    kind = torch.optim.SGD if arguments.optim == "sgd" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=arguments.learning_rate)
+    own = itertools.cycle(scenario.batches[dist.get_rank() :: arguments.world_size])
+    model.train()
+    with Steps(
+        model, callbacks, directory, processor, optimizer, arguments=arguments, eval_dataloader=evaluation, clips=True
+    ) as run:
+        for _ in range(scenario.steps):
+            run.step([next(own) for _ in range(scenario.accumulation)])
+            if evaluation is not None:
+                run.tell("on_evaluate")
+    return optimizer
 
 
 def _alone(batches: Sequence[Batch]) -> Batch:
@@ -121,40 +134,13 @@ def _own(value: Any) -> Tensor:
     return torch.as_tensor(value).detach().clone()
 
 
-class _Kept(logging.Handler):
-    """Keeps lines, tracebacks included."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self._lines = lines
-        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
-
-
-@contextmanager
-def _telemetry_log() -> Iterator[list[str]]:
-    lines: list[str] = []
-    logger, handler = logging.getLogger("telemetry"), _Kept(lines)
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        yield lines
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
-
-
 def main(directory: str) -> None:
     """Run every scenario on this rank and store its outcomes."""
-    torch.set_num_threads(1)
     place = Path(directory)
     scenarios: list[Scenario] = torch.load(place / "scenarios", weights_only=False)
     torch.save(
         {scenario.name: run(scenario, place) for scenario in scenarios},
-        place / f"outcomes-{os.environ.get('RANK', '0')}",
+        place / f"outcomes-{own_rank()}",
     )
     if dist.is_initialized():
         dist.destroy_process_group()

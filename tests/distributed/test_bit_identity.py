@@ -11,7 +11,7 @@ import pytest
 import torch
 from rank_program import make_model
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from torch import Tensor
+from support.references import differing
 
 RANKS = 2
 STEPS = 20
@@ -57,11 +57,6 @@ def alone(batches: list[Batch], scratch: Callable[[], Path]) -> dict[str, list[O
     return launch(
         [scenario for name, changes in ALONE.items() for scenario in pair(name, alike, changes)], scratch(), 1
     )
-
-
-def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    assert ours.keys() == theirs.keys()
-    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
 
 
 def assert_same_bits(outcomes: dict[str, list[Outcome]], name: str, steps: int = STEPS) -> None:

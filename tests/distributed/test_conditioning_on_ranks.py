@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rank_faults import FAULTY_RANK
 from rank_program import make_model
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from step_runs import StepRun
+from support.references import differing
+from support.steps import Steps
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
@@ -56,17 +56,10 @@ def gain_and_codes(batch: Batch, directory: Path) -> tuple[float, int]:
     """The gain of one batch in one process, and the number of codes that it is the mean of."""
     backend = MemoryBackend()
     model: Any = make_model(Scenario("", [], 0))
-    run = StepRun(model, [ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)], directory)
-    tensors = {name: value for name, value in batch.items() if name != "metadata"}
-    run.step([tensors], [batch["metadata"]])
-    run.end()
+    with Steps(model, [ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)], directory) as run:
+        run.step([batch])
     supervised = (batch["audio_labels"] >= 0) & batch["audio_input_ids_mask"].unsqueeze(-1)
     return backend.scalars(GAIN).get(1, 0.0), int(supervised.sum()) * (len(batch["metadata"]) > 1)
-
-
-def differing(ours: Outcome, theirs: Outcome) -> list[str]:
-    assert ours.state.keys() == theirs.state.keys()
-    return [name for name, tensor in ours.state.items() if not torch.equal(tensor, theirs.state[name])]
 
 
 @pytest.mark.parametrize("name", ["copied", "sharded"])
@@ -92,9 +85,7 @@ def test_evaluations_are_of_all_ranks_too(outcomes: dict[str, list[Outcome]]) ->
 def test_nothing_of_training_is_changed(outcomes: dict[str, list[Outcome]]) -> None:
     """With dropout, gradient checkpointing, accumulation, evaluation; random numbers included."""
     for measured, unmeasured in zip(outcomes["trained"], outcomes["trained, unmeasured"], strict=True):
-        assert [
-            name for name, tensor in unmeasured.state.items() if not torch.equal(tensor, measured.state[name])
-        ] == []
+        assert differing(unmeasured.state, measured.state) == []
         assert "random numbers" in measured.state
 
 
@@ -104,7 +95,7 @@ def test_a_rank_that_raises_between_forward_passes_keeps_nobody_waiting(
 ) -> None:
     sound, broken = outcomes[kind], outcomes[f"{kind}, broken"]
     for ours, theirs in zip(sound, broken, strict=True):
-        assert differing(ours, theirs) == []
+        assert differing(ours.state, theirs.state) == []
     assert list(broken[0].backend.scalars("outputs/loss/total")) == EVERY_STEP
     [said] = [line for line in broken[FAULTY_RANK].log if "ConditioningInstrument failed; training goes on" in line]
     assert "this measure is broken" in said

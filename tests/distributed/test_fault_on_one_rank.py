@@ -10,7 +10,8 @@ import pytest
 import torch
 from rank_faults import FAULTY_RANK, POISONED_STEP
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from voice_batches import Voices
+from support.batches import Voices
+from support.references import differing
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Table
@@ -132,7 +133,7 @@ def test_what_others_measure_is_as_without_the_fault(
 @pytest.mark.parametrize("fault", ["broken_input_measure", "broken_check"])
 def test_a_broken_measure_changes_no_training(outcomes: dict[str, list[Outcome]], fault: str) -> None:
     for broken, sound in zip(outcomes[fault], outcomes["sound"], strict=True):
-        assert [name for name, tensor in sound.state.items() if not torch.equal(tensor, broken.state[name])] == []
+        assert differing(sound.state, broken.state) == []
 
 
 def test_the_broken_measure_shows_the_other_ranks_numbers(
@@ -180,6 +181,5 @@ def test_a_batch_of_one_token_on_one_rank(outcomes: dict[str, list[Outcome]], wi
 
 def test_a_batch_of_one_token_trains_as_without_telemetry(outcomes: dict[str, list[Outcome]]) -> None:
     for measured, unmeasured in zip(outcomes["lone token"], outcomes["lone token, unmeasured"], strict=True):
-        state = unmeasured.state
-        assert [name for name, tensor in measured.state.items() if not torch.equal(tensor, state[name])] == []
+        assert differing(measured.state, unmeasured.state) == []
     assert not lines_with(outcomes["lone token"][1], "failed")

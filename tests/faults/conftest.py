@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
+
+# isort: split
 import pytest
-from tiny_training import Outcome, train
+from support.tiny_training import Outcome, train
 
 
 @pytest.fixture

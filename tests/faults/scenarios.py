@@ -18,15 +18,17 @@ from typing import Any
 
 import fault_runs
 import psutil
-import tiny_training as tiny
 import torch
 from fault_runs import LOGGED, LOGS, MEASURED
 from support import programs
+from support import tiny_training as tiny
+from support.backends import Faulty
 from torch import Tensor
 from transformers import TrainerCallback
 
 import telemetry.delivery.recorder
 from telemetry import ConsoleBackend, Step, StrategicTelemetry, TensorBoardBackend
+from telemetry.backends.memory import MemoryBackend
 from telemetry.instruments.outputs import OutputInstrument
 
 BROKEN_FROM = 100
@@ -41,32 +43,13 @@ ODD_BATCHES = {"no samples": (0, 6), "no positions": (2, 0), "one token": (1, 1)
 LEFT_OUT = "left out from now on"
 
 
-class FaultyBackend:
-    """Raises, blocks or dawdles in some writes, counted from 1."""
-
-    def __init__(self, is_faulty: Callable[[int], bool], fault: Callable[[], Any], name: str = "faulty") -> None:
-        self._is_faulty, self._fault, self.name = is_faulty, fault, name
-        self.writes = 0
-
-    def open(self, run: Any) -> None:
-        pass
-
-    def write(self, step: int, records: Any) -> None:
-        self.writes += 1
-        if self._is_faulty(self.writes):
-            self._fault()
-
-    def close(self) -> None:
-        pass
-
-
 def fail() -> None:
     raise ConnectionError("the fault of this test")
 
 
-def dawdling() -> FaultyBackend:
+def dawdling() -> Faulty:
     """Each write takes longer than a step."""
-    return FaultyBackend(lambda write: True, lambda: time.sleep(PAUSE))
+    return Faulty(fault=lambda: time.sleep(PAUSE))
 
 
 def block() -> None:
@@ -80,9 +63,9 @@ def watched(directory: Path, *others: Any, **arguments: Any) -> StrategicTelemet
     )
 
 
-def run_beside(directory: Path, *backends: FaultyBackend, steps: int = 20) -> None:
+def run_beside(directory: Path, *backends: Faulty, steps: int = 20) -> None:
     tiny.train(directory, [tiny.Progress(directory), watched(directory, *backends)], steps)
-    (directory / "writes.json").write_text(json.dumps({backend.name: backend.writes for backend in backends}))
+    (directory / "writes.json").write_text(json.dumps({one.name: one.calls.count("write") for one in backends}))
 
 
 # ------------------------------------------------------------------------------------------------------------ backends
@@ -90,21 +73,21 @@ def run_beside(directory: Path, *backends: FaultyBackend, steps: int = 20) -> No
 
 def backends_raise(directory: Path) -> None:
     """Always, once, and after 100 writes; there are two writes a step."""
-    always = FaultyBackend(lambda write: True, fail, "always")
-    once = FaultyBackend(lambda write: write == 5, fail, "once")
-    late = FaultyBackend(lambda write: write > BROKEN_FROM, fail, "late")
+    always = Faulty(fault=fail, name="always")
+    once = Faulty(fault=fail, at={5}, name="once")
+    late = Faulty(fault=fail, at=range(BROKEN_FROM + 1, 10**6), name="late")
     run_beside(directory, always, once, late, steps=70)
 
 
 def backend_blocks(directory: Path) -> None:
     telemetry.delivery.recorder.DRAIN_SECONDS = 2.0
-    run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
+    run_beside(directory, Faulty(fault=block, at={BLOCKED_FROM}))
 
 
 def backend_blocks_until_the_end(directory: Path) -> None:
     """With less time for the end."""
     telemetry.delivery.recorder.DRAIN_SECONDS = 4.0
-    run_beside(directory, FaultyBackend(lambda write: write == BLOCKED_FROM, block))
+    run_beside(directory, Faulty(fault=block, at={BLOCKED_FROM}))
 
 
 class Disk(TrainerCallback):
@@ -122,23 +105,14 @@ class Disk(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 
-class Given(FaultyBackend):
-    """Has no fault, and knows the step and tag of everything that backends are given."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda _: False, fail, "given")
-        self.records: list[tuple[int, str]] = []
-
-    def write(self, step: int, records: Any) -> None:
-        self.records += [(step, record.tag) for record in records]
-
-
 def disk_is_full_for_a_while(directory: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    given = Given()
+    given = MemoryBackend()
     watching = watched(directory, given)
     tiny.train(directory, [watching, Disk(watching, directory / LOGS)])
-    (directory / "given.json").write_text(json.dumps(given.records))
+    (directory / "given.json").write_text(
+        json.dumps([(step, tag) for tag in given.records for step, _ in given.records[tag]])
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- ends
@@ -168,12 +142,12 @@ def terminated_while_writing(directory: Path) -> None:
     """The first write waits for the end of training, and is interrupted by SIGTERM; the others take their time."""
 
     def write() -> None:
-        if backend.writes == 1:
+        if backend.calls.count("write") == 1:
             programs.wait_until((directory / tiny.OVER).exists)
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(PAUSE / 5)
 
-    backend = FaultyBackend(lambda write: True, write)
+    backend = Faulty(fault=write)
     run_beside(directory, backend)
 
 
@@ -190,7 +164,7 @@ def forked_child_exits(directory: Path) -> None:
         assert os.waitpid(child, 0)[1] == 0
         seconds.append(time.monotonic() - began)
 
-    backend = FaultyBackend(lambda write: write == BLOCKED_FROM, lambda: time.sleep(PAUSE))
+    backend = Faulty(fault=lambda: time.sleep(PAUSE), at={BLOCKED_FROM})
     tiny.train(directory, [watched(directory, backend), Acts(RAISES, fork)])
     (directory / "seconds.json").write_text(json.dumps(seconds))
 

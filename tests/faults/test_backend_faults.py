@@ -10,8 +10,8 @@ import pytest
 from fault_runs import LOGGED, LOGS, MEASURED, assert_every_step, run, scalars, steps_of
 from scenarios import BLOCKED_FROM, BROKEN_FROM, FREE_FROM, FULL_FROM, LEFT_OUT
 from support.programs import Ended
+from support.tiny_training import Outcome, outcome, progress
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tiny_training import Outcome, outcome, progress
 
 from dashboards.report.media import collect
 from dashboards.report.overview import overview

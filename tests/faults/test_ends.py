@@ -11,7 +11,7 @@ import pytest
 from fault_runs import LOGGED, MEASURED, assert_every_step, run, scenario, steps_of, wrote
 from scenarios import RAISES
 from support.programs import started, wait_until
-from tiny_training import Outcome, outcome, progress, rows
+from support.tiny_training import Outcome, outcome, progress, rows
 
 SEEN = 5
 PROMPT = 15.0  # half of what telemetry may take to write out what is left

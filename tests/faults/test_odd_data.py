@@ -9,7 +9,7 @@ import pytest
 from fault_runs import LOGGED, run, scalars, steps_of
 from scenarios import ODD_BATCHES, POISONED
 from support.programs import Ended
-from tiny_training import outcome
+from support.tiny_training import outcome
 
 STEPS = [1, 2, 3, 4]
 

@@ -8,7 +8,7 @@ import pytest
 from fault_runs import MEASURED, assert_every_step, on_two_ranks, scalars, steps_of
 from scenarios import KILLED
 from support.programs import Ended
-from tiny_training import progress
+from support.tiny_training import progress
 
 MARGIN = 15.0
 STEPS = 20

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fault_runs import LOGS, steps_in_files
 from support.programs import ROOT, run, started, wait_until
-from tensorboard_server import LOADERS, serve
+from support.tensorboard_server import LOADERS, serve
 
 from trainer.demo.prepare import Demonstration, prepare
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fault_runs import HERE
 from support import programs
+from support.wandb_server import Run, Server, serve
 from wandb_scenarios import (
     CLIPS,
     COLUMNS,
@@ -29,7 +30,6 @@ from wandb_scenarios import (
     TOKENS,
     Seen,
 )
-from wandb_server import Run, Server, serve
 
 STALL_SECONDS = 0.05
 END_SECONDS = 30.0  # what the recorder gives its backends together

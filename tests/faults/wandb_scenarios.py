@@ -11,7 +11,6 @@ import contextlib
 import functools
 import gc
 import json
-import logging
 import os
 import signal
 import sys
@@ -27,8 +26,9 @@ import psutil
 import torch
 import wandb.apis.public  # the client takes its time over these: once, before the forks
 import wandb.sdk.launch.inputs.internal  # noqa: F401
+from support import programs
+from support.wandb_server import Fault, Server, client_environment, serve
 from wandb.sdk.data_types._private import MEDIA_TMP
-from wandb_server import Fault, Server, client_environment, serve
 
 import telemetry.backends.wandb.client
 import telemetry.backends.wandb.values
@@ -102,8 +102,7 @@ class Training:
         self._directory = directory
         self._stopwatch = Stopwatch()
         os.environ.update(client_environment(address, directory / "client"))
-        logging.getLogger("telemetry").setLevel(logging.INFO)
-        logging.getLogger("telemetry").addHandler(_Keeps(self.seen.said))
+        programs.Keeper("telemetry", self.seen.said).__enter__()
         began = time.perf_counter()
         self.recorder = telemetry.delivery.recorder.Recorder([WandbBackend()])
         self.recorder.open(Run(directory / "logs", name=directory.name, config={"scenario": directory.name}))
@@ -145,15 +144,6 @@ def clips(step: int, tensors: Any, emit: Any) -> None:
     sound = Audio("zero_shot/clip_0/generated", (Clip(samples.astype(np.float32), RATE),))
     emit.record(Table(CLIPS, COLUMNS, ((step, f"sentence {step}", sound),)))
     emit.record(sound)
-
-
-class _Keeps(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
-        super().__init__()
-        self._said = said
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._said.append(record.getMessage())
 
 
 # ------------------------------------------------------------------------------------------------------------ scenarios
@@ -253,10 +243,7 @@ def perform(name: str, directory: Path) -> None:
 
 def until_it_streams(training: Training, server: Server) -> None:
     """Faults come in the middle of a run."""
-    deadline = time.monotonic() + 20
-    while not any(run.history() for run in server.runs()):
-        assert time.monotonic() < deadline, training.seen.said
-        training.steps(0.2)
+    programs.wait_until(lambda: training.steps(0.2) or any(run.history() for run in server.runs()), 20)
 
 
 def forked(name: str, directory: Path) -> int:
@@ -280,7 +267,6 @@ def _own_media(directory: Path) -> None:
 
 
 def main(directory: Path, names: Sequence[str]) -> None:
-    torch.set_num_threads(1)
     gc.freeze()  # the end of a fork then need not go through all that was imported
     waiting, running, ended = list(names), {}, {}
     while waiting or running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
-from support import fork_server
+
+from . import fork_server
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -20,7 +23,7 @@ ROOT = TESTS.parent
 # and end of any other. Where the interpreter's own end is not what is tested, a brief one will do.
 FORK = (sys.executable, "-IS", fork_server.__file__, "--whole")
 BRIEF_FORK = (*FORK[:-1], "--brief")
-ENDS_WITHIN = 150.0  # a hang is all that it is there to end, on a machine with much else to do too
+ENDS_WITHIN = 200.0  # a hang is all that it is there to end, on a machine with much else to do too
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,45 @@ def on_ranks(arguments: Sequence[str], ranks: int = 2, brief: bool = False) -> l
     return [*torchrun, *(BRIEF_FORK if brief else FORK), *arguments]
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = ENDS_WITHIN) -> None:
-    """Ask again until something holds."""
+def finish(arguments: Sequence[str], directory: Path, ranks: int = 1) -> None:
+    """Run a program on so many ranks to its end, a brief one, which must be a good one."""
+    ended = run(on_ranks(arguments, ranks, brief=True) if ranks > 1 else arguments, directory, brief=True)
+    assert ended.status == 0, ended.said
+
+
+class Keeper(logging.Handler):
+    """Keeps what a logger says from INFO on, tracebacks included, as ``LEVEL message``; as a context, for a while."""
+
+    def __init__(self, name: str, lines: list[str]) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        self._lines = lines
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> list[str]:
+        self._before = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self._lines
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._before)
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
+
+
+def wait_until(holds: Callable[[], Any], seconds: float = ENDS_WITHIN, unready: Any = ()) -> None:
+    """Ask again until something holds; ``unready``: errors that say that it does not yet.
+
+    Raises:
+        AssertionError: when it does not in so many seconds.
+    """
     deadline = time.monotonic() + seconds
-    while not holds():
+    while True:
+        with contextlib.suppress(unready):
+            if holds():
+                return
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.05)

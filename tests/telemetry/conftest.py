@@ -11,22 +11,11 @@ import trainer  # noqa: F401  # makes an installed torchaudio importable before 
 
 # isort: split
 import pytest
-import torch
-from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
-from voice_batches import Voices
+from support import models
+from support.batches import Voices
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, LlamaForCausalLM
 
-from trainer.demo.prepare import AUDIO_BOS_TOKEN, AUDIO_DELAY_TOKEN, AUDIO_TOKEN, train_tokenizer
-
-CODES = 10
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Small tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from trainer.demo.prepare import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -36,27 +25,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def higgs_config(tokenizer: Any) -> HiggsAudioV2Config:
-    return HiggsAudioV2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        num_codebooks=3,
-        codebook_size=CODES + 2,
-        audio_stream_bos_id=CODES,
-        audio_stream_eos_id=CODES + 1,
-        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
-        audio_bos_token_id=tokenizer.convert_tokens_to_ids(AUDIO_BOS_TOKEN),
-        audio_delay_token_id=tokenizer.convert_tokens_to_ids(AUDIO_DELAY_TOKEN),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    narrow = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return models.higgs_config(tokenizer, codebooks=3, **narrow)
 
 
 @pytest.fixture(scope="session")
@@ -67,17 +37,7 @@ def voices(tokenizer: Any, higgs_config: HiggsAudioV2Config) -> Voices:
 @pytest.fixture
 def make_higgs(higgs_config: HiggsAudioV2Config) -> Callable[..., HiggsAudioV2ForConditionalGeneration]:
     """Makes a tiny Higgs model whose logits are far from uniform."""
-
-    def make(use_text_head: bool = True) -> HiggsAudioV2ForConditionalGeneration:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(11)
-            model = HiggsAudioV2ForConditionalGeneration(copy.deepcopy(higgs_config), use_text_head=use_text_head)
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    torch.nn.init.normal_(parameter, std=0.3)
-        return model
-
-    return make
+    return lambda **options: models.higgs(copy.deepcopy(higgs_config), 11, 0.3, **options)
 
 
 @pytest.fixture
@@ -88,34 +48,13 @@ def higgs(make_higgs: Callable[..., HiggsAudioV2ForConditionalGeneration]) -> Hi
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     """A tiny text-only model."""
-    return tiny_llama()
+    return models.make("llama", **models.SMALLER)
 
 
 @pytest.fixture(scope="module")
 def llama_of_module() -> LlamaForCausalLM:
     """The same, for tests of a module that copy it."""
-    return tiny_llama()
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    """A tiny text-only model, the same every time."""
-    config = LlamaConfig(
-        vocab_size=29,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.4)
-    return model
+    return models.make("llama", **models.SMALLER)
 
 
 @pytest.fixture

@@ -134,7 +134,6 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 if __name__ == "__main__":
     name, rank, store = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     logging.basicConfig(format="%(message)s")
-    torch.set_num_threads(1)
     host, port = store.split(":")
     dist.init_process_group(
         "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=60)

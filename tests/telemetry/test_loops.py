@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from slow_references import measured_records
+from support.references import measured_records
+from support.steps import hooks_of
+from support.text_training import IGNORED, training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from text_training import IGNORED, hooks_of, training
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM

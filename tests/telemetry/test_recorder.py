@@ -15,7 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_references import measured_records
+from support.backends import Blocking, Faulty
+from support.references import measured_records
 from torch import Tensor
 
 from telemetry.backends.base import Run
@@ -48,32 +49,6 @@ def records_of(backend: MemoryBackend, step: int) -> list[Record]:
 def shown(backend: MemoryBackend) -> dict[str, dict[int, float]]:
     """Tag → step → value of what was measured."""
     return {tag: backend.scalars(tag) for tag in measured_records(backend)}
-
-
-class Failing(MemoryBackend):
-    """Raises at chosen writes (counted from 1), or when it is opened or closed."""
-
-    name = "failing"
-
-    def __init__(self, writes: Sequence[int] = (), verbs: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.failing, self.verbs, self.count = writes, verbs, 0
-
-    def open(self, run: Run) -> None:
-        super().open(run)
-        if "open" in self.verbs:
-            raise OSError("no space left on device")
-
-    def write(self, step: int, records: Sequence[Record]) -> None:
-        self.count += 1
-        if self.count in self.failing:
-            raise OSError("no space left on device")
-        super().write(step, records)
-
-    def close(self) -> None:
-        super().close()
-        if "close" in self.verbs:
-            raise OSError("no space left on device")
 
 
 @given(parts=st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9)), min_size=1, max_size=6))
@@ -117,13 +92,13 @@ def test_a_flushed_step_is_over() -> None:
 
 
 def test_a_step_with_nothing_is_not_written() -> None:
-    backend = Failing()
+    backend = Faulty(at=())
     recorder = opened(backend)
     recorder.flush(1)
     recorder.metric("a", Mean(0, 0))
     recorder.flush(2)
     drained(recorder)
-    assert backend.count <= 1  # that nothing was dropped in step 2
+    assert backend.calls.count("write") <= 1  # that nothing was dropped in step 2
     assert measured_records(backend) == {}
     assert {step for records in backend.records.values() for step, _ in records} <= {2}
 
@@ -239,7 +214,7 @@ def test_absence_is_said_once_a_tag_and_never_a_zero(telemetry_log: pytest.LogCa
 def test_lost_records_are_counted_and_a_backend_is_left_out_after_repeated_failures(
     telemetry_log: pytest.LogCaptureFixture,
 ) -> None:
-    good, failing = MemoryBackend(), Failing(writes=[2, 3, 5])
+    good, failing = MemoryBackend(), Faulty(at=(2, 3, 5))
     recorder = opened(failing, good)
     for step in range(1, 9):
         recorder.metric("a", Sum(step))
@@ -248,44 +223,44 @@ def test_lost_records_are_counted_and_a_backend_is_left_out_after_repeated_failu
     recorder.close()
     assert list(good.scalars("a")) == list(range(1, 9))
     assert list(failing.scalars("a")) == [1, 4]
-    assert failing.count == 5  # left out after its third failure
+    assert failing.calls.count("write") == 5  # left out after its third failure
     assert MAX_FAILURES == 3
     lost = sum(len(records_of(good, step)) for step in (2, 3, 5, 6, 7, 8))
     assert recorder.dropped_records == lost - told_last(good, recorder)
     messages = [record.getMessage() for record in telemetry_log.records]
     assert messages == [
-        "backend failing could not write; training goes on",
+        "backend faulty could not write; training goes on",
         "telemetry had to drop records; telemetry/dropped_records counts them",
-        "backend failing failed 3 times: left out from now on",
+        "backend faulty failed 3 times: left out from now on",
     ]
     assert telemetry_log.records[0].exc_info is not None
     assert good.closed
 
 
 def test_a_backend_that_cannot_be_opened_is_left_out(telemetry_log: pytest.LogCaptureFixture) -> None:
-    good, failing = MemoryBackend(), Failing(verbs=["open"])
+    good, failing = MemoryBackend(), Faulty("open")
     recorder = opened(failing, good)
     recorder.metric("a", Sum(1))
     recorder.flush(1)
     recorder.close()
-    assert failing.count == 0
+    assert "write" not in failing.calls
     assert not failing.closed
     assert good.scalars("a") == {1: 1.0}
     assert [record.getMessage() for record in telemetry_log.records] == [
-        "backend failing could not open; training goes on",
+        "backend faulty could not open; training goes on",
         "telemetry had to drop records; telemetry/dropped_records counts them",
     ]
     assert recorder.dropped_records == len(records_of(good, 1)) - told_last(good, recorder) > 0
 
 
 def test_a_backend_that_cannot_be_closed_keeps_no_other_from_it(telemetry_log: pytest.LogCaptureFixture) -> None:
-    good, failing = MemoryBackend(), Failing(verbs=["close"])
+    good, failing = MemoryBackend(), Faulty("close")
     recorder = opened(failing, good)
     recorder.close()
     recorder.close()
     assert good.closed
     assert [record.getMessage() for record in telemetry_log.records] == [
-        "backend failing could not close; training goes on"
+        "backend faulty could not close; training goes on"
     ]
 
 
@@ -295,39 +270,6 @@ def test_without_backends_a_step_is_measured_and_forgotten() -> None:
     recorder.flush(1)
     recorder.close()
     assert recorder.dropped_records == 0
-
-
-class Blocking(MemoryBackend):
-    """Blocks in one of its methods from the n-th call on, until it is let go; raises then, if it is told to."""
-
-    name = "blocking"
-
-    def __init__(self, verb: str = "write", call: int = 1, raises: bool = False) -> None:
-        super().__init__()
-        self.verb, self.call, self.raises = verb, call, raises
-        self.calls: list[str] = []
-        self.stuck, self.gate, self.woken = threading.Event(), threading.Event(), threading.Event()
-
-    def open(self, run: Run) -> None:
-        self._called("open")
-        super().open(run)
-
-    def write(self, step: int, records: Sequence[Record]) -> None:
-        self._called("write")
-        super().write(step, records)
-
-    def close(self) -> None:
-        self._called("close")
-        super().close()
-
-    def _called(self, verb: str) -> None:
-        self.calls.append(verb)
-        if verb == self.verb and self.calls.count(verb) == self.call:
-            self.stuck.set()
-            self.gate.wait(WRITTEN_SECONDS)
-            self.woken.set()
-            if self.raises:
-                raise OSError("connection timed out")
 
 
 class Awaited(MemoryBackend):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetry.records import (
@@ -71,7 +71,6 @@ def expected(values: Sequence[float]) -> dict[str, float | None]:
 PARTS = st.lists(st.lists(st.floats(-100, 100), max_size=12), min_size=1, max_size=5)
 
 
-@settings(deadline=None)
 @given(PARTS, st.randoms(use_true_random=False))
 def test_merged_parts_equal_the_whole_in_any_order(parts: list[list[float]], random: object) -> None:
     whole = expected([value for part in parts for value in part])
@@ -83,7 +82,6 @@ def test_merged_parts_equal_the_whole_in_any_order(parts: list[list[float]], ran
         assert merged.result() == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-5)), name
 
 
-@settings(deadline=None)
 @given(PARTS, st.integers(0, 4))
 def test_merging_in_groups_is_merging_one_by_one(parts: list[list[float]], cut: int) -> None:
     measured = [metrics_of(part) for part in parts]

@@ -133,7 +133,7 @@ class Ended:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             store = f"127.0.0.1:{probe.getsockname()[1]}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
         processes = [
             subprocess.Popen(
                 [*BRIEF_FORK, str(PROGRAM), scenario, str(rank), store],

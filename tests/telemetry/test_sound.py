@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_runs import StepRun
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from voice_batches import Voices
+from support.batches import Voices
+from support.steps import Steps
 
 from telemetry import InputLoggerCallback, SoundPolicy, StrategicTelemetry, ZeroShotVerificationLoggerCallback
 from telemetry.backends.base import Run
@@ -107,7 +106,7 @@ records = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(records, st.booleans(), st.integers(1, 4), st.sampled_from([0.5, 2.0, 30.0]))
 def test_no_mixture_of_records_gets_past_the_policy(
     given_records: list[Record], enabled: bool, max_clips: int, max_seconds: float
@@ -179,10 +178,9 @@ class Recording:
 
 def run_with(callbacks: list[Any], higgs: Any, voices: Voices, directory: Path) -> Recording:
     recording = Recording()
-    run = StepRun(higgs, callbacks, directory, voices.tokenizer)
-    metadata = [{"reference": [recording], "target": [recording], "speaker": "ann"}]
-    run.step([voices.batch([voices.conversation()])], [metadata])
-    run.end()
+    with Steps(higgs, callbacks, directory, voices.tokenizer) as run:
+        metadata = [{"reference": [recording], "target": [recording], "speaker": "ann"}]
+        run.step([{**voices.batch([voices.conversation()]), "metadata": metadata}])
     return recording
 
 
@@ -222,15 +220,15 @@ def test_the_first_callback_that_says_it_speaks_for_all(higgs: Any, voices: Voic
 
 
 def test_a_policy_holds_though_the_recorder_was_opened_before_it_was_said(higgs: Any, tmp_path: Path) -> None:
-    event = (TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True), TrainerState(), TrainerControl())
     backend = MemoryBackend()
     early, late = InputLoggerCallback(1, [backend]), InputLoggerCallback(1, [backend], sound=OFF)
-    early.on_train_begin(*event, model=higgs)
-    recorder = early.session.recorder
-    late.on_train_begin(*event, model=higgs)
-    recorder.write(1, [VOICE, Scalar("a", 1.0)])
-    late.on_train_end(*event)
-    assert not early.session.sound.enabled
-    early.on_train_end(*event)
+    with Steps(higgs, [early], tmp_path) as run:
+        recorder = early.session.recorder
+        run.callbacks = [late]
+        run.tell("on_train_begin")
+        recorder.write(1, [VOICE, Scalar("a", 1.0)])
+        run.tell("on_train_end")
+        assert not early.session.sound.enabled
+        run.callbacks = [early]
     assert VOICE.tag not in backend.tags()
     assert backend.scalars("a") == {1: 1.0}

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -16,7 +16,6 @@ from telemetry.tfrecord import OVERHEAD, DamagedError, pack, read_record
 DATA = st.lists(st.binary(max_size=80), max_size=5)
 
 
-@settings(deadline=None)
 @given(DATA)
 def test_records_are_what_tensorboard_writes(written: list[bytes]) -> None:
     file = io.BytesIO()
@@ -26,7 +25,6 @@ def test_records_are_what_tensorboard_writes(written: list[bytes]) -> None:
     assert b"".join(map(pack, written)) == file.getvalue()
 
 
-@settings(deadline=None)
 @given(DATA)
 def test_what_is_packed_is_read_back_and_a_torn_record_is_none(written: list[bytes]) -> None:
     packed = b"".join(map(pack, written))

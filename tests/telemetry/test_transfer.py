@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.waiting import Watch
 from torch import Tensor
-from waiting import Watch
 
 from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
+
+# isort: split
 import pytest
 import torch
 from huggingface_hub import constants
-from one_step import TrainerFactory, make_trainer
+from one_step import TrainerFactory
+from support.models import shrunk
+from support.steps import make_trainer
 from torch import Tensor, nn
 from transformers import (
     HiggsAudioV2Config,
@@ -39,23 +43,6 @@ def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Tiny tensors are not worth a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
-
-
 @pytest.fixture
 def trainer_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What ``trainer`` logs, also after a test that has set up logging without propagation."""
@@ -70,8 +57,7 @@ def trainer_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
-    with on_one_thread():
-        return prepare(tmp_path_factory.mktemp("demonstration"), show_progress=False)
+    return prepare(tmp_path_factory.mktemp("demonstration"), show_progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +91,7 @@ def collator(processor: HiggsAudioV2Processor) -> VoiceCloningCollator:
 @pytest.fixture(scope="session")
 def tiny_config(demo: Demonstration) -> HiggsAudioV2Config:
     """The demonstration model's configuration, much smaller, with dropout."""
-    config = HiggsAudioV2Config.from_pretrained(demo.model)
-    config.update({"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8})
-    config.attention_dropout = 0.1
-    return config
+    return shrunk(HiggsAudioV2Config.from_pretrained(demo.model), dropout=0.1)
 
 
 @pytest.fixture(scope="session")
@@ -131,8 +114,8 @@ def tiny_model(tiny_model_path: Path) -> HiggsAudioV2ForConditionalGeneration:
 
 
 @pytest.fixture
-def train(tmp_path: Path, collator: VoiceCloningCollator, one_thread: None) -> TrainerFactory:
-    """Makes a trainer; see :func:`one_step.make_trainer`."""
+def train(tmp_path: Path, collator: VoiceCloningCollator) -> TrainerFactory:
+    """Makes a trainer; see :func:`support.steps.make_trainer`."""
 
     def make(model: nn.Module, dataset: Any, callbacks: Sequence[TrainerCallback] = (), **arguments: Any) -> Any:
         return make_trainer(model, dataset, collator, tmp_path / "output", callbacks, **arguments)

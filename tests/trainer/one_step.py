@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
-from torch import Tensor, nn
-from transformers import HiggsAudioV2ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from support.steps import GradientKeeper, make_trainer
+from torch import Tensor
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from trainer.collator import VoiceCloningCollator
 from trainer.dataset import Example
@@ -25,62 +23,13 @@ from trainer.higgs_trainer import HiggsAudioTrainer
 TrainerFactory = Callable[..., HiggsAudioTrainer]
 
 
-def make_trainer(
-    model: nn.Module,
-    dataset: Any,
-    collator: Callable[[Sequence[Example]], dict[str, Any]],
-    output_dir: Path,
-    callbacks: Sequence[TrainerCallback] = (),
-    kind: type[Trainer] = HiggsAudioTrainer,
-    eval_dataset: Any = None,
-    **arguments: Any,
-) -> Any:
-    """A quiet trainer on the CPU that logs every step and saves nothing unless told to."""
-    quiet: dict[str, Any] = {
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "seed": 7,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-        "ddp_find_unused_parameters": True,
-        "label_names": ["labels", "audio_labels"],
-    }
-    return kind(
-        model=model,
-        args=TrainingArguments(output_dir=str(output_dir), **{**quiet, **arguments}),
-        data_collator=collator,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        callbacks=list(callbacks),
-    )
-
-
-@dataclass
-class GradientKeeper(TrainerCallback):
-    """Copies of the gradients of the last step."""
-
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.gradients = {
-            name.removeprefix("module."): parameter.grad.clone()
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        }
-
-
 def train_one_step(
     model: HiggsAudioV2ForConditionalGeneration, examples: Sequence[Example], output_dir: Path, **arguments: Any
 ) -> tuple[float, dict[str, Tensor]]:
     """The logged loss and the gradients of one optimizer step over all examples, without clipping."""
     keeper = GradientKeeper()
     collator = VoiceCloningCollator(model.config.pad_token_id, model.config.audio_stream_eos_id)
-    options = {"max_steps": 1, "max_grad_norm": 0.0, **arguments}
+    options = {"max_steps": 1, "max_grad_norm": 0.0, "ddp_find_unused_parameters": True, **arguments}
     made = make_trainer(model, list(examples), collator, output_dir, [keeper], **options)
     made.train()
     [loss] = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
@@ -98,7 +47,6 @@ class Job:
 
 def main(job_file: str, result_file: str) -> None:
     """Run a job on this rank; rank 0 stores loss and gradients."""
-    torch.set_num_threads(1)
     job: Job = torch.load(job_file, weights_only=False)
     model = HiggsAudioV2ForConditionalGeneration.from_pretrained(job.model_path, use_text_head=True)
     result = train_one_step(model, job.examples, Path(result_file).parent / "output", **job.arguments)

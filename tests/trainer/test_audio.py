@@ -56,7 +56,7 @@ def test_resampling_removes_what_the_lower_rate_cannot_hold(tmp_path: Path) -> N
 
 
 @given(frames=st.integers(1, 5000), source_rate=st.sampled_from([8_000, 22_050, 44_100, 48_000]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_resampled_length_is_within_one_sample(
     tmp_path_factory: pytest.TempPathFactory, frames: int, source_rate: int
 ) -> None:

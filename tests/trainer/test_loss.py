@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import one_step
 import pytest
 import torch
 from one_step import Job, TrainerFactory, train_one_step
-from support.programs import BRIEF_FORK, on_ranks
+from support.programs import finish
 from torch import Tensor
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
@@ -145,7 +143,6 @@ def test_accumulated_step_equals_the_reference_on_the_whole_batch(
     model: HiggsAudioV2ForConditionalGeneration,
     examples: list[Example],
     tmp_path: Path,
-    one_thread: None,
 ) -> None:
     expected = reference(model, examples)
     arguments = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
@@ -153,7 +150,7 @@ def test_accumulated_step_equals_the_reference_on_the_whole_batch(
 
 
 def test_an_accumulation_that_the_epoch_cuts_short_counts_its_own_labels(
-    model: HiggsAudioV2ForConditionalGeneration, examples: list[Example], tmp_path: Path, one_thread: None
+    model: HiggsAudioV2ForConditionalGeneration, examples: list[Example], tmp_path: Path
 ) -> None:
     """Three microbatches where four would make a step."""
     expected = reference(model, examples[:3])
@@ -170,7 +167,6 @@ def test_a_part_without_labels_adds_nothing_and_no_nan(
     model: HiggsAudioV2ForConditionalGeneration,
     examples: list[Example],
     tmp_path: Path,
-    one_thread: None,
 ) -> None:
     """No text label at all, no audio label at all, and codebooks without any."""
     batch = [examples[index] for index in chosen]
@@ -182,7 +178,7 @@ def test_a_part_without_labels_adds_nothing_and_no_nan(
 
 
 def test_without_any_label_the_loss_is_zero(
-    model: HiggsAudioV2ForConditionalGeneration, config: HiggsAudioV2Config, tmp_path: Path, one_thread: None
+    model: HiggsAudioV2ForConditionalGeneration, config: HiggsAudioV2Config, tmp_path: Path
 ) -> None:
     loss, gradients = train_one_step(model, [make_example(config, 0, 0, 4, 0)], tmp_path)
     assert loss == 0.0
@@ -199,15 +195,7 @@ def test_two_ranks_equal_one_process(
     model.save_pretrained(tmp_path / "model")
     torch.save(Job(tmp_path / "model", examples, arguments), tmp_path / "job")
     program = [one_step.__file__, str(tmp_path / "job"), str(tmp_path / "result")]
-    finished = subprocess.run(
-        [*BRIEF_FORK, *on_ranks(program, brief=True)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    finish(program, tmp_path, ranks=2)
     world_size, *measured = torch.load(tmp_path / "result")
     assert world_size == 2
     assert_same_step((measured[0], measured[1]), expected)

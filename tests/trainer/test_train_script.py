@@ -35,7 +35,7 @@ def run(*arguments: Any, interpreter: tuple[str, ...] = (), **environment: str) 
     python = (sys.executable, *interpreter) if interpreter else BRIEF_FORK
     return subprocess.run(
         [*python, SCRIPT, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
@@ -240,7 +240,7 @@ def test_what_is_not_there_is_said_without_a_traceback(
 
 
 def test_the_trainers_own_arguments_do_what_they_say(
-    tiny_model_path: Path, data_file: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+    tiny_model_path: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))  # put back afterwards: the script sets it
     output = tmp_path / "output"

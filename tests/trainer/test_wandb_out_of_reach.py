@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
-from support.programs import FORK
+from support import programs
+from support.wandb_server import client_environment
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from wandb_server import client_environment
 
 import trainer.train_v2_ddp
 from trainer.demo.prepare import Demonstration
@@ -31,16 +29,17 @@ def test_the_script_trains_as_if_the_server_were_there(
     tiny_model_path: Path, demo: Demonstration, dead_address: str, tmp_path: Path
 ) -> None:
     command = [
-        *(*FORK, str(trainer.train_v2_ddp.__file__), "--model_path", str(tiny_model_path)),
+        *(str(trainer.train_v2_ddp.__file__), "--model_path", str(tiny_model_path)),
         *("--train_data_file", str(demo.train_file), "--output_dir", str(tmp_path / "output")),
         *("--logging_dir", str(tmp_path / "logs"), "--max_steps", str(STEPS), "--report_to", "tensorboard", "wandb"),
         *("--enable_strategic_logging", "--strategic_logging_components", "inputs"),
         *("--strategic_logging_steps", "1"),
     ]
-    environment = {**os.environ, **client_environment(dead_address, tmp_path / "client"), "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stderr.count("wandb sync --include-online") == 1
+    ended = programs.run(
+        command, tmp_path, CUDA_VISIBLE_DEVICES="", **client_environment(dead_address, tmp_path / "client")
+    )
+    assert ended.status == 0, ended.said[-3000:]
+    assert ended.said.count("wandb sync --include-online") == 1
     (events,) = (tmp_path / "logs").glob("*tfevents*")
     opened, *written = EventFileLoader(str(events)).Load()
     assert {event.step for event in written if event.summary.value} >= set(range(1, STEPS + 1))

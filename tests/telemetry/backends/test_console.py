@@ -238,7 +238,7 @@ RECORDS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(RECORDS, min_size=1, max_size=12), st.integers(1, 200))
 def test_any_record_shows_at_any_width(caplog: pytest.LogCaptureFixture, records: list[Record], columns: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from contract_run import MARKS
-from wandb_server import client_environment
+from support import programs
+from support.wandb_server import client_environment
 
 import telemetry
 from telemetry.backends.registry import BACKENDS, DESTINATIONS, backends_for, default_backends, make_backend
@@ -31,16 +31,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One directory a backend, with everything that it wrote and logged."""
     root = tmp_path_factory.mktemp("contract")
     environment = client_environment("http://127.0.0.1:9", root / "wandb", WANDB_MODE="offline")
-    environment |= {"TRACKIO_DIR": str(root / "trackio"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("contract_run.py")), str(root)],
-        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    program = [str(Path(__file__).with_name("contract_run.py")), str(root)]
+    ended = programs.run(program, root, TRACKIO_DIR=str(root / "trackio"), **environment)
+    assert ended.status == 0, ended.said
     return root
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import string
 import struct
 import subprocess
@@ -26,12 +27,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
-from support.programs import FORK
+from support import programs
+from support.tensorboard_server import LOADERS, SAMPLES, Server, Sound, serve
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader, LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.util.tensor_util import make_ndarray
-from tensorboard_server import LOADERS, SAMPLES, Server, Sound, serve
 
 from telemetry.backends.base import Run
 from telemetry.backends.encoding import encode_png, encode_wav
@@ -54,6 +55,18 @@ HOSTILE = (
 )
 LONG = "x" * 2000
 PIXELS = np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3)
+
+# What every program begins with.
+PREAMBLE = """
+import logging, os, resource, signal, sys
+from pathlib import Path
+from telemetry.backends.base import Run
+from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.records import Alert, Scalar
+logging.basicConfig(format="%(message)s")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+backend = TensorBoardBackend()
+"""
 
 
 def tone(seconds: float, rate: int, dtype: str = "float32") -> np.ndarray:
@@ -350,19 +363,12 @@ def test_what_is_written_is_in_the_file_without_close(tmp_path: Path) -> None:
 
 def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
     script = """
-        import os, signal, sys
-        from pathlib import Path
-        from telemetry.backends.base import Run
-        from telemetry.backends.tensorboard import TensorBoardBackend
-        from telemetry.records import Scalar
-        backend = TensorBoardBackend()
         backend.open(Run(Path(sys.argv[1])))
         for step in range(1, 101):
             backend.write(step, [Scalar("train/loss", float(step))])
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    assert run_script(script, tmp_path).returncode == -9
-    (path,) = tmp_path.iterdir()
+    path, _ = written_by(script, tmp_path, -signal.SIGKILL)
     assert steps_in(path) == list(range(1, 101))
 
 
@@ -449,15 +455,7 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
     """The kernel refuses to let the file grow, as it does when a disk is full, then lets it."""
     script = """
-        import logging, resource, sys
-        from pathlib import Path
-        from telemetry.backends.base import Run
-        from telemetry.backends.tensorboard import TensorBoardBackend
-        from telemetry.records import Alert, Scalar
-        logging.basicConfig(format="%(message)s")
-        backend = TensorBoardBackend()
         backend.open(Run(Path(sys.argv[1])))
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         backend.write(1, [Scalar("train/loss", 1.0)])
         full = backend.path.stat().st_size + 100
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, hard))
@@ -472,13 +470,11 @@ def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
         assert lost + backend.write(6, [Scalar("train/loss", 6.0)]) == 0
         backend.close()
     """
-    done = run_script(script, tmp_path)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    path, said = written_by(script, tmp_path)
     assert steps_in(path) == [1, 5, 6]
     values = [value for event in events(path) for value in event.summary.value]
     assert any(v.tag == "eval/loss" and v.metadata.summary_description for v in values)
-    losing, again = done.stderr.strip().splitlines()
+    losing, again = said.strip().splitlines()
     assert "losing steps" in losing
     assert "3 steps were lost" in again
 
@@ -544,23 +540,14 @@ def test_a_step_has_the_time_at_which_it_ended(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_from_the_start_is_written_once_it_is_not(tmp_path: Path) -> None:
     script = """
-        import resource, sys
-        from pathlib import Path
-        from telemetry.backends.base import Run
-        from telemetry.backends.tensorboard import TensorBoardBackend
-        from telemetry.records import Scalar
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
-        backend = TensorBoardBackend()
         backend.open(Run(Path(sys.argv[1]), config={"a": 1}))
         backend.write(1, [Scalar("train/loss", 1.0)])
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         backend.write(2, [Scalar("train/loss", 2.0)])
         backend.close()
     """
-    done = run_script(script, tmp_path)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    path, _ = written_by(script, tmp_path)
     assert steps_in(path) == [2]
     assert events(path)[0].file_version == "brain.Event:2"
     assert steps_in(path, "_hparams_/session_start_info") == [0]
@@ -568,12 +555,6 @@ def test_a_disk_that_is_full_from_the_start_is_written_once_it_is_not(tmp_path: 
 
 def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     script = """
-        import os, sys
-        from pathlib import Path
-        from telemetry.backends.base import Run
-        from telemetry.backends.tensorboard import TensorBoardBackend
-        from telemetry.records import Scalar
-        backend = TensorBoardBackend()
         backend.open(Run(Path(sys.argv[1])))
         backend.write(1, [Scalar("train/loss", 1.0)])
         child = os.fork()
@@ -585,19 +566,17 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
         backend.write(3, [Scalar("train/loss", 3.0)])
         backend.close()
     """
-    done = run_script(script, tmp_path)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
+    path, _ = written_by(script, tmp_path)
     assert steps_in(path) == [1, 3]
     assert len(steps_in(path, "_hparams_/session_end_info")) == 1
 
 
-def run_script(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, where it may be killed, limited and forked."""
-    command = [*FORK, "-c", textwrap.dedent(script), str(directory)]
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.getenv("PYTHONPATH")])])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def written_by(script: str, directory: Path, status: int = 0) -> tuple[Path, str]:
+    """The event file of a program, and what it said, in a process of its own: it may be killed, limited and forked."""
+    ended = programs.run(["-c", PREAMBLE + textwrap.dedent(script), str(directory / "logs")], directory)
+    assert ended.status == status, ended.said
+    (path,) = (directory / "logs").iterdir()
+    return path, ended.said
 
 
 # --------------------------------------------------------------------------------------------------------- records
@@ -695,7 +674,7 @@ def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
 
 
 @given(st.text(alphabet=st.one_of(st.sampled_from(string.punctuation + " \t\nab1"), st.characters()), max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_is_shown_as_it_is(text: str) -> None:
     page = markdown_to_safe_html(escape(f"({text})")).removeprefix("<p>").removesuffix("</p>")
     assert set(re.findall(r"<\w+", page)) <= {"<br"}
@@ -784,8 +763,8 @@ def test_the_writer_needs_neither_tensorflow_nor_the_server(tmp_path: Path) -> N
         heavy = {"tensorflow", "tensorboard.backend.application", "tensorboard.program", "tensorboard.main"}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
     """
-    done = run_script(script, tmp_path)
-    assert done.returncode == 0, done.stderr
+    ended = programs.run(["-c", textwrap.dedent(script)], tmp_path)
+    assert ended.status == 0, ended.said
 
 
 def test_nothing_is_logged_when_all_is_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

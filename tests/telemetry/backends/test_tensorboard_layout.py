@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.tensorboard_server import LOADERS, Server, serve
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard_server import LOADERS, Server, serve
 
 from telemetry.backends.base import Run
 from telemetry.backends.tensorboard import TensorBoardBackend

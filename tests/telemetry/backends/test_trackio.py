@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 import wave
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image as PillowImage
+from support import programs
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trackio")
-    environment = {"TRACKIO_DIR": str(directory / "db"), "TRACKIO_PROJECT": "voices", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, str(HERE / "trackio_run.py"), str(directory)],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
+    environment = {"TRACKIO_DIR": str(directory / "db"), "TRACKIO_PROJECT": "voices"}
+    ended = programs.run([str(HERE / "trackio_run.py"), str(directory)], directory, **environment)
+    assert ended.status == 0, ended.said
     return directory / "db" / "voices.db"
 
 

@@ -18,9 +18,9 @@ import pytest
 import soundfile
 from PIL import Image as PillowImage
 from support.programs import FORK
+from support.wandb_server import API_KEY, Server, client_environment, serve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_facts import CHECKPOINT, CRASHED, END, EVERY, GO, SAID, SECRETS, SEEN, STEPS, WAITS, WAITS_AT
-from wandb_server import API_KEY, Server, client_environment, serve
 
 import trainer  # noqa: F401  (makes an installed torchaudio importable before anything imports transformers)
 from telemetry.backends.encoding import encode_wav
@@ -29,7 +29,7 @@ from telemetry.records import Audio, Clip, Image, Record, Scalar, Table
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
 ROOT = TESTS.parent
-PATHS = os.pathsep.join(map(str, (ROOT, TESTS, TESTS / "faults", HERE)))
+PATHS = os.pathsep.join(map(str, (ROOT, TESTS)))
 AXIS = "train/global_step"
 
 
@@ -66,7 +66,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     with serve(tmp_path_factory.mktemp("server")) as server:
         program = subprocess.Popen(
             [*FORK, str(HERE / "wandb_runs.py"), str(directory), server.url],
-            env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": PATHS},
         )
         arrived = steps_while_it_waits(server, directory / "training", program)
         program.wait(240)

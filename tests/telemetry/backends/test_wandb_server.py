@@ -22,60 +22,24 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.programs import Program, started, wait_until
+from support.wandb_server import API_KEY, Fault, Run, Server, serve
 from wandb_clients import COUNTS, EDGES, GO, RATE, SAID, STEP
-from wandb_server import API_KEY, Fault, Run, Server, serve
 
 PROGRAM = Path(__file__).parent / "wandb_clients.py"
-SECONDS = 60.0
-
-
-class Client:
-    """The real client at work in a process of its own."""
-
-    def __init__(self, server: Server, name: str, directory: Path, *arguments: str) -> None:
-        directory.mkdir(parents=True)
-        self.directory = directory
-        self._log = (directory / "log.txt").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), name, str(directory), *arguments],
-            env={**os.environ, **server.environment(directory)},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def wait_until_said(self) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not (self.directory / SAID).exists():
-            assert self._process.poll() is None, self._said()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def go(self) -> None:
-        (self.directory / GO).touch()
-
-    def finish(self) -> None:
-        status = self._process.wait(SECONDS)
-        assert status == 0, self._said()
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def _said(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
 
 
 @contextlib.contextmanager
-def client(server: Server, name: str, directory: Path, *arguments: str) -> Iterator[Client]:
-    made = Client(server, name, directory, *arguments)
-    try:
-        yield made
-    finally:
-        made.close()
+def client(server: Server, name: str, directory: Path, *arguments: str) -> Iterator[Program]:
+    """The real client at work in a process of its own."""
+    environment = server.environment(directory)
+    with started([str(PROGRAM), name, str(directory), *arguments], directory, **environment) as program:
+        yield program
+
+
+def finish(program: Program) -> None:
+    ended = program.wait()
+    assert ended.status == 0, ended.said
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +57,7 @@ def served(outside: Path) -> Iterator[Server]:
             for name, *rest in others
         ]
         for one in started:
-            one.finish()
+            finish(one)
         yield server
 
 
@@ -101,11 +65,11 @@ def served(outside: Path) -> Iterator[Server]:
 def whole(served: Server, outside: Path) -> dict[str, Run]:
     """The run of every kind of thing: ``live``, while it still runs, ``resumed`` and ``rewound``."""
     with client(served, "everything", outside / "everything") as running:
-        running.wait_until_said()
+        wait_until((outside / "everything" / SAID).exists)
         state = served.wait_for(lambda state: len(state.run("whole").history()) == 3, seconds=5)
         live = state.run("whole")
-        running.go()
-        running.finish()
+        (outside / "everything" / GO).touch()
+        finish(running)
     return {"live": live, "rewound": served.run("whole"), "resumed": before_rewind(served)}
 
 
@@ -216,12 +180,10 @@ def outages(outside: Path) -> Iterator[dict[str, tuple[Run, int]]]:
     """The run, and how many rows its client has logged, of an outage of each kind."""
     with contextlib.ExitStack() as stack:
         servers = {fault: stack.enter_context(serve(outside / fault / "server")) for fault in OUTAGES}
-        clients = {
-            fault: stack.enter_context(client(server, "outage", outside / fault / "client"))
-            for fault, server in servers.items()
-        }
+        directories = {fault: outside / fault / "client" for fault in OUTAGES}
+        clients = [stack.enter_context(client(servers[fault], "outage", directories[fault])) for fault in OUTAGES]
         for fault, server in servers.items():
-            clients[fault].wait_until_said()
+            wait_until((directories[fault] / SAID).exists)
             server.wait_for(lambda state: state.run("outage").history(), seconds=10)
         servers["killed"].kill()
         servers["refused"].fail(Fault(status=503, seconds=1.5))
@@ -229,15 +191,12 @@ def outages(outside: Path) -> Iterator[dict[str, tuple[Run, int]]]:
         servers["refused"].wait_for(lambda state: ("file_stream", 503) in state.refused, seconds=10)
         servers["answers lost"].wait_for(lambda state: ("file_stream", 0) in state.refused, seconds=10)
         servers["killed"].start()
-        for one in clients.values():
-            one.go()
-        for one in clients.values():
-            one.finish()
-        yield {fault: (server.run("outage"), rows_logged(clients[fault])) for fault, server in servers.items()}
-
-
-def rows_logged(client: Client) -> int:
-    return int((client.directory / "rows").read_text())
+        for directory in directories.values():
+            (directory / GO).touch()
+        for one in clients:
+            finish(one)
+        rows = {fault: int((directory / "rows").read_text()) for fault, directory in directories.items()}
+        yield {fault: (server.run("outage"), rows[fault]) for fault, server in servers.items()}
 
 
 @pytest.mark.parametrize("fault", OUTAGES)
@@ -365,8 +324,16 @@ def test_what_was_accepted_survives_a_kill_and_the_port_stays(tmp_path: Path) ->
 
 
 def test_it_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
-    code = "import sys, pathlib, wandb_server as w; s = w.Server(pathlib.Path(sys.argv[1])); s.start(); print(s.url)"
-    command = [sys.executable, "-c", f"{code}; sys.stdout.flush(); sys.stdin.read()", str(tmp_path)]
+    code = """
+import sys, pathlib
+from support.programs import Program, started, wait_until
+from support.wandb_server import Server
+server = Server(pathlib.Path(sys.argv[1]))
+server.start()
+print(server.url, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     starter = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
@@ -374,10 +341,7 @@ def test_it_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
     assert is_listening(port)
     starter.send_signal(signal.SIGKILL)
     starter.communicate()
-    deadline = time.monotonic() + 10
-    while is_listening(port):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not is_listening(port), 10)
 
 
 def is_listening(port: int) -> bool:

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 import wandb
-from tiny_training import train
+from support.programs import wait_until
+from support.tiny_training import train
+from support.wandb_server import client_environment
 from transformers import TrainerCallback
 from wandb_facts import (
     CHECKPOINT,
@@ -38,7 +40,6 @@ from wandb_facts import (
     WAITS,
     WAITS_AT,
 )
-from wandb_server import client_environment
 
 import telemetry.backends.wandb.backend
 import telemetry.backends.wandb.client
@@ -63,11 +64,9 @@ class WaitsForGo(TrainerCallback):
         self._directory = directory
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        deadline = time.monotonic() + PATIENCE
         if state.global_step == WAITS_AT:
             (self._directory / WAITS).touch()
-            while not (self._directory / GO).exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
+            wait_until((self._directory / GO).exists)
 
 
 def training(directory: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import text_models
 import torch
-from forward_steps import real_kinds, text_batch, watched_step
-from slow_references import assert_same
+from support import models
+from support.attention import real_kinds
+from support.batches import Voices, text_batch
+from support.references import assert_same
+from support.steps import watched_step
 from torch import Tensor, nn
-from voice_batches import Voices
 
 Kinds = list[list[str]]
 
@@ -107,7 +108,7 @@ def test_higgs_networks_over_their_own_positions(left: bool, higgs: Any, voices:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "olmo2"])
 def test_text_models_wherever_their_norms_are(kind: str, tmp_path: Path) -> None:
-    model = text_models.make(kind, "eager")
+    model = models.make(kind, "eager")
     batch = text_batch(8, 5)
     layer = model.model.layers[1]
     before, attended = layer_inputs(model, layer, batch)
@@ -162,7 +163,7 @@ def test_a_dead_network_shows(higgs: Any, voices: Voices, tmp_path: Path) -> Non
 def test_a_layer_that_scales_what_it_adds_shows_no_residual_share(
     tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
-    model = text_models.make("llama")
+    model = models.make("llama")
     model.model.layers[0].residual_multiplier = 0.2  # as Granite's layers have
     measured = watched_step(model, [text_batch(5)], tmp_path, layers=[0]).scalars("activations")
     assert sorted(tag.rpartition("/")[2] for tag in measured) == ["absmax", "nonfinite", "rms", "zero_fraction"]

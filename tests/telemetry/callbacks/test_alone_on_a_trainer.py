@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import OWN_SECTIONS, assert_same, measured_records, scalars_at
-from text_training import Training, hooks_of, training
+from support.backends import Faulty
+from support.references import OWN_SECTIONS, assert_same, measured_records, scalars_at
+from support.steps import hooks_of
+from support.text_training import Training, training
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -157,38 +159,26 @@ def test_gradient_norms_say_when_they_come_after_clipping(
     assert said.count("gradient norms are measured after clipping on this Trainer") == (1 if max_grad_norm else 0)
 
 
-class CountingBackend(MemoryBackend):
-    """Counts how often it is opened and closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[str] = []
-
-    def open(self, run: Any) -> None:
-        self.events.append("open")
-        super().open(run)
-
-    def close(self) -> None:
-        self.events.append("close")
-        super().close()
+def opened_and_closed(backend: Faulty) -> list[str]:
+    return [call for call in backend.calls if call != "write"]
 
 
 def test_two_callbacks_share_one_backend_and_one_step(llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    backend = CountingBackend()
+    backend = Faulty(at=())
     callbacks = [OutputLoggerCallback(2, [backend]), InputLoggerCallback(2, [backend])]
     run = training(llama, tmp_path, callbacks, steps=2)
     run.trainer.train()
-    assert backend.events == ["open", "close"]
+    assert opened_and_closed(backend) == ["open", "close"]
     for step in (1, 2):
         expected = {t: v for t, v in run.expected(step).items() if not t.startswith("gradients")}
         assert_same(scalars_at(backend, step, "inputs", "outputs"), expected)
 
 
 def test_callbacks_with_backends_of_their_own_share_what_they_measure(llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    one, other = CountingBackend(), CountingBackend()
+    one, other = Faulty(at=()), Faulty(at=())
     callbacks = [OutputLoggerCallback(1, [one]), InputLoggerCallback(1, [other, one])]
     training(llama, tmp_path, callbacks, steps=1).trainer.train()
-    assert one.events == other.events == ["open", "close"]
+    assert opened_and_closed(one) == opened_and_closed(other) == ["open", "close"]
     assert one.records == other.records
     assert set(measured_steps(one)) == {"inputs", "outputs"}
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import text_models
 import torch
-from forward_steps import KINDS, AttentionSums, attention_of, text_batch, watched_step
 from matplotlib import colormaps
+from support import models
+from support.attention import KINDS, AttentionSums, attention_of
+from support.batches import Sample, Voices, text_batch
+from support.references import differing
+from support.steps import watched_step
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from voice_batches import Sample, Voices
 
 from telemetry.callbacks.questions import SharedAttentionLoggerCallback
 from telemetry.instruments.attention_images import heads_image, mass_image
@@ -48,8 +50,7 @@ def test_losses_and_gradients_are_the_same_bits(
             steps.append(watched_step(model, batches, tmp_path, watch, queries=EVERY))
     plain, watched = steps
     assert watched.losses == plain.losses
-    assert watched.gradients.keys() == plain.gradients.keys()
-    assert all(torch.equal(watched.gradients[name], gradient) for name, gradient in plain.gradients.items())
+    assert differing(watched.gradients, plain.gradients) == []
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def test_what_is_not_in_the_step_is_absent(higgs: Any, voices: Voices, tmp_path:
 
 
 def test_a_text_model_has_text_alone(tmp_path: Path) -> None:
-    step = watched_step(text_models.make("llama"), [text_batch(9, 4)], tmp_path, layers=[0])
+    step = watched_step(models.make("llama"), [text_batch(9, 4)], tmp_path, layers=[0])
     tags = [tag for tag in step.scalars("attention") if "_to_" in tag]
     assert tags == ["attention/layer_0/text_to_text"]
     assert step.scalars("attention")[tags[0]] == pytest.approx(1)
@@ -128,7 +129,7 @@ def test_the_first_the_middle_and_the_last_layer_or_those_that_are_chosen(
         scalars = watched_step(model, [text_batch(5)], tmp_path, **options)
         return {tag.split("/")[1] for section in ("attention", "activations") for tag in scalars.scalars(section)}
 
-    model = text_models.make("llama", num_hidden_layers=6)
+    model = models.make("llama", num_hidden_layers=6)
     assert layers_of(model) == {"layer_0", "layer_3", "layer_5"}
     assert layers_of(model, layers=[4, 1, 9]) == {"layer_1", "layer_4"}
     assert "layers [9] do not exist: the model has 6" in telemetry_log.text
@@ -139,7 +140,7 @@ def test_the_first_the_middle_and_the_last_layer_or_those_that_are_chosen(
 
 
 def test_another_step_looks_at_other_queries(tmp_path: Path) -> None:
-    model = text_models.make("llama")
+    model = models.make("llama")
     found = [
         watched_step(model, [text_batch(40)], tmp_path, step=step, layers=[0], queries=3).scalars("attention")
         for step in (1, 1, 2)
@@ -148,7 +149,7 @@ def test_another_step_looks_at_other_queries(tmp_path: Path) -> None:
 
 
 def test_a_compiled_model_is_absent_and_said(tmp_path: Path, telemetry_log: pytest.LogCaptureFixture) -> None:
-    model = text_models.make("llama")
+    model = models.make("llama")
     model._compiled_call_impl = model._call_impl  # as torch.nn.Module.compile leaves it
     step = watched_step(model, [text_batch(5)], tmp_path)
     assert step.scalars("attention") == step.scalars("activations") == {}
@@ -163,8 +164,8 @@ def test_a_measure_that_fails_leaves_the_rest_alone(
         raise ArithmeticError("planted")
 
     monkeypatch.setattr("telemetry.instruments.attention.attention_rows", fail)
-    plain = watched_step(text_models.make("llama"), [text_batch(5)], tmp_path, watch=False)
-    step = watched_step(text_models.make("llama"), [text_batch(5)], tmp_path)
+    plain = watched_step(models.make("llama"), [text_batch(5)], tmp_path, watch=False)
+    step = watched_step(models.make("llama"), [text_batch(5)], tmp_path)
     assert step.losses == plain.losses
     assert step.scalars("attention") == {}
     assert step.scalars("activations")
@@ -185,7 +186,7 @@ class OwnAttention(nn.Module):
 def test_attention_that_cannot_be_seen_is_absent_and_said(
     tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
-    model = text_models.make("llama")
+    model = models.make("llama")
     model.model.layers[0].self_attn = OwnAttention(model.model.layers[0].self_attn)
     step = watched_step(model, [text_batch(5)], tmp_path, layers=[0, 1])
     assert {tag.split("/")[1] for tag in step.scalars("attention")} == {"layer_1"}

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from spoken_training import (
+from support.batches import Voices
+from support.speaking import (
     FRAME,
     RATE,
     Collator,
@@ -31,7 +32,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
-from voice_batches import Voices
 
 from telemetry import SoundPolicy
 from telemetry.backends.memory import MemoryBackend

@@ -11,17 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from step_runs import StepRun
-from swapped_samples import with_reference_of
+from support.batches import IGNORED, Sample, Voices, with_reference_of
+from support.steps import Steps
 from torch import Tensor
 from transformers import (
     HiggsAudioV2Config,
     HiggsAudioV2ForConditionalGeneration,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
-from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
@@ -43,10 +39,10 @@ def measured(
     """What the callback shows of some steps, each of the same microbatches."""
     backend = MemoryBackend()
     callback = ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=every)
-    run = StepRun(model, [callback], directory)
-    for _ in range(steps):
-        run.step(microbatches, metadata)
-    run.end()
+    told = [{"metadata": rows} for rows in metadata] or [{}] * len(microbatches)
+    with Steps(model, [callback], directory) as run:
+        for _ in range(steps):
+            run.step([{**batch, **rows} for batch, rows in zip(microbatches, told, strict=True)])
     return backend
 
 
@@ -312,12 +308,8 @@ def test_what_cannot_be_swapped_is_absent_and_said_once(
 def test_models_without_audio_are_said(llama: Any, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture) -> None:
     backend = MemoryBackend()
     callback = ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)
-    event = (TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True), TrainerState(), TrainerControl())
-    callback.on_train_begin(*event, model=llama)
-    callback.on_step_begin(*event)
-    llama(input_ids=torch.tensor([[1, 2], [3, 4]]))
-    callback.on_step_end(*event)
-    callback.on_train_end(*event)
+    with Steps(llama, [callback], tmp_path) as run, run.taken():
+        llama(input_ids=torch.tensor([[1, 2], [3, 4]]))
     assert "references of this kind of model cannot be changed" in telemetry_log.text
     assert "failed" not in telemetry_log.text
 
@@ -362,15 +354,11 @@ def evaluate(model: Any, directory: Path, loader: Any, every: int = 5) -> Memory
     """The first look, before training, and the one after an evaluation at step 3."""
     backend = MemoryBackend()
     callback = ZeroShotVerificationLoggerCallback(100, [backend], conditioning_every=every)
-    state = TrainerState()
-    event = (TrainingArguments(output_dir=str(directory), report_to=[], use_cpu=True), state, TrainerControl())
-    callback.on_train_begin(*event, model=model)
-    callback.on_step_begin(*event, eval_dataloader=loader)
-    state.global_step = 1
-    callback.on_step_end(*event)
-    state.global_step = 3
-    callback.on_evaluate(*event, eval_dataloader=loader)
-    callback.on_train_end(*event)
+    with Steps(model, [callback], directory, eval_dataloader=loader) as run:
+        with run.taken():
+            pass
+        run.state.global_step = 3
+        run.tell("on_evaluate")
     return backend
 
 

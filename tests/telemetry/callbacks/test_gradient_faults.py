@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from step_runs import StepRun
+from support.batches import Voices
+from support.steps import Steps
 from torch import Tensor, nn
-from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import SharedAttentionLoggerCallback
@@ -34,11 +34,10 @@ def train(
     """Before each step, what has been shown up to then; once more at the end."""
     backend = MemoryBackend()
     made = optimizer or torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-3)
-    run = StepRun(model, [SharedAttentionLoggerCallback(1, [backend])], directory, optimizer=made)
-    for inputs in steps:
-        yield backend
-        run.step([inputs])
-    run.end()
+    with Steps(model, [SharedAttentionLoggerCallback(1, [backend])], directory, optimizer=made) as run:
+        for inputs in steps:
+            yield backend
+            run.step([inputs])
     yield backend
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import HIGGS_GROUPS, assert_same, gradient_values, scalars_at, update_values
-from step_runs import StepRun, measure
-from voice_batches import Voices
+from support.batches import Voices
+from support.references import HIGGS_GROUPS, assert_same, gradient_values, scalars_at, update_values
+from support.steps import Steps, measure
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import SharedAttentionLoggerCallback
@@ -79,9 +79,8 @@ def test_of_a_lora_model_only_the_adapters_have_norms(higgs: Any, voices: Voices
     higgs.loss_function = AccumulatedLoss(higgs.config)
     backend = MemoryBackend()
     callback = SharedAttentionLoggerCallback(1, [backend])
-    run = StepRun(model, [callback], tmp_path)
-    run.step(batches(voices))
-    run.end()
+    with Steps(model, [callback], tmp_path) as run:
+        run.step(batches(voices))
     values = [
         value
         for name, parameter in model.named_parameters()
@@ -105,13 +104,10 @@ def test_a_step_without_gradients_is_said_once(
     higgs: Any, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
     backend = MemoryBackend()
-    run = StepRun(higgs, [SharedAttentionLoggerCallback(1, [backend])], tmp_path)
-    for _ in range(2):
-        run._tell("on_step_begin")
-        run._tell("on_gradients", model=higgs)
-        run.state.global_step += 1
-        run._tell("on_step_end")
-    run.end()
+    with Steps(higgs, [SharedAttentionLoggerCallback(1, [backend])], tmp_path) as run:
+        for _ in range(2):
+            with run.taken():
+                run.tell("on_gradients")
     assert gradient_records(backend) == []
     said = [record.getMessage() for record in telemetry_log.records]
     assert said.count("no gradients/total_norm: no parameter has a gradient") == 1
@@ -168,9 +164,8 @@ def test_gradients_of_a_scaled_loss_come_in_its_own_size(
         higgs.audio_lm_head.weight.register_hook(lambda gradient: gradient + math.inf)
     backend = MemoryBackend()
     optimizer = Scaled(torch.optim.SGD(higgs.parameters(), lr=0.1), scale)
-    run = StepRun(higgs, [SharedAttentionLoggerCallback(1, [backend])], tmp_path, optimizer=optimizer)
-    run.step(batches(voices))
-    run.end()
+    with Steps(higgs, [SharedAttentionLoggerCallback(1, [backend])], tmp_path, optimizer=optimizer) as run:
+        run.step(batches(voices))
     values = scalars_at(backend, 1, "gradients")
     updates = {tag: value for tag, value in values.items() if tag.endswith("/update_ratio")}
     assert len(updates) == len(set(HIGGS_GROUPS.values()))
@@ -188,13 +183,12 @@ def test_the_update_ratio_is_of_the_step_that_the_optimizer_took(
 ) -> None:
     backend = MemoryBackend()
     made = optimizer([parameter for parameter in higgs.parameters() if parameter.requires_grad], lr=0.03)
-    run = StepRun(higgs, [SharedAttentionLoggerCallback(1, [backend])], tmp_path, optimizer=made)
-    for step in (1, 2):
-        before = copy.deepcopy(higgs)
-        run.step(batches(voices))
-        expected = update_values(before, higgs, HIGGS_GROUPS)
-        assert run.callbacks[0].session.recorder.drain()
-        values = scalars_at(backend, step, "gradients")
-        assert_same({tag: value for tag, value in values.items() if tag.endswith("/update_ratio")}, expected)
-    run.end()
+    with Steps(higgs, [SharedAttentionLoggerCallback(1, [backend])], tmp_path, optimizer=made) as run:
+        for step in (1, 2):
+            before = copy.deepcopy(higgs)
+            run.step(batches(voices))
+            expected = update_values(before, higgs, HIGGS_GROUPS)
+            assert run.callbacks[0].session.recorder.drain()
+            values = scalars_at(backend, step, "gradients")
+            assert_same({tag: value for tag, value in values.items() if tag.endswith("/update_ratio")}, expected)
     assert min(expected.values()) > 0

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_references import assert_same, scalars_at, tensor_values, token_values
-from step_runs import hand_over, measure
+from support.batches import Sample, Voices
+from support.references import assert_same, scalars_at, tensor_values, token_values
+from support.steps import hand_over, measure
 from torch import Tensor
-from voice_batches import Sample, Voices
 
 from telemetry.callbacks.questions import InputLoggerCallback
 from telemetry.instruments.inputs import SHOWN_SAMPLES

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from slow_references import assert_same, measured_records, scalars_at
-from text_training import hooks_of, training
+from support.backends import Faulty
+from support.references import assert_same, differing, measured_records, scalars_at
+from support.steps import hooks_of
+from support.text_training import training
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -92,37 +93,14 @@ def test_training_is_the_same_with_a_measure_that_raises(llama: LlamaForCausalLM
         model.load_state_dict(llama.state_dict())
         training(model, tmp_path, callbacks, steps=3).trainer.train()
         weights.append(model.state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-class BrokenBackend:
-    """Raises in one of its methods."""
-
-    def __init__(self, verb: str) -> None:
-        self.name = f"broken {verb}"
-        self.verb = verb
-        self.calls: list[str] = []
-
-    def open(self, run: Any) -> None:
-        self._called("open")
-
-    def write(self, step: int, records: Any) -> None:
-        self._called("write")
-
-    def close(self) -> None:
-        self._called("close")
-
-    def _called(self, verb: str) -> None:
-        self.calls.append(verb)
-        if verb == self.verb:
-            raise BrokenError(verb)
+    assert differing(*weights) == []
 
 
 @pytest.mark.parametrize("verb", ["open", "write", "close"])
 def test_a_backend_that_raises_is_said_once_and_others_go_on(
     verb: str, llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
-    broken, good = BrokenBackend(verb), MemoryBackend()
+    broken, good = Faulty(verb), MemoryBackend()
     run = training(llama, tmp_path, [InputLoggerCallback(1, [broken, good])], steps=6)
     run.trainer.train()
     for step in range(1, 7):

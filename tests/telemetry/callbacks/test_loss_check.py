@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from slow_references import Outputs, scalars_at
-from step_runs import measure
-from text_models import SHAPE
-from text_training import training
+from support.batches import Voices
+from support.models import SHAPE, sure
+from support.references import Outputs, scalars_at
+from support.steps import make_trainer, measure, quiet_arguments
+from support.text_training import training
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from voice_batches import Voices
 
 from telemetry import OutputLoggerCallback, StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
@@ -55,13 +55,8 @@ MODELS: dict[str, dict[str, Any]] = {
 def make(name: str, **more: Any) -> Any:
     """A model by its class's name, with logits that are far from uniform."""
     config = re.sub(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration)$", "Config", name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = getattr(transformers, name)(getattr(transformers, config)(**SHAPE | MODELS.get(name, {}) | more))
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model
+    shape = SHAPE | MODELS.get(name, {}) | more
+    return sure(lambda: getattr(transformers, name)(getattr(transformers, config)(**shape)), 3, 0.3)
 
 
 def trained(model: Any, directory: Path, accumulation: int = 1, **arguments: Any) -> MemoryBackend:
@@ -103,26 +98,17 @@ def test_the_total_of_higgs_on_the_trainer_itself(
 ) -> None:
     """Which divides every part of the loss by the number of text labels."""
     backend = MemoryBackend()
-    trainer = Trainer(
-        model=higgs,
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=STEPS,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        ),
-        data_collator=lambda samples: voices.batch(voices.pad(samples)),
-        train_dataset=[voices.conversation(1 + i % 4, 1 + 3 * (i % 5), seed=i) for i in range(12)],
-        callbacks=[OutputLoggerCallback(1, [backend]), logs := Logs(backend)],
-    )
-    trainer.train()
+    make_trainer(
+        higgs,
+        [voices.conversation(1 + i % 4, 1 + 3 * (i % 5), seed=i) for i in range(12)],
+        lambda samples: voices.batch(voices.pad(samples)),
+        tmp_path,
+        [OutputLoggerCallback(1, [backend]), logs := Logs(backend)],
+        Trainer,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+    ).train()
     total = backend.scalars(TOTAL)
     assert total == pytest.approx(backend.scalars("outputs/loss/model"), rel=1e-5)
     assert total == pytest.approx(logs.losses, rel=1e-5)
@@ -368,16 +354,7 @@ def test_a_family_of_ones_own(tmp_path: Path, read_by: Any) -> None:
     data = [{"codes": codes[row], "labels": labels[row]} for row in range(4)]
     with torch.no_grad():
         outputs = model(codes, labels)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-    )
+    arguments = quiet_arguments(tmp_path, max_steps=1, per_device_train_batch_size=4)
     telemetry = StrategicTelemetry(["outputs", "shared_attention"], 1, [backend := MemoryBackend()])
     Trainer(model=model, args=arguments, train_dataset=data, callbacks=[telemetry]).train()  # type: ignore[arg-type]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_references import measured_records
-from step_runs import StepRun
+from support.batches import Voices
+from support.references import differing, measured_records
+from support.steps import Steps, gradients_of
+from support.waiting import Watch
 from torch import Tensor
-from voice_batches import Voices
-from waiting import Watch
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import COMPONENTS
@@ -54,9 +54,8 @@ def test_no_measure_waits_for_the_device(name: str, higgs: Any, voices: Voices, 
             return forward(**inputs)
 
     higgs.forward = unwatched
-    run = StepRun(higgs, [watched(COMPONENTS[name](1, [backend]), watch)], tmp_path, voices.tokenizer)
-    run.step(batches(voices))
-    run.end()
+    with Steps(higgs, [watched(COMPONENTS[name](1, [backend]), watch)], tmp_path, voices.tokenizer) as run:
+        run.step(batches(voices))
     assert measured_records(backend)  # it did measure
     assert watch.operations
     assert watch.waits == []
@@ -104,11 +103,10 @@ def test_the_watch_sees_what_waits(way: str) -> None:
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_no_random_number_is_taken_and_no_mode_changed(name: str, higgs: Any, voices: Voices, tmp_path: Path) -> None:
-    run = StepRun(higgs, [COMPONENTS[name](1, [MemoryBackend()])], tmp_path, voices.tokenizer)
-    before = torch.get_rng_state(), pickle.dumps(np.random.get_state()), random.getstate()  # noqa: NPY002  # the one watched
-    modes = [module.training for module in higgs.modules()]
-    run.step(batches(voices))
-    run.end()
+    with Steps(higgs, [COMPONENTS[name](1, [MemoryBackend()])], tmp_path, voices.tokenizer) as run:
+        before = torch.get_rng_state(), pickle.dumps(np.random.get_state()), random.getstate()  # noqa: NPY002  # the one watched
+        modes = [module.training for module in higgs.modules()]
+        run.step(batches(voices))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert pickle.dumps(np.random.get_state()) == before[1]  # noqa: NPY002
     assert random.getstate() == before[2]
@@ -121,12 +119,9 @@ def test_loss_and_gradients_are_the_same_bits_with_everything_watching(
     gradients = []
     for kinds in ([], list(COMPONENTS.values())):
         model = make_higgs()
-        run = StepRun(model, [kind(1, [MemoryBackend()]) for kind in kinds], tmp_path, voices.tokenizer)
-        loss = run.step(batches(voices))
-        run.end()
-        gradients.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+        with Steps(model, [kind(1, [MemoryBackend()]) for kind in kinds], tmp_path, voices.tokenizer) as run:
+            loss = run.step(batches(voices))
+        gradients.append((loss, gradients_of(model)))
     (loss, plain), (watched_loss, seen) = gradients
     assert watched_loss == loss
-    assert plain.keys() == seen.keys()
-    for name, gradient in plain.items():
-        assert torch.equal(gradient, seen[name]), name
+    assert differing(plain, seen) == []

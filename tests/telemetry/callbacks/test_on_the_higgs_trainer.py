@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slow_references import scalars_at
-from transformers import TrainingArguments
-from voice_batches import Sample, Voices
+from support.batches import Sample, Voices
+from support.references import scalars_at
+from support.steps import make_trainer
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Scalar, Table
-from trainer.higgs_trainer import HiggsAudioTrainer
 
 STEPS = 3
 
@@ -39,28 +38,18 @@ def trainer_of(
     backend: MemoryBackend,
     accumulation: int,
     max_grad_norm: float = 1.0,
-) -> HiggsAudioTrainer:
-    return HiggsAudioTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(directory),
-            max_steps=STEPS,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=max_grad_norm,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            label_names=["labels", "audio_labels"],
-        ),
-        data_collator=collator,
-        train_dataset=data,  # type: ignore[arg-type]
+) -> Any:
+    return make_trainer(
+        model,
+        data,
+        collator,
+        directory,
+        [StrategicTelemetry(logging_steps=1, backends=[backend])],
         processing_class=collator.voices.tokenizer,
-        callbacks=[StrategicTelemetry(logging_steps=1, backends=[backend])],
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=max_grad_norm,
     )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import Outputs, assert_same, scalars_at, supervised_ends
-from step_runs import StepRun, hand_over, measure
+from support.batches import IGNORED, Sample, Voices
+from support.references import Outputs, assert_same, scalars_at, supervised_ends
+from support.steps import Steps, hand_over, measure
 from torch import Tensor
-from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import OutputLoggerCallback
@@ -76,9 +76,8 @@ def test_the_same_samples_give_the_same_in_one_microbatch_and_in_many(
 
 def test_the_parts_make_up_the_trained_loss(higgs: Any, voices: Voices, tmp_path: Path) -> None:
     backend = MemoryBackend()
-    run = StepRun(higgs, [OutputLoggerCallback(1, [backend])], tmp_path)
-    trained = run.step([voices.batch(samples) for samples in microbatches(voices)])
-    run.end()
+    with Steps(higgs, [OutputLoggerCallback(1, [backend])], tmp_path) as run:
+        trained = run.step([voices.batch(samples) for samples in microbatches(voices)])
     values = scalars_at(backend, 1, "outputs")
     assert values["outputs/loss/total"] == pytest.approx(trained, rel=1e-5)
     parts = values["outputs/loss/text"] + sum(values[f"outputs/loss/codebook_{k}"] for k in range(3))
@@ -92,18 +91,16 @@ def test_labels_at_placeholders_in_the_padding_are_part_of_both_losses(
     inputs = voices.batch([voices.conversation()])
     inputs["attention_mask"][0, -6:] = 0  # reaches into the target clip
     backend = MemoryBackend()
-    run = StepRun(higgs, [OutputLoggerCallback(1, [backend])], tmp_path)
-    trained = run.step([inputs])
-    run.end()
+    with Steps(higgs, [OutputLoggerCallback(1, [backend])], tmp_path) as run:
+        trained = run.step([inputs])
     assert backend.scalars("outputs/loss/total") == {1: pytest.approx(trained, rel=1e-5)}
 
 
 def test_every_step_is_measured_for_itself(higgs: Any, voices: Voices, tmp_path: Path) -> None:
     backend = MemoryBackend()
-    run = StepRun(higgs, [OutputLoggerCallback(1, [backend])], tmp_path)
-    for samples in microbatches(voices):
-        run.step([voices.batch(samples)])
-    run.end()
+    with Steps(higgs, [OutputLoggerCallback(1, [backend])], tmp_path) as run:
+        for samples in microbatches(voices):
+            run.step([voices.batch(samples)])
     for step, samples in enumerate(microbatches(voices), start=1):
         assert_same(scalars_at(backend, step, "outputs"), expected_values(higgs, voices, [samples]))
 
@@ -150,14 +147,11 @@ def test_without_text_labels_the_text_values_are_absent_and_said_once(
     del inputs["labels"]
     backend = MemoryBackend()
     callback = OutputLoggerCallback(1, [backend])
-    run = StepRun(higgs, [callback], tmp_path)
-    higgs.loss_function.begin()
-    for _ in range(2):  # the run's own loss needs text labels; the model's does not
-        run._tell("on_step_begin")
-        higgs(**inputs)
-        run.state.global_step += 1
-        run._tell("on_step_end")
-    run.end()
+    with Steps(higgs, [callback], tmp_path) as run:
+        higgs.loss_function.begin()
+        for _ in range(2):  # the run's own loss needs text labels; the model's does not
+            with run.taken():
+                higgs(**inputs)
     measured = scalars_at(backend, 1, "outputs")
     assert not [tag for tag in measured if tag.endswith("/text")]
     assert measured["outputs/loss/total"] == pytest.approx(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from step_runs import StepRun
+from support.batches import Voices
+from support.steps import Steps, hooks_of
 from torch import Tensor
-from voice_batches import Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import SharedAttentionLoggerCallback, StrategicTelemetry
@@ -34,9 +34,8 @@ def step(model: Any, directory: Path, batches: list[dict[str, Tensor]], **option
     backend = MemoryBackend()
     callback = SharedAttentionLoggerCallback(1, [backend], **{"text_audio_cosine": True, **options})
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
-    run = StepRun(model, [callback], directory, optimizer=optimizer)
-    run.step(batches)
-    run.end()
+    with Steps(model, [callback], directory, optimizer=optimizer) as run:
+        run.step(batches)
     return backend.scalars(COSINE)
 
 
@@ -128,19 +127,18 @@ def test_training_does_not_notice(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        hooks = sum(len(module._forward_hooks) for module in model.modules())
+        hooks = hooks_of(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         backend = MemoryBackend()
         everything = StrategicTelemetry(
             logging_steps=1, backends=[backend], options={"shared_attention": {"text_audio_cosine": True}}
         )
         torch.manual_seed(3)
-        run = StepRun(model, [everything] if measured else [], tmp_path, optimizer=optimizer)  # type: ignore[list-item]
-        losses = [run.step(batches) for _ in range(3)]
-        run.end()
+        with Steps(model, [everything] if measured else [], tmp_path, optimizer=optimizer) as run:  # type: ignore[list-item]
+            losses = [run.step(batches) for _ in range(3)]
         assert list(backend.scalars(COSINE)) == ([1, 2, 3] if measured else [])
         assert [name for name, module in model.named_modules() if not module.training] == []
-        assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+        assert hooks_of(model) == hooks
         state = [value for one in optimizer.state.values() for value in one.values()]
         gradients = [parameter.grad for parameter in model.parameters()]
         left.append([*model.parameters(), *state, *gradients, torch.tensor(losses), torch.get_rng_state()])

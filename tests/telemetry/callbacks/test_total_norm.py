@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
-from voice_batches import Sample, Voices
+from support.batches import Sample, Voices
+from support.steps import make_trainer
 
 from telemetry import SharedAttentionLoggerCallback
 from telemetry.backends.memory import MemoryBackend
-from trainer.higgs_trainer import HiggsAudioTrainer
 
 STEPS = 2
 ALWAYS, NEVER = 0.5, 1e6
@@ -30,27 +29,17 @@ def test_equals_the_trainers(
     def collate(samples: list[Sample]) -> dict[str, Any]:
         return voices.batch(voices.pad(samples))
 
-    HiggsAudioTrainer(
-        model=higgs.to(torch.bfloat16) if precision == "weights" else higgs,
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=STEPS,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=max_grad_norm,
-            bf16=precision == "autocast",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            label_names=["labels", "audio_labels"],
-        ),
-        data_collator=collate,
-        train_dataset=[voices.conversation(seed=i, target=2 + i) for i in range(8)],  # type: ignore[arg-type]
-        callbacks=[callback],
+    make_trainer(
+        higgs.to(torch.bfloat16) if precision == "weights" else higgs,
+        [voices.conversation(seed=i, target=2 + i) for i in range(8)],
+        collate,
+        tmp_path,
+        [callback],
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=max_grad_norm,
+        bf16=precision == "autocast",
     ).train()
     logged = backend.scalars("train/grad_norm")
     measured = backend.scalars("gradients/total_norm")

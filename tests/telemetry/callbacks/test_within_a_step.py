@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import assert_same, scalars_at
-from text_training import hooks_of, training
+from support.references import assert_same, scalars_at
+from support.steps import hooks_of
+from support.text_training import training
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from telemetry import InputLoggerCallback, StrategicTelemetry

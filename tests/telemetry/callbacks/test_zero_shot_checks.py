@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_references import measured_records
-from step_runs import StepRun, hand_over, measure
+from support.batches import Sample, Voices
+from support.references import measured_records
+from support.steps import Steps, hand_over, measure
 from torch import Tensor
-from voice_batches import Sample, Voices
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
@@ -317,11 +317,11 @@ def test_reading_files_has_an_end(higgs: Any, voices: Voices, tmp_path: Path, mo
     monkeypatch.setattr(reference_log, "READ_CLIPS", 3)
     clips = [Recording(1.0) for _ in range(5)]
     backend = MemoryBackend()
-    run = StepRun(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer)
-    metadata = [[{"reference": clips[:2]}], [{"reference": clips[2:]}]]
-    for _ in range(2):
-        run.step([voices.batch([voices.conversation()])] * 2, metadata)
-    run.end()
+    with Steps(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer) as run:
+        batch = voices.batch([voices.conversation()])
+        read = [{**batch, "metadata": [{"reference": some}]} for some in (clips[:2], clips[2:])]
+        for _ in range(2):
+            run.step(read)
     assert [clip.reads for clip in clips] == [2, 2, 2, 0, 0]
     assert backend.scalars("zero_shot/reference/seconds") == {1: 2.5, 2: 2.5}
     (note,) = {record.note for _, record in backend.records["zero_shot/reference/level_db"]}  # type: ignore[union-attr]
@@ -343,11 +343,10 @@ def test_a_language_tag_is_missing_where_other_samples_have_one(
 ) -> None:
     """An optional field: data without any is not at fault, and it is said that nothing was checked."""
     backend = MemoryBackend()
-    run = StepRun(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer)
-    batch = voices.batch([voices.conversation()] * 2)
-    for languages in ([None, None], ["en", None], [None, None]):
-        run.step([batch], [[{"language": language} for language in languages]])
-    run.end()
+    with Steps(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer) as run:
+        batch = voices.batch([voices.conversation()] * 2)
+        for languages in ([None, None], ["en", None], [None, None]):
+            run.step([{**batch, "metadata": [{"language": language} for language in languages]}])
     assert backend.scalars("zero_shot/chatml/violations/language") == {2: 1.0, 3: 2.0}
     assert backend.scalars("zero_shot/chatml/compliance") == {1: 1.0, 2: 0.5, 3: 0.0}
     assert "no zero_shot/chatml/violations/language: no sample's metadata names its language" in telemetry_log.text
@@ -391,9 +390,8 @@ def test_without_a_chat_tokenizer_compliance_is_absent_and_presence_is_not(
 
 def test_a_step_shows_its_own_samples_only(higgs: Any, voices: Voices, tmp_path: Path) -> None:
     backend = MemoryBackend()
-    run = StepRun(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer)
-    for name in ("first", "second"):
-        run.step([voices.batch([voices.conversation()])], [[{"sample_id": name}]])
-    run.end()
+    with Steps(higgs, [ZeroShotVerificationLoggerCallback(1, [backend])], tmp_path, voices.tokenizer) as run:
+        for name in ("first", "second"):
+            run.step([{**voices.batch([voices.conversation()]), "metadata": [{"sample_id": name}]}])
     shown = [[row[0] for row in record.rows] for _, record in backend.records["zero_shot/chatml"]]  # type: ignore[union-attr]
     assert shown == [["first"], ["second"]]

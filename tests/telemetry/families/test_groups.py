@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from slow_references import HIGGS_GROUPS, LLAMA_GROUPS, group_of
+from support.batches import Voices
+from support.references import HIGGS_GROUPS, LLAMA_GROUPS, group_of
 from torch import Tensor, nn
 from transformers import HiggsAudioV2ForConditionalGeneration, LlamaForCausalLM, LlamaModel
-from voice_batches import Voices
 
 from telemetry.families import Absent, CausalLMFamily, HiggsAudioV2Family, Seen, Stream, find_family
 from telemetry.families.base import NO_LOGITS

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from boson_stand_in import AUDIO_IN, AUDIO_OUT, IGNORED, PAD, HiggsAudioModel, StandInConfig, StandInOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.boson_stand_in import AUDIO_IN, AUDIO_OUT, IGNORED, PAD, HiggsAudioModel, StandInConfig, StandInOutput
+from support.steps import Steps
+from support.waiting import Watch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from waiting import Watch
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
@@ -146,7 +146,7 @@ samples_strategy = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(samples_strategy, st.booleans(), st.booleans(), st.data())
 def test_any_batch_is_laid_out_as_the_model_lays_it_out(
     samples: list[list[Item]], left: bool, encodes_features: bool, data: st.DataObject
@@ -211,17 +211,9 @@ def test_a_batch_without_token_ids_has_no_view() -> None:
 def measure(model: nn.Module, inputs: dict[str, Any], directory: Path, hand_over: bool = False) -> MemoryBackend:
     backend = MemoryBackend()
     callback = StrategicTelemetry(["inputs", "outputs", "zero_shot"], 1, [backend])
-    event = (TrainingArguments(output_dir=str(directory), report_to=[], use_cpu=True), TrainerState(), TrainerControl())
-    callback.on_train_begin(*event, model=model)
-    callback.on_step_begin(*event)
-    if hand_over:
-        with torch.no_grad():
-            outputs = HiggsAudioModel.forward(model, **inputs)  # type: ignore[arg-type]
-    else:
-        outputs = model(**inputs)
-    event[1].global_step = 1
-    callback.on_step_end(*event, inputs=inputs, outputs=outputs)
-    callback.on_train_end(*event)
+    with Steps(model, [callback], directory) as run, run.taken() as handed, torch.set_grad_enabled(not hand_over):
+        outputs = HiggsAudioModel.forward(model, **inputs) if hand_over else model(**inputs)
+        handed.update(inputs=inputs, outputs=outputs)
     return backend
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.batches import Sample, Voices, every
 from torch import Tensor
-from voice_batches import Sample, Voices, every
 
 from telemetry.families import HiggsAudioV2Family, find_family
 from telemetry.families.speech import Prompt, Speaker

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.batches import IGNORED, Sample, Voices
 from torch import Tensor
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
-from voice_batches import IGNORED, Sample, Voices
 
 from telemetry.families import AudioView, BatchView, HiggsAudioV2Family
 
@@ -89,7 +89,7 @@ def build(voices: Voices, plan: list[tuple[str, int]], seed: int) -> Sample:
     return sample or voices.text("a")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     plans=st.lists(sample_plans(), min_size=1, max_size=4),
     left=st.booleans(),
@@ -111,7 +111,7 @@ def test_every_position_is_read_as_it_was_built(
     assert_partition(view)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_labels_and_codes_lie_where_the_model_scatters_them(
     read: Read, higgs_config: HiggsAudioV2Config, data: st.DataObject
@@ -163,7 +163,7 @@ def scattered_in_a_loop(frames: Tensor, mask: Tensor, is_audio: Tensor, fill: in
     return [[valid.pop(0) if bool(here) and valid else empty for here in row] for row in is_audio]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     placeholders=st.lists(st.integers(0, 6), min_size=1, max_size=3),
     frames=st.integers(0, 6),

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from swapped_samples import reference_codes, with_reference_of
+from support.batches import Position, Sample, Voices, reference_codes, with_reference_of
+from support.waiting import Watch
 from torch import Tensor
-from voice_batches import Position, Sample, Voices
-from waiting import Watch
 
 from telemetry.families import AudioView, HiggsAudioV2Family, find_family
 from telemetry.families.references import swap_references

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from voice_batches import Sample, Voices
+from support.batches import Sample, Voices
 
 from telemetry.families.chat import ChatFormat
 from telemetry.families.voice_prompt import CHECKS, ClipLayout, PromptClip, VoicePrompt, clips_of, violations
@@ -198,7 +198,7 @@ streams = st.integers(1, 4).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(codes=streams, where=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), token=st.integers(0, 11))
 def test_any_stream_is_accepted_and_any_one_id_of_a_wrong_kind_in_it_is_found(
     voices: Voices, codes: list[list[int]], where: tuple[int, int], token: int
@@ -213,7 +213,7 @@ def test_any_stream_is_accepted_and_any_one_id_of_a_wrong_kind_in_it_is_found(
     assert delay_fault(voices, stream) == expected
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(codes=streams.filter(lambda codes: len(codes) > 1), data=st.data())
 def test_a_codebook_that_is_not_shifted_by_its_number_is_found(
     voices: Voices, codes: list[list[int]], data: st.DataObject
@@ -255,7 +255,7 @@ def test_clips_end_where_the_next_begins_or_the_audio_does() -> None:
     assert clips_of(none, none, none, np.zeros((3, 1), dtype=int)) == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 50), max_size=40), st.data())
 def test_wild_ids_are_read_without_a_fault_of_the_reader(voices: Voices, ids: list[int], data: st.DataObject) -> None:
     """Whatever stands where: every rule gives an answer, and a sample without any turn is never compliant."""

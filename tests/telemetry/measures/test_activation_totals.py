@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.waiting import Watch
 from torch import Tensor
-from waiting import Watch
 
 from telemetry.measures import activations
 from telemetry.measures.activations import activation_totals, counted_squares, served_rows
@@ -25,7 +25,7 @@ def counted(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
 
 
 @pytest.mark.parametrize("limit", [1, 10**6])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=counted())
 def test_totals_as_by_loops(limit: int, case: tuple[list[list[float]], list[bool]]) -> None:
     rows, counts = case
@@ -55,7 +55,7 @@ def test_parts_merge_to_the_whole() -> None:
         assert combine(own) == getattr(whole, name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
 def test_rows_of_a_part_of_the_batch_are_found_in_their_order(positions: list[tuple[bool, bool]]) -> None:
     served, real = (torch.tensor([pair[at] for pair in positions])[None] for at in (0, 1))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.waiting import Watch
 from torch import Tensor
-from waiting import Watch
 
 from telemetry.measures import attention
 from telemetry.measures.attention import (
@@ -53,7 +53,7 @@ def sequences(draw: st.DrawFn) -> tuple[list[list[bool]], bool, int | None, list
     return real, draw(st.booleans()), draw(st.none() | st.integers(1, 4)), packed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sequences())
 def test_rules_as_flash_attention_applies_them(
     case: tuple[list[list[bool]], bool, int | None, list[int] | None],
@@ -148,7 +148,7 @@ def test_rows_as_by_loops(key_heads: int, cap: float | None, limit: int, monkeyp
 # The sample -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.text("trg ", min_size=9, max_size=9), min_size=1, max_size=3), st.integers(1, 12), st.integers(0, 99)
 )

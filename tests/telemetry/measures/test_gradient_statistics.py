@@ -53,7 +53,7 @@ def some_gradients(draw: st.DrawFn) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tensors=st.lists(some_gradients(), max_size=5))
 def test_equals_the_definition(way: str, tensors: list[Tensor]) -> None:
     assert_statistics(WAYS[way](tensors), tensors)
@@ -117,7 +117,6 @@ def test_autocast_and_gradients_are_kept_out() -> None:
 vectors = st.lists(st.floats(-9, 9, width=32), min_size=6, max_size=6)
 
 
-@settings(deadline=None)
 @given(vectors, vectors)
 def test_the_cosine_of_parts_is_that_of_the_whole(first: list[float], second: list[float]) -> None:
     def parts(values: list[float]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,7 +31,6 @@ def gradients(draw: st.DrawFn) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(draw(st.sampled_from(DTYPES))).reshape(shape)
 
 
-@settings(deadline=None)
 @given(st.lists(gradients(), max_size=6))
 def test_equals_the_definition(tensors: list[Tensor]) -> None:
     squares = squared_norms(tensors)

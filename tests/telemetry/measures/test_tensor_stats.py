@@ -55,7 +55,7 @@ def reference(tensor: Tensor) -> dict[str, float]:
     }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(tensors(), st.sampled_from([1, 3, 1000]))
 def test_equals_the_definitions_however_it_is_cut(tensor: Tensor, limit: int) -> None:
     with patch.object(tensor_stats, "piece_elements", lambda device: limit):
@@ -67,7 +67,6 @@ def test_equals_the_definitions_however_it_is_cut(tensor: Tensor, limit: int) ->
         assert float(value) == pytest.approx(expected, rel=1e-12, abs=1e-9), name
 
 
-@settings(deadline=None)
 @given(tensors(), st.integers(1, 10))
 def test_first_values_are_the_first(tensor: Tensor, n: int) -> None:
     first = first_values(tensor, n)

@@ -63,7 +63,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     return logits, torch.tensor(targets, dtype=torch.int64).reshape(shape), ignore_index
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(batches(), st.sampled_from([1, 5, 16, 1000]))
 @example((torch.zeros(2, 3), torch.tensor([0, 2]), -100), 1000)
 @example((torch.full((1, 3), -math.inf), torch.tensor([1]), -100), 1000)
@@ -224,7 +224,6 @@ def masked_values(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return values.reshape(shape), mask.reshape(shape)
 
 
-@settings(deadline=None)
 @given(masked_values())
 def test_masked_totals_equal_a_loop(batch: tuple[Tensor, Tensor]) -> None:
     values, mask = batch
@@ -248,7 +247,6 @@ def test_a_masked_nan_does_not_count() -> None:
     assert count.tolist() == [1, 2]
 
 
-@settings(deadline=None)
 @given(SHAPES, st.integers(0, 5), st.randoms(use_true_random=False))
 def test_histogram_equals_a_loop(shape: list[int], size: int, random: Any) -> None:
     count = math.prod(shape)

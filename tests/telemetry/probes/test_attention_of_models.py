@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import text_models
 import torch
-from forward_steps import AttentionSums, attention_of, real_kinds, text_batch, watched_step
-from slow_references import assert_same
+from support import models
+from support.attention import AttentionSums, attention_of, real_kinds
+from support.batches import Voices, text_batch
+from support.references import assert_same
+from support.steps import watched_step
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations import flash_attention
-from voice_batches import Voices
 
 EVERY = 600  # queries: more than there are positions, so that every one is looked at
 LAYERS = (0, 1)
@@ -57,14 +58,14 @@ def test_higgs_as_its_whole_attention(
     [*itertools.product(["llama", "qwen3", "mistral"], ["sdpa", "eager"]), ("gemma2", "eager")],
 )
 def test_text_models_as_their_whole_attention(kind: str, implementation: str, left: bool, tmp_path: Path) -> None:
-    model = text_models.make(kind, implementation)
+    model = models.make(kind, implementation)
     batches = [text_batch(11, 6, left=left), text_batch(9)]
     measured = watched_step(model, batches, tmp_path, layers=LAYERS, queries=EVERY).scalars("attention")
     assert_same(measured, expected(model, batches, [real_kinds(batch) for batch in batches], model.model.layers))
 
 
 def test_packed_sequences_do_not_see_each_other(tmp_path: Path) -> None:
-    model = text_models.make("mistral")
+    model = models.make("mistral")
     lengths = (5, 7, 3)
     ids = text_batch(sum(lengths))["input_ids"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -119,8 +120,8 @@ def as_flash(model: Any) -> Any:
 @pytest.mark.parametrize("left", [False, True], ids=["right padding", "left padding"])
 def test_flash_attention_as_the_eager_one(kind: str, left: bool, tmp_path: Path) -> None:
     batches = [text_batch(9, 6, left=left), text_batch(7)]
-    step = watched_step(as_flash(text_models.make(kind, "eager")), batches, tmp_path, layers=LAYERS, queries=EVERY)
-    eager = text_models.make(kind, "eager")
+    step = watched_step(as_flash(models.make(kind, "eager")), batches, tmp_path, layers=LAYERS, queries=EVERY)
+    eager = models.make(kind, "eager")
     kinds = [real_kinds(batch) for batch in batches]
     assert_same(step.scalars("attention"), expected(eager, batches, kinds, eager.model.layers), rel=1e-4)
 
@@ -135,9 +136,9 @@ def test_flash_attention_on_packed_sequences(told_by: str, tmp_path: Path) -> No
     if told_by == "lengths":
         ends = torch.tensor([0, 5, 12, 15], dtype=torch.int32)
         batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
-    model = as_flash(text_models.make("mistral"))
+    model = as_flash(models.make("mistral"))
     step = watched_step(model, [batch], tmp_path, layers=LAYERS, queries=EVERY)
-    eager = text_models.make("mistral", "eager")
+    eager = models.make("mistral", "eager")
     apart = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(lengths, dim=1)]
     of = expected(eager, apart, [real_kinds(part) for part in apart], eager.model.layers)
     assert_same(step.scalars("attention"), of, rel=1e-4)
@@ -148,7 +149,7 @@ class Unusual:
 
     @staticmethod
     def learned_sinks(_: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor], str]:
-        return text_models.make("gpt_oss", "eager"), text_batch(6), "learned sinks"
+        return models.make("gpt_oss", "eager"), text_batch(6), "learned sinks"
 
     @staticmethod
     def own_function(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor], str]:
@@ -157,13 +158,13 @@ class Unusual:
             return mean.expand(-1, -1, query.shape[2], -1).transpose(1, 2), None
 
         monkeypatch.setitem(AttentionInterface._global_mapping, "uniform", uniform)
-        model = text_models.make("llama")
+        model = models.make("llama")
         model.config._attn_implementation = "uniform"
         return model, text_batch(6), "not one that is known"
 
     @staticmethod
     def cache(_: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any], str]:
-        model = text_models.make("llama")
+        model = models.make("llama")
         batch = text_batch(6)
         with torch.no_grad():
             past = model(**batch, use_cache=True).past_key_values

@@ -6,13 +6,13 @@ import functools
 from typing import Any
 
 import pytest
-import text_models
 import torch
-from forward_steps import text_batch
+from support import models
+from support.batches import text_batch
+from support.steps import open_watch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
-from watching import open_watch
 
 from telemetry.families import find_family
 from telemetry.probes.activations import watch_networks
@@ -39,7 +39,7 @@ def gradients(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_it_sees_what_the_kernel_is_given(implementation: str) -> None:
-    model, calls = text_models.make("llama", implementation), []
+    model, calls = models.make("llama", implementation), []
     probe = probed(model, calls)
     model(**text_batch(7, 5))
     probe.close()
@@ -50,7 +50,7 @@ def test_it_sees_what_the_kernel_is_given(implementation: str) -> None:
 
 
 def test_it_is_there_while_the_model_runs_and_not_after() -> None:
-    model, calls = text_models.make("llama"), []
+    model, calls = models.make("llama"), []
     probe = probed(model, calls)
     assert AttentionInterface.get_interface is ORIGINAL
     inside = []
@@ -68,7 +68,7 @@ def test_it_is_there_while_the_model_runs_and_not_after() -> None:
 
 
 def test_it_is_gone_when_the_forward_pass_raises() -> None:
-    model, calls = text_models.make("llama"), []
+    model, calls = models.make("llama"), []
     probe = probed(model, calls)
 
     def fail(*_: Any) -> None:
@@ -83,7 +83,7 @@ def test_it_is_gone_when_the_forward_pass_raises() -> None:
 
 
 def test_two_models_at_once_and_a_third_that_nobody_watches() -> None:
-    outer, inner, other = (text_models.make(kind) for kind in ("llama", "qwen3", "mistral"))
+    outer, inner, other = (models.make(kind) for kind in ("llama", "qwen3", "mistral"))
     seen: tuple[list[AttentionCall], list[AttentionCall]] = ([], [])
     probes = [probed(model, calls) for model, calls in zip((outer, inner), seen, strict=True)]
 
@@ -108,7 +108,7 @@ def test_a_result_goes_on_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "own", kernel)
-    model, calls = text_models.make("llama"), []
+    model, calls = models.make("llama"), []
     model.config._attn_implementation = "own"
     received = []
     attention = model.model.layers[0].self_attn
@@ -146,7 +146,7 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 def test_gradient_checkpointing_counts_once_and_gives_the_same_bits(way: str) -> None:
     results = []
     for watched in (False, True):
-        model = text_models.make("llama", "eager")
+        model = models.make("llama", "eager")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[way])
         model.train()
         calls: list[AttentionCall] = []

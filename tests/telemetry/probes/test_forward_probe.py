@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from slow_references import Outputs
-from text_training import hooks_of
+from support.batches import Voices
+from support.references import Outputs, differing
+from support.steps import gradients_of, hooks_of, open_watch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from voice_batches import Voices
-from watching import open_watch
 
 from telemetry.families import Absent, CausalLMFamily, Family, HiggsAudioV2Family, Seen, Stream
 from telemetry.families.base import NO_LABELS, NO_LOGITS
@@ -147,8 +146,8 @@ def test_watching_changes_no_gradient(higgs: Any, voices: Voices, attach: Any) -
         higgs(**inputs).loss.backward()
         if watch is not None:
             watch.close()
-        found.append({name: parameter.grad.clone() for name, parameter in higgs.named_parameters()})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        found.append(gradients_of(higgs))
+    assert differing(*found) == []
 
 
 # -- what a pass gives ------------------------------------------------------------------------------------------------

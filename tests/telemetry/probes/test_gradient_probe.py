@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from slow_references import HIGGS_GROUPS, group_of
+from support.batches import Voices
+from support.references import HIGGS_GROUPS, group_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from voice_batches import Voices
 
 from telemetry.families import HiggsAudioV2Family
 from telemetry.probes.gradients import (

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.batches import Voices
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from voice_batches import Voices
 
 from telemetry.probes.quiet import set_aside
 

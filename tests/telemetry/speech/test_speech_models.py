@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_checkpoints import RATE, save_speaker_encoder, save_transcriber
+from support.small_checkpoints import RATE, save_speaker_encoder, save_transcriber
 from transformers import AutoFeatureExtractor, Wav2Vec2ForCTC, WavLMForXVector
 
 from telemetry.speech.base import SpeakerEncoder, Transcriber

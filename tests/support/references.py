@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
-from voice_batches import IGNORED, Position, Sample, every
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Record, Scalar
+
+from .batches import IGNORED, Position, Sample, every
 
 OWN_SECTIONS = ("telemetry", "health")
 
@@ -208,6 +210,12 @@ def clips_of(samples: Iterable[Sample]) -> list[list[Position]]:
         if position.codes is not None:
             clips[-1].append(position)
     return clips
+
+
+def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is not the same value by value; both have the same names."""
+    assert ours.keys() == theirs.keys()
+    return [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
 
 
 def measured_records(backend: MemoryBackend) -> dict[str, list[tuple[int, Record]]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
-from wandb_stand_in.graphql import Answers, operation
-from wandb_stand_in.state import Entry, Journal
+from .graphql import Answers, operation
+from .state import Entry, Journal
 
 ASYNC_CLIENT = "X-WANDB-ASYNC-CLIENT-ID"
 DROPPED = 0

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
-from voice_batches import Sample, Voices
+from transformers import TrainerCallback
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 from telemetry.records import Audio, Table
-from trainer.higgs_trainer import HiggsAudioTrainer
+
+from . import steps
+from .batches import Sample, Voices
 
 RATE = 1000
 FRAME = 40  # samples
@@ -39,14 +40,15 @@ class ToneCodec(nn.Module):
 
 
 @dataclass(frozen=True)
-class Tone:
-    """A waveform of the data set."""
+class Waveform:
+    """What metadata says of a clip."""
 
     samples: np.ndarray
     sampling_rate: int = RATE
 
     @property
     def seconds(self) -> float:
+        """Its length."""
         return len(self.samples) / self.sampling_rate
 
 
@@ -86,7 +88,7 @@ def rows(voices: Voices, count: int, waveforms: bool = True) -> list[Row]:
     made = []
     for index in range(count):
         lengths = 3 + index % 3, 4 + index % 4
-        tones = [Tone(np.sin(np.arange(length * FRAME) * (1 + index)).astype(np.float32) / 2) for length in lengths]
+        tones = [Waveform(np.sin(np.arange(length * FRAME) * (1 + index)).astype(np.float32) / 2) for length in lengths]
         metadata: dict[str, Any] = {
             "sample_id": f"sample {index}/é",
             "speaker": f"speaker {index % 2}",
@@ -125,31 +127,19 @@ def make_trainer(
     evaluation: Any = None,
     codec: Any = None,
     **arguments: Any,
-) -> HiggsAudioTrainer:
+) -> Any:
     """One step, an evaluation before and after, on the CPU."""
-    quiet: dict[str, Any] = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "label_names": ["labels", "audio_labels"],
-    }
-    return HiggsAudioTrainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(directory), **{**quiet, **arguments}),
-        data_collator=Collator(voices),
-        train_dataset=rows(voices, 6),
+    quiet = {"max_steps": 1, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    quiet |= {"eval_strategy": "steps", "eval_steps": 1}
+    return steps.make_trainer(
+        model,
+        rows(voices, 6),
+        Collator(voices),
+        directory,
+        callbacks,
         eval_dataset=rows(voices, 5) if evaluation is None else evaluation,
         processing_class=Processor(voices.tokenizer, ToneCodec() if codec is None else codec),
-        callbacks=list(callbacks),
+        **{**quiet, **arguments},
     )
 
 

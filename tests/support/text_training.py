@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from slow_references import LLAMA_GROUPS, Outputs, gradient_values, tensor_values, update_values
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
+
+from .references import LLAMA_GROUPS, Outputs, gradient_values, tensor_values, update_values
+from .steps import Snapshots, quiet_arguments
 
 IGNORED = -100
 LENGTHS = (5, 9, 3, 7, 4, 8, 6, 2, 9, 3, 5, 7)
@@ -42,16 +43,6 @@ class Collator:
         }
         self.made.append({name: tensor.clone() for name, tensor in batch.items()})
         return batch
-
-
-class Snapshots(TrainerCallback):
-    """Keeps a copy of the model as it is when each step begins."""
-
-    def __init__(self) -> None:
-        self.models: dict[int, Any] = {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.models[state.global_step + 1] = copy.deepcopy(model)
 
 
 @dataclass
@@ -87,20 +78,10 @@ def training(
 ) -> Training:
     """A Trainer with everything of its own at its defaults, callbacks added by ``add_callback``."""
     collator, snapshots = Collator(), Snapshots()
-    given = {"max_grad_norm": 0.0, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no"} | arguments
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation, "max_steps": steps}
     trainer = kind(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(directory),
-            max_steps=steps,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulation,
-            learning_rate=0.01,
-            report_to=[],
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            **given,
-        ),
+        args=quiet_arguments(directory, **{"learning_rate": 0.01, "max_grad_norm": 0.0, **sizes, **arguments}),
         data_collator=collator,
         train_dataset=examples(),
         eval_dataset=examples(3),
@@ -109,11 +90,6 @@ def training(
     for callback in callbacks:
         trainer.add_callback(callback)
     return Training(trainer, collator, snapshots, accumulation)
-
-
-def hooks_of(model: torch.nn.Module) -> int:
-    """Forward hooks on any of a model's modules."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def _input_values(batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One watched step of any model, and what its attention does in it, worked out position by position."""
+"""What a model's attention does in a step, worked out position by position."""
 
 from __future__ import annotations
 
@@ -6,57 +6,14 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
-from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.questions import SharedAttentionLoggerCallback
 
 KINDS = ("text", "reference", "target")
 Kinds = Sequence[Sequence[str]]
-
-
-@dataclass
-class Step:
-    """What a step gave and what telemetry showed of it."""
-
-    backend: MemoryBackend
-    losses: list[float] = field(default_factory=list)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-    def scalars(self, section: str) -> dict[str, float]:
-        """Tag → value of the one step."""
-        tags = [tag for tag in self.backend.tags() if tag.startswith(f"{section}/")]
-        return {tag: value for tag in tags for value in self.backend.scalars(tag).values()}
-
-
-def watched_step(
-    model: Any, batches: Sequence[Mapping[str, Any]], directory: Path, watch: bool = True, step: int = 1, **options: Any
-) -> Step:
-    """Forward and backward of some microbatches as one due step; a forward pass that raises is gone on from."""
-    result = Step(MemoryBackend())
-    callback = SharedAttentionLoggerCallback(1, [result.backend], **options)
-    arguments = TrainingArguments(output_dir=str(directory), report_to=[], use_cpu=True)
-    event: Any = (arguments, TrainerState(global_step=step - 1), TrainerControl())
-    if watch:
-        callback.on_train_begin(*event, model=model)
-        callback.on_step_begin(*event)
-    model.zero_grad()
-    for batch in batches:
-        loss = model(**batch).logits.float().square().mean()
-        loss.backward()
-        result.losses.append(loss.item())
-    result.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    event[1].global_step = step
-    if watch:
-        callback.on_step_end(*event)
-        callback.on_train_end(*event)
-    return result
 
 
 @dataclass
@@ -172,14 +129,3 @@ def _mean(values: Sequence[float]) -> float:
 def real_kinds(batch: Mapping[str, Tensor]) -> list[list[str]]:
     """Kinds of a batch of text."""
     return [["text" if real else "padding" for real in row] for row in batch["attention_mask"].tolist()]
-
-
-def text_batch(*lengths: int, left: bool = False) -> dict[str, Tensor]:
-    """Sequences of token ids, padded to the longest."""
-    most = max(lengths)
-    ids, mask = [], []
-    for row, length in enumerate(lengths):
-        real, fill = [1 + (7 * row + 5 * at) % 27 for at in range(length)], [0] * (most - length)
-        ids.append([*fill, *real] if left else [*real, *fill])
-        mask.append([*fill, *[1] * length] if left else [*[1] * length, *fill])
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

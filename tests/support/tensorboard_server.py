@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from .programs import wait_until
+
 LOADERS: dict[str, list[str]] = {
     "rust": ["--load_fast=true", "--reload_interval=1"],
     "python": ["--load_fast=false", "--reload_task=blocking", "--reload_interval=0"],
@@ -50,16 +52,9 @@ class Server:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return json.loads(answer.read())
 
-    def wait_for(self, ready: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    def wait_for(self, ready: Callable[[], bool]) -> None:
         """Ask again until ``ready`` holds: the data server reads files when it gets to it."""
-        deadline = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(urllib.error.HTTPError, KeyError):
-                if ready():
-                    return
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the server at {self.url} never showed what was written")
-            time.sleep(0.1)
+        wait_until(ready, PATIENCE, (urllib.error.HTTPError, KeyError))
 
     def runs(self) -> list[str]:
         return sorted(self.json("runs"))

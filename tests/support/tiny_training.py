@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trainer  # noqa: F401  # makes an installed torchaudio importable before transformers imports it
-
-# isort: split
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
+
+from . import models
+from .steps import quiet_arguments
 
 VOCABULARY = 13
+# With dropout, so that a disturbed random state shows.
+SHAPE = {**models.SMALLER, "num_hidden_layers": 1, "vocab_size": VOCABULARY, "attention_dropout": 0.1}
 RESULT = "result.pt"
 PROGRESS = "progress.txt"
 OVER = "over"
@@ -80,23 +82,6 @@ def progress(directory: Path) -> dict[int, float]:
     return {int(step): float(ended) for step, ended in map(str.split, lines)}
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """The same weights every time; dropout, so that a disturbed random state shows."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        attention_dropout=0.1,
-        pad_token_id=0,
-    )
-    torch.manual_seed(5)
-    return LlamaForCausalLM(config)
-
-
 def rows(count: int = 64, length: int = 6) -> list[dict[str, Tensor]]:
     """Samples that differ."""
     ids = [[1 + (5 * row + 3 * at + row // 7) % (VOCABULARY - 1) for at in range(length)] for row in range(count)]
@@ -112,22 +97,10 @@ def train(
     **arguments: Any,
 ) -> Outcome:
     """Train the tiny model; how it went is kept in the directory too. An error is raised again."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    given: dict[str, Any] = {"logging_steps": 1, "per_device_train_batch_size": 2} | arguments
+    given = {"per_device_train_batch_size": 2, **arguments}
     made = Trainer(
-        model=tiny_llama(),
-        args=TrainingArguments(
-            output_dir=str(directory / "output"),
-            max_steps=steps,
-            learning_rate=0.01,
-            disable_tqdm=True,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            **given,
-        ),
+        model=models.make("llama", **SHAPE),
+        args=quiet_arguments(directory / "output", max_steps=steps, learning_rate=0.01, **given),
         train_dataset=rows() if dataset is None else dataset,  # type: ignore[arg-type]
         data_collator=collator,
         callbacks=list(callbacks),
@@ -139,7 +112,6 @@ def train(
         error = f"{type(raised).__name__}: {raised}"
         raise
     finally:
-        torch.set_num_threads(threads)
         outcome = _outcome(made, error)
         if made.is_world_process_zero():
             torch.save(outcome, directory / RESULT)

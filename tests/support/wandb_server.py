@@ -1,8 +1,8 @@
 """A stand-in for the W&B server: the real client runs against it, and tests read what reached it.
 
 It is a process of its own, so that it can be killed and come back with what its journal holds, and so that it takes
-nothing from the program that is measured: ``python tests/wandb_server.py --port 0 --journal DIRECTORY``.
-See ``tests/wandb_stand_in/README.md``.
+nothing from the program that is measured: ``python -m support.wandb_server --port 0 --journal DIRECTORY``.
+See ``wandb_stand_in/README.md``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wandb_stand_in.serving import Fault, listen
-from wandb_stand_in.state import Alert, Artifact, Journal, Run, State, Table, View
+from .programs import wait_until
+from .wandb_stand_in.serving import Fault, listen
+from .wandb_stand_in.state import Alert, Artifact, Journal, Run, State, Table, View
 
 __all__ = ["API_KEY", "Alert", "Artifact", "Fault", "Run", "Server", "State", "Table", "View", "serve"]
 
@@ -38,7 +38,7 @@ class Server:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.journal = Journal(directory / "journal")
+        self.journal = Journal(directory.absolute() / "journal")
         self.journal.directory.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
@@ -58,9 +58,10 @@ class Server:
 
     def start(self) -> None:
         """Start it, on the port that it had before if it had one. Returns when it answers."""
-        command = [sys.executable, str(Path(__file__)), "--port", str(self._port), "--until-stdin-closes"]
+        command = [sys.executable, "-m", "support.wandb_server", "--port", str(self._port), "--until-stdin-closes"]
         self._process = subprocess.Popen(
             [*command, "--journal", str(self.journal.directory)],
+            cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends
             stdout=subprocess.PIPE,
             text=True,
@@ -119,20 +120,9 @@ class Server:
         return self.journal.find(*secrets)
 
     def wait_for(self, ready: Callable[[State], Any], seconds: float = PATIENCE) -> State:
-        """Read again until ``ready`` holds, taking a run that is not there yet as not ready.
-
-        Raises:
-            TimeoutError: when it does not in time.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            state = self.state()
-            with contextlib.suppress(KeyError):
-                if ready(state):
-                    return state
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"it never reached the stand-in in {self.journal.directory}")
-            time.sleep(0.05)
+        """Read again until ``ready`` holds, taking a run that is not there yet as not ready."""
+        wait_until(lambda: ready(self.state()), seconds, KeyError)
+        return self.state()
 
 
 def client_environment(url: str, directory: Path, **settings: str) -> dict[str, str]:

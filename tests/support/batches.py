@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,3 +125,41 @@ class Voices:
 def every(samples: Iterable[Sample]) -> list[Position]:
     """All positions of some samples."""
     return [position for sample in samples for position in sample]
+
+
+def reference_codes(sample: Sample, config: HiggsAudioV2Config) -> list[list[int]]:
+    """By codebook, without delay, begin and end."""
+    special = (config.audio_stream_bos_id, config.audio_stream_eos_id)
+    return [
+        [p.codes[k] for p in sample if p.kind == "reference" and p.codes is not None and p.codes[k] not in special]
+        for k in range(config.num_codebooks)
+    ]
+
+
+def with_reference_of(sample: Sample, other: Sample, config: HiggsAudioV2Config) -> Sample:
+    """Of a sample with one clip: what codebook ``k`` has at frame ``f`` is the other's code ``f - 1 - k``, repeated."""
+    given = reference_codes(other, config)
+    changed: Sample = []
+    frame = 0
+    for position in sample:
+        if position.kind != "reference" or position.codes is None:
+            changed.append(position)
+            continue
+        frame = 0 if position.begins else frame + 1
+        codes = list(position.codes)
+        for k, code in enumerate(codes):
+            if code not in (config.audio_stream_bos_id, config.audio_stream_eos_id):
+                codes[k] = given[k][(frame - 1 - k) % len(given[k])]
+        changed.append(replace(position, codes=tuple(codes)))
+    return changed
+
+
+def text_batch(*lengths: int, left: bool = False) -> dict[str, Tensor]:
+    """Sequences of token ids, padded to the longest."""
+    most = max(lengths)
+    ids, mask = [], []
+    for row, length in enumerate(lengths):
+        real, fill = [1 + (7 * row + 5 * at) % 27 for at in range(length)], [0] * (most - length)
+        ids.append([*fill, *real] if left else [*real, *fill])
+        mask.append([*fill, *[1] * length] if left else [*[1] * length, *fill])
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from wandb_stand_in.state import ENTITY, EVENTS, HISTORY, OUTPUT, Artifact, Entry, Run, State
+from .state import ENTITY, EVENTS, HISTORY, OUTPUT, Artifact, Entry, Run, State
 
 Variables = dict[str, Any]
 Apply = Callable[[Entry], Any]
