@@ -229,8 +229,8 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def hooks_of(model: nn.Module) -> int:
-    """Forward hooks on any of a model's modules."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    """Hooks on any of a model's modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
 def open_watch(model: nn.Module) -> Watch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 # Each of them makes the host wait for the device, to read a value or to learn the shape of a result.
 WAITING = {
     "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "is_nonzero", "equal", "_unique2",
-    "unique_dim", "unique_consecutive", "bincount", "repeat_interleave",
+    "unique_dim", "unique_consecutive", "bincount", "repeat_interleave", "histc",
 }  # fmt: skip
 
 
@@ -25,10 +25,18 @@ READING = ("tolist", "numpy", "cpu", "__array__")
 
 
 class Watch(TorchDispatchMode):
-    """Notes every operation of the thread that enters it, and which of them wait."""
+    """Notes every operation of the thread that enters it, and which of them wait.
 
-    def __init__(self) -> None:
+    Attributes:
+        operations: by name.
+        waits: those of them that wait, and what reads a tensor without one.
+        largest: how many values the largest result holds that is no view of ``inputs``.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self.largest = 0
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         self.operations: list[str] = []
         self.waits: list[str] = []
         self._patches = ExitStack()
@@ -72,4 +80,8 @@ class Watch(TorchDispatchMode):
         )
         if name in WAITING or masked:
             self.waits.append(name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self._given:
+                self.largest = max(self.largest, leaf.numel())
+        return result

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from one_step import TrainerFactory
-from torch import Tensor, nn
+from support.steps import hooks_of
+from torch import Tensor
 from transformers import (
     HiggsAudioV2ForConditionalGeneration,
     LlamaConfig,
@@ -205,12 +206,9 @@ def test_a_resumed_run_with_telemetry_equals_one_that_was_never_interrupted(
 def test_telemetry_leaves_no_hook_behind(
     tiny_model: Model, demo_dataset: VoiceCloningDataset, train: TrainerFactory
 ) -> None:
-    def hooks(model: nn.Module) -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-
-    before = hooks(tiny_model)
+    before = hooks_of(tiny_model)
     train(tiny_model, demo_dataset, [telemetry(every=2)], max_steps=3).train()
-    assert hooks(tiny_model) == before
+    assert hooks_of(tiny_model) == before
 
 
 # (c) gradients
