@@ -67,6 +67,8 @@ def tag_regex(tag: str) -> str:
 def _part(part: str) -> str:
     if part.startswith("{"):
         return "(?:" + "|".join(tag_regex(choice) for choice in part[1:-1].split(",")) + ")"
+    if part == "<set>":  # of evaluation data, beside which the codebooks of the only one stand
+        return "(?!codebook_[0-9]+/)[^/]+"
     if part.startswith("<"):
         return "[0-9]+" if len(part) == 3 else "[^/]+"  # <k>, <l>, <i> are indices; <name>, <group> are names
     return re.escape(part)
@@ -515,23 +517,24 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     *_all(
         Entry(
-            "zero_shot/conditioning/{gain,eval/gain}",
+            "zero_shot/conditioning/{gain,eval/gain,eval/<set>/gain}",
             "Audio loss with another speaker's reference from the batch minus loss with its own, over all "
             "codebooks' supervised codes. Near 0: the reference is ignored.",
             better="higher",
         ),
         Entry(
-            "zero_shot/conditioning/{gain_without,eval/gain_without}",
+            "zero_shot/conditioning/{gain_without,eval/gain_without,eval/<set>/gain_without}",
             "Audio loss with the reference hidden from attention minus loss with it. Near 0: the reference is ignored.",
             better="higher",
         ),
         Entry(
-            "zero_shot/conditioning/{codebook_<k>/gain,eval/codebook_<k>/gain}",
+            "zero_shot/conditioning/{codebook_<k>/gain,eval/codebook_<k>/gain,eval/<set>/codebook_<k>/gain}",
             "One codebook's loss with another speaker's reference minus loss with its own.",
             better="higher",
         ),
         Entry(
-            "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none}",
+            "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none,"
+            "eval/<set>/loss_own,eval/<set>/loss_swapped,eval/<set>/loss_none}",
             "Audio loss in eval mode with its own reference, with another speaker's, and with none.",
         ),
         unit="nats per audio token",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import weakref
 from collections import Counter
@@ -20,7 +21,7 @@ from telemetry.delivery.reduction import RankGather
 from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor
 from telemetry.instruments.base import Instrument, Step
-from telemetry.probes.batches import EvaluationBatches
+from telemetry.probes.batches import EvaluationBatches, is_stream
 from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LOGGING_STEPS = 100
 EPOCH = "train/epoch"
+STREAM = "they are a stream, which may be there to be read once: no clips, and no conditioning gain of them"
 NO_FAMILY = (
     "telemetry knows no family for this model: it shows tensors, gradients and the model's own loss, and no tokens"
 )
@@ -68,6 +70,10 @@ class Door:
         self.instruments = [*instruments]
         self._session: Session | None = None
         self._gradients_seen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy (for another process, say) watches nothing until a training of its own begins."""
+        return vars(self) | {"_session": None}
 
     def is_due(self, step: int) -> bool:
         """Return whether an optimizer step, counted from 1 as after its update, is measured."""
@@ -219,8 +225,9 @@ class Session:
             return
         self._end()
         if number == 1 and not self._evaluated:  # with eval_on_start the Trainer has evaluated already
-            for one in self._doors:
-                self.evaluation(one, 0, evaluation_batches)
+            several = evaluation_batches if isinstance(evaluation_batches, Mapping) else {"": evaluation_batches}
+            for one, (of, batches) in itertools.product(self._doors, several.items()):
+                self.evaluation(one, 0, batches, of)
         with self._isolated("beginning a step"):
             recorder = self.recorder
             self._clock = StepClock()
@@ -274,18 +281,28 @@ class Session:
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
-    def evaluation(self, door: Door, number: int, batches: Any) -> None:
+    def evaluation(self, door: Door, number: int, batches: Any, of: str = "") -> None:
         """Let a door's instruments look at evaluation batches, and write what they record.
 
-        An evaluation inside of a due step is left alone: the step goes on.
+        An evaluation inside of a due step is left alone: the step goes on. So are streams: what can be read once is the
+        evaluation's own.
+
+        Args:
+            door: whose instruments look.
+            number: the optimizer step.
+            batches: a data loader; None where there is none.
+            of: the name of the set, where there are several.
         """
         looking = [one for one in door.instruments if type(one).evaluation is not Instrument.evaluation and one.every]
         if batches is None or not looking or self._step is not None:
             return
         self._evaluated = True
         with self._isolated("watching an evaluation"):
+            if is_stream(batches):
+                self.recorder.absent("evaluation batches", STREAM)
+                return
             self.recorder.discard()
-            step = self._make_step(number)
+            step = self._make_step(number, of)
             seen: Iterable[Mapping[str, Any]] = EvaluationBatches(batches, self.setting.device)
             for instrument in looking:
                 self._guard(instrument, instrument.evaluation, step, seen)
@@ -365,7 +382,7 @@ class Session:
         self._step = self._leader = None
         self._due = []
 
-    def _make_step(self, number: int) -> Step:
+    def _make_step(self, number: int, evaluation_set: str = "") -> Step:
         setting = self.setting
         return Step(
             number=number,
@@ -382,6 +399,7 @@ class Session:
             autocast=setting.autocast,
             progress=setting.progress,
             world_size=setting.world_size,
+            evaluation_set=evaluation_set,
             tokens_across_ranks=setting.tokens_across_ranks,
         )
 

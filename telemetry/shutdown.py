@@ -23,6 +23,7 @@ class Closable(Protocol):
 
 _open: set[Closable] = set()
 _lock = threading.Lock()
+_ending = threading.Lock()
 _installed = False
 _wakeup = -1
 _held = threading.local()
@@ -90,9 +91,8 @@ def _watch_sigterm() -> None:
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    """The thread that reads the pipe ends the process, unless a later handler of the program's has called this one."""
-    if signal.getsignal(signal.SIGTERM) is not _on_sigterm:
-        threading.Thread(target=_close_and_end, name="telemetry-sigterm", daemon=True).start()
+    """The thread that reads the pipe ends the process sooner, where nobody has taken the pipe (asyncio does)."""
+    threading.Thread(target=_close_and_end, name="telemetry-sigterm", daemon=True).start()
 
 
 def _wait_for_sigterm(reader: int) -> None:
@@ -102,6 +102,8 @@ def _wait_for_sigterm(reader: int) -> None:
 
 
 def _close_and_end() -> None:
+    if not _ending.acquire(blocking=False):
+        return
     with contextlib.suppress(Exception):
         _close_all(TERMINATE_SECONDS)
     # Python sets dispositions on the main thread only; C does so on any.

@@ -69,7 +69,9 @@ class HiggsAudioTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The Trainer's own; callbacks may look at evaluation batches from the beginning of training."""
         if self.eval_dataset is not None and self.args.eval_strategy != "no":
-            self.callback_handler.eval_dataloader = self.get_eval_dataloader()
+            sets = self.eval_dataset  # named, where there are several
+            several = {name: self.get_eval_dataloader(name) for name in sets} if isinstance(sets, Mapping) else None
+            self.callback_handler.eval_dataloader = cast(Any, several or self.get_eval_dataloader())
         return super().train(*args, **kwargs)
 
     def training_step(

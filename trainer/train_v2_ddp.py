@@ -37,9 +37,9 @@ logger = logging.getLogger("trainer.train_v2_ddp")
 def main(argv: Sequence[str] | None = None) -> None:
     """Train. Faults in arguments, data or checkpoints end the program before the first step, with one message."""
     try:
-        script, training = parse_arguments(argv)
+        arguments = script, training = parse_arguments(argv)
         set_up_logging(script)
-        trainer = build_trainer(script, training)
+        trainer = build_trainer(arguments)
         resume = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -64,12 +64,13 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def build_trainer(script: ScriptArguments, training: FineTuningArguments) -> HiggsAudioTrainer:
+def build_trainer(arguments: tuple[ScriptArguments, FineTuningArguments]) -> HiggsAudioTrainer:
     """Everything that training needs, checked.
 
     Raises:
         ValueError: names the argument or file, what is wrong with it and what to do.
     """
+    script, training = arguments
     set_seed(training.seed)
     processor = load_processor(script.model_path, script.audio_tokenizer_path, training.device)
     train_samples, eval_samples = load_data(script, training.seed)

@@ -8,9 +8,12 @@ from typing import Any
 
 from telemetry.backends.base import Backend
 from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.instruments.attention import DEFAULT_QUERIES
+from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS
 from telemetry.instruments.questions import choose
 from telemetry.session import DEFAULT_LOGGING_STEPS
 from telemetry.sound import SoundPolicy
+from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
 class InputLoggerCallback(StrategicCallback):
@@ -28,21 +31,52 @@ class OutputLoggerCallback(StrategicCallback):
 class SharedAttentionLoggerCallback(StrategicCallback):
     """Shared attention: do text and audio look at each other, and does every part learn?
 
-    Everything under ``attention/``, ``activations/`` and ``gradients/``. Takes ``layers``, ``queries`` and
-    ``text_audio_cosine`` too: see :func:`telemetry.instruments.questions.shared_attention`.
+    Everything under ``attention/``, ``activations/`` and ``gradients/``. See
+    :func:`telemetry.instruments.questions.shared_attention`.
     """
 
     question = "shared_attention"
+
+    def __init__(
+        self,
+        *args: Any,
+        layers: Sequence[int] | None = None,
+        queries: int = DEFAULT_QUERIES,
+        text_audio_cosine: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, layers=layers, queries=queries, text_audio_cosine=text_audio_cosine, **kwargs)
 
 
 class ZeroShotVerificationLoggerCallback(StrategicCallback):
     """Zero-shot: is every sample a well-formed voice-cloning prompt, and does the model use the reference voice?
 
-    Everything under ``zero_shot/``. Takes ``conditioning_every``, ``clips``, ``speaker_encoder``, ``transcriber``,
-    ``max_new_tokens`` and ``clips_max_seconds`` too: see :func:`telemetry.instruments.questions.zero_shot`.
+    Everything under ``zero_shot/``. See :func:`telemetry.instruments.questions.zero_shot`.
     """
 
     question = "zero_shot"
+
+    def __init__(
+        self,
+        *args: Any,
+        conditioning_every: int = 5,
+        clips: int = DEFAULT_CLIPS,
+        speaker_encoder: SpeakerEncoder | str | None = None,
+        transcriber: Transcriber | str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        clips_max_seconds: float = MAX_SECONDS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            conditioning_every=conditioning_every,
+            clips=clips,
+            speaker_encoder=speaker_encoder,
+            transcriber=transcriber,
+            max_new_tokens=max_new_tokens,
+            clips_max_seconds=clips_max_seconds,
+            **kwargs,
+        )
 
 
 COMPONENTS: dict[str, type[StrategicCallback]] = {
@@ -75,3 +109,8 @@ class StrategicTelemetry(StrategicCallback):
         sound: SoundPolicy | None = None,
     ) -> None:
         super().__init__(logging_steps, backends, logging_dir, sound, choose(components, options))
+
+    @property
+    def members(self) -> Sequence[StrategicCallback]:
+        """The callbacks that watch: this one, for all of its questions."""
+        return (self,)

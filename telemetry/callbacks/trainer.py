@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Door, Session
 from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class StrategicCallback(Door, TrainerCallback):
         **options: Any,
     ) -> None:
         super().__init__(logging_steps, backends, logging_dir, sound, instruments)
+        self._said_outside = False
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
         if self.question:
@@ -186,7 +190,9 @@ class StrategicCallback(Door, TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._session is not None and logs:
+        if self._session is None:
+            self._outside_of_training()
+        elif logs:
             self._session.log(state.global_step, logs)
 
     def on_evaluate(
@@ -195,15 +201,23 @@ class StrategicCallback(Door, TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         eval_dataloader: Any = None,
+        metrics: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._session is not None:
-            self._session.evaluation(self, state.global_step, eval_dataloader)
+        if self._session is None:
+            self._outside_of_training()
+        else:
+            self._session.evaluation(self, state.global_step, eval_dataloader, _evaluation_set(metrics or {}))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._leave()
+
+    def _outside_of_training(self) -> None:
+        if not self._said_outside:
+            self._said_outside = True
+            logger.info("what the Trainer logs and evaluates outside of train() is not recorded")
 
     def _join(
         self,
@@ -296,6 +310,12 @@ class _Overridden(Instrument):
 
     def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
         self._callback.observe_evaluation(batches)
+
+
+def _evaluation_set(metrics: Mapping[str, Any]) -> str:
+    """The name of the set that was evaluated on, by the Trainer's metrics of it: ``eval_<name>_runtime``."""
+    prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
+    return "" if prefix == "eval" else prefix.removeprefix("eval_")
 
 
 def _setting(

@@ -42,6 +42,7 @@ class Step:
         output_dir: where the run keeps its files.
         autocast: the precision that training computes in by autocast; None where it does not use it.
         progress: whether progress bars are wanted.
+        evaluation_set: the name of the set that is evaluated on, where there are several.
         world_size: number of ranks.
         tokens_across_ranks: whether the trainer divides its loss by the tokens of all ranks, where it counts them.
     """
@@ -60,6 +61,7 @@ class Step:
     autocast: torch.dtype | None = None
     progress: bool = True
     world_size: int = 1
+    evaluation_set: str = ""
     tokens_across_ranks: bool = True
 
     @property

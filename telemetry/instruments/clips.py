@@ -120,6 +120,10 @@ class ClipInstrument(Instrument):
             lambda name, reason: recorder.say_once(f"clip:{name}", "zero_shot/%s of a clip: %s", name, reason),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows of no run yet."""
+        return vars(self) | {"_run": None}
+
     def _forget(self) -> None:
         self._run: weakref.ref[Recorder] | None = None
         self._samples: list[_Sample] | None = None

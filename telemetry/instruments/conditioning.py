@@ -73,7 +73,8 @@ class ConditioningInstrument(LastMicrobatchInstrument):
     def evaluation(self, step: Step, batches: Iterable[Mapping[str, Any]]) -> None:
         """Measure the first evaluation batch."""
         with set_aside(step.model):  # around the reading too, which takes random numbers
-            self._measure(step, EVALUATION, lambda: _first(step, batches))
+            section = f"{EVALUATION}/{step.evaluation_set}" if step.evaluation_set else EVALUATION
+            self._measure(step, section, lambda: _first(step, batches))
 
     def _measure(self, step: Step, section: str, take: Callable[[], Microbatch | None]) -> None:
         """Go from forward pass to forward pass, each together with all ranks that it needs."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 
 class EvaluationBatches:
@@ -37,6 +38,13 @@ class EvaluationBatches:
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def is_stream(loader: Any) -> bool:
+    """Whether what a loader reads may be there to be read once: it is an iterator, or reads an ``IterableDataset``."""
+    beneath = getattr(loader, "base_dataloader", loader)
+    data = getattr(beneath, "dataset", beneath)
+    return isinstance(data, IterableDataset | Iterator)
 
 
 def _generators(source: Any) -> list[torch.Generator]:

@@ -152,6 +152,21 @@ def test_a_handler_that_calls_the_one_before_it_still_ends_the_process(tmp_path:
     assert written(tmp_path) == ALL_STEPS
 
 
+USES_ASYNCIO = """
+import asyncio
+async def later():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, print, "interrupted")
+asyncio.run(later())
+"""
+
+
+@pytest.mark.parametrize("touch", [USES_ASYNCIO, "signal.set_wakeup_fd(-1)"], ids=["asyncio", "no pipe"])
+def test_sigterm_ends_it_after_others_have_taken_the_wake_up_pipe(touch: str, tmp_path: Path) -> None:
+    code, _, _ = end(start(f"record()\n{touch}\nready()\n{SLEEPS}", tmp_path), terminate=True)
+    assert code == -signal.SIGTERM
+    assert written(tmp_path) == ALL_STEPS
+
+
 def test_other_signals_than_sigterm_end_nothing(tmp_path: Path) -> None:
     body = """
     record()

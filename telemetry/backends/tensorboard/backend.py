@@ -43,6 +43,11 @@ class TensorBoardBackend:
         self._step = 0
 
     @property
+    def lost_steps(self) -> int:
+        """Writes that the disk refused."""
+        return self._file.lost_steps if self._file else 0
+
+    @property
     def unshown_records(self) -> int:
         """Records that TensorBoard has no way to show."""
         return self._summaries.unshown_records

@@ -465,6 +465,7 @@ def test_a_full_disk_costs_steps_and_nothing_else(tmp_path: Path) -> None:
             lost.append(backend.write(step, records))
             assert backend.path.stat().st_size == full - 100, "a torn record is left"
         assert lost == [3, 3, 3], lost
+        assert backend.lost_steps == 3, backend.lost_steps
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         lost = backend.write(5, [Scalar("train/loss", 5.0), Scalar("eval/loss", 1.0)])
         assert lost + backend.write(6, [Scalar("train/loss", 6.0)]) == 0

@@ -149,3 +149,40 @@ def test_a_callback_that_is_added_while_training_runs_joins_at_its_next_due_step
     assert list(backend.scalars("inputs/invalid_ids")) == {1: [3, 4, 5, 6], 2: [4, 6]}[every]
     assert backend.closed
     assert hooks_of(llama) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("when", ["before", "while it runs", "after"])
+def test_callbacks_may_be_copied_and_a_copy_watches_a_training_of_its_own(
+    when: str, copied: Callable[[Any], Any], llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    watching = StrategicTelemetry(logging_steps=1, options={"shared_attention": {"layers": [0]}}, logging_dir=tmp_path)
+    watching.backends = []
+    made = [copied(watching)] if when == "before" else []
+
+    class Copies(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if when == "while it runs" and state.global_step == 1:
+                made.append(copied(watching))
+
+    training(llama, tmp_path, [watching, Copies()], steps=2).trainer.train()
+    twin = made[0] if made else copied(watching)
+    backend = MemoryBackend()
+    twin.backends = [backend]
+    run = training(llama, tmp_path, [twin], steps=1)
+    run.trainer.train()
+    assert_same(scalars_at(backend, 1, "inputs", "outputs"), expected_at(run, 1))
+    assert hooks_of(llama) == 0
+
+
+def test_what_is_logged_outside_of_training_is_said_once(
+    llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=1)
+    for _ in range(2):
+        run.trainer.evaluate()
+    run.trainer.train()
+    run.trainer.evaluate()
+    assert telemetry_log.text.count("outside of train() is not recorded") == 1
+    assert not any(tag.startswith("eval/") for tag in backend.tags())
