@@ -21,6 +21,7 @@ from telemetry.delivery.reduction import RankGather
 from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor
 from telemetry.instruments.base import Instrument, Step
+from telemetry.once import Once
 from telemetry.probes.batches import EvaluationBatches, is_stream
 from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
@@ -110,7 +111,7 @@ class Session:
     _by_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, Session]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: nn.Module, setting: Setting) -> None:
-        self._said: set[str] = set()
+        self._once = Once(logger)
         self.family: Family | None = None
         with self._isolated("reading the model"):
             self.family = find_family(model)
@@ -358,10 +359,9 @@ class Session:
         """Say once, with its traceback, what goes wrong inside; training goes on."""
         try:
             yield
-        except Exception:
-            if doing not in self._said:
-                self._said.add(doing)
-                logger.exception("telemetry failed while %s; training goes on", doing)
+        except Exception:  # noqa: BLE001  (said once, with its traceback)
+            said = "telemetry failed while %s; training goes on"
+            self._once.say(doing, said, doing, level=logging.ERROR, traceback=True)
 
     def _is_its_turn(self, instrument: Instrument) -> bool:
         turn = self._turns[instrument]

@@ -18,7 +18,7 @@ class Run:
     Attributes:
         logging_dir: where files of this run go.
         starting_step: the Trainer's global step when the run (re)starts: 0 for a fresh one, the checkpoint's step
-            after a resume. Records at later steps that an earlier attempt left behind are superseded.
+            after a resume. Records at later steps that an earlier attempt left are superseded.
         name: what to call the run.
         config: arguments, model and data, as plain JSON values without secrets.
         output_dir: where the checkpoints are; None when there are none.

@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 from PIL import Image as PillowImage
 
+from telemetry.once import Once
 from telemetry.records import Clip, Record
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -36,7 +37,7 @@ class Shown:
     def __init__(self, destination: str) -> None:
         self.unshown_records = 0
         self._destination = destination
-        self._warned: set[str] = set()
+        self._once = Once(logger)
 
     def made(self, records: Iterable[RecordT], make: Callable[[RecordT], MadeT]) -> Iterator[MadeT]:
         """What ``make`` makes of each record that can be shown."""
@@ -49,9 +50,7 @@ class Shown:
 
     def warn_once(self, key: str, message: str) -> None:
         """Log a warning the first time its key comes up."""
-        if key not in self._warned:
-            self._warned.add(key)
-            logger.warning(message)
+        self._once.say(key, "%s", message)
 
 
 @dataclass(frozen=True)

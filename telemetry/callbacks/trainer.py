@@ -17,6 +17,7 @@ from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.questions import QUESTIONS
+from telemetry.once import Once
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
@@ -74,7 +75,7 @@ class StrategicCallback(Door, TrainerCallback):
         **options: Any,
     ) -> None:
         super().__init__(logging_steps, backends, logging_dir, sound, instruments)
-        self._said_outside = False
+        self._once = Once(logger)
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
         if self.question:
@@ -215,9 +216,8 @@ class StrategicCallback(Door, TrainerCallback):
         self._leave()
 
     def _outside_of_training(self) -> None:
-        if not self._said_outside:
-            self._said_outside = True
-            logger.info("what the Trainer logs and evaluates outside of train() is not recorded")
+        said = "what the Trainer logs and evaluates outside of train() is not recorded"
+        self._once.say("outside", said, level=logging.INFO)
 
     def _join(
         self,

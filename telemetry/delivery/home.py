@@ -17,6 +17,7 @@ from telemetry.delivery.measured import Deferred, Job, Measured
 from telemetry.delivery.reduction import RankGather, Share, merge
 from telemetry.delivery.transfer import Transfer
 from telemetry.delivery.worker import Worker
+from telemetry.once import Once
 from telemetry.records import Alert, Audio, Cell, Image, Max, Metric, Record, Scalar, Sum, Table
 from telemetry.sound import SoundPolicy
 
@@ -66,7 +67,7 @@ class Home:
         self._gather = gather
         self._judge = judge
         self._rank = rank
-        self._said: set[str] = set()
+        self._once = Once(logger)
         self._absences: dict[str, str] = {}
         self._absences_shown = 0
         self._worker = Worker(self._work, max_bytes, self._count)
@@ -100,9 +101,7 @@ class Home:
 
     def say_once(self, key: str, message: str, *args: object, level: int = logging.WARNING) -> None:
         """Log a message the first time its key comes up."""
-        if key not in self._said:
-            self._said.add(key)
-            logger.log(level, message, *args)
+        self._once.say(key, message, *args, level=level)
 
     def last_word(self) -> Job:
         """Return what a backend has to be told last: how much was lost since that was shown, and the verdict on it."""
@@ -212,11 +211,10 @@ class Home:
             return
         try:
             work.build(work.tensors, step)
-        except Exception:
+        except Exception:  # noqa: BLE001  (said once, with its traceback)
             name = getattr(work.build, "__qualname__", work.build)
-            if f"build:{name}" not in self._said:
-                self._said.add(f"build:{name}")
-                logger.exception("telemetry could not show what %s makes; training goes on", name)
+            said = "telemetry could not show what %s makes; training goes on"
+            self._once.say(f"build:{name}", said, name, level=logging.ERROR, traceback=True)
         for tag, reason in step.absences.items():
             self.absent(tag, reason)
         step.absences.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 class Transfer:
     """Host copies of tensors. Making one launches device work and returns; only :meth:`wait` waits.
 
-    All tensors of a device are packed into one buffer of bytes, which is copied to pinned memory behind an event.
+    All tensors of a device are packed into one buffer of bytes, which goes to pinned memory before an event.
     The tensors may change afterwards: the copy is of their values now.
 
     Args:

@@ -48,7 +48,7 @@ class ChatFormat:
         for start, following in pairwise([*starts, len(ids)]):
             header_end = _find(ids, self.header_end, start, following)
             if header_end is None:
-                faults["header"].append(f"no <|end_header_id|> behind token {start}")
+                faults["header"].append(f"no <|end_header_id|> after token {start}")
                 continue
             role = tokenizer.decode(ids[start + 1 : header_end]).strip()
             end = _find(ids, self.turn_end, header_end, following)

@@ -21,6 +21,7 @@ from telemetry.families.speech import Prompt, Speaker, Speech
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
+from telemetry.once import Once
 from telemetry.probes.lockstep import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Clip
@@ -128,7 +129,7 @@ class ClipInstrument(Instrument):
         self._run: weakref.ref[Recorder] | None = None
         self._samples: list[_Sample] | None = None
         self._last_step = -1
-        self.failed: set[str] = set()
+        self.once = Once(logger)
 
     def _first_at_this_step(self, step: Step) -> bool:
         """Once a step, whatever the number of evaluation sets; a new training (another recorder) begins anew."""
@@ -275,10 +276,9 @@ class _Evaluation:
         """A clip that fails is left out, and said once with its traceback."""
         try:
             yield
-        except Exception:
-            if verb not in self._log.failed:
-                self._log.failed.add(verb)
-                logger.exception("clip %s could not be %s and is left out; training goes on", sample_id, verb)
+        except Exception:  # noqa: BLE001  (said once, with its traceback)
+            said = "clip %s could not be %s and is left out; training goes on"
+            self._log.once.say(verb, said, sample_id, verb, level=logging.ERROR, traceback=True)
 
     def _out_of_time(self, sample_id: str) -> None:
         self._step.recorder.say_once(

@@ -59,7 +59,7 @@ def ruled_mask_rows(
     Args:
         rows: int64 ``[batch, rows]``, query positions.
         keys: number of keys.
-        causal: whether a query sees no key behind it.
+        causal: whether a query sees no key after it.
         real: bool ``[batch, keys]``: padding, which is taken out before attention; None without any.
         window: keys that a query sees with itself on each side, counted without padding; None for all.
         segments: int64 ``[keys]``: packed sequences, which do not see each other; None for one.

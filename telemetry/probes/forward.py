@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from telemetry.families.base import Absent, BatchView, Declared, Family, LossPart, Seen, Stream, output
+from telemetry.once import Once
 from telemetry.probes.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class PassReader:
         self._pass: _Pass | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
         self._faults: dict[Hashable, str] = {}
-        self._said: set[str] = set()
+        self._once = Once(logger)
         self.passes = 0
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -170,10 +171,9 @@ class PassReader:
         """What a family gives; where it raises, which is said once, something else."""
         try:
             return action()
-        except Exception:
-            if doing not in self._said:
-                self._said.add(doing)
-                logger.exception("family %s cannot %s; training goes on", self._family.name, doing)
+        except Exception:  # noqa: BLE001  (said once, with its traceback)
+            said = "family %s cannot %s; training goes on"
+            self._once.say(doing, said, self._family.name, doing, level=logging.ERROR, traceback=True)
             return otherwise
 
 

@@ -2,7 +2,7 @@
 
 W&B numbers a run's rows itself (``_step``); a checkpoint knows the Trainer's step only. A file beside the checkpoints
 keeps both, row by row: JSON lines, a header first, then ``[trainer's step, row, digest of the row's tags]``. A row that
-comes again supersedes all rows behind it, so the file is only ever appended to.
+comes again supersedes all rows after it, so the file is only ever appended to.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Attempts:
             (directory / FILE).unlink()
 
     def add(self, step: int, row: int, tags: int) -> None:
-        """A row has been written: those behind it are of a run that was rewound."""
+        """A row has been written: those after it are of a run that was rewound."""
         if self.rows and row <= next(reversed(self.rows)):
             self.rows = {held: of for held, of in self.rows.items() if held < row}
         self.rows[row] = (step, tags)

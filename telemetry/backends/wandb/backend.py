@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from telemetry import shutdown
 from telemetry.backends.base import Run, without_the_trainers
+from telemetry.once import Once
 from telemetry.records import Alert, Record, Scalar, held_bytes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class WandbBackend:
         self._alerted: dict[tuple[str, str], float] = {}
         self._reopened = False
         self._given_up = False
-        self._said: set[str] = set()
+        self._once = Once(logger)
 
     @property
     def unshown_records(self) -> int:
@@ -202,9 +203,8 @@ class WandbBackend:
             self._values.begin_tables_again()
             if not client.is_alive():
                 return self._reopen(client)
-            if "held" not in self._said:
-                self._said.add("held")
-                logger.warning("W&B did not take the tables of step %d (%s): they are sent again", media.step, error)
+            said = "W&B did not take the tables of step %d (%s): they are sent again"
+            self._once.say("held", said, media.step, error)
             self._away_until = time.monotonic() + AWAY_SECONDS
             return False
         finally:
@@ -253,9 +253,8 @@ class WandbBackend:
 
     def _drop(self, records: int) -> None:
         self.dropped_records += records
-        if records and "dropped" not in self._said:
-            self._said.add("dropped")
-            logger.warning("records were lost on their way to W&B")
+        if records:
+            self._once.say("dropped", "records were lost on their way to W&B")
 
 
 def _say_how_to_send(client: WandbClient) -> None:

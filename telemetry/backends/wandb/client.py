@@ -211,9 +211,9 @@ class WandbClient:
             self._attempts = AttemptsFile(self._run.output_dir, self._wandb_run.id, project, earlier is not None)
 
     def _go_on(self, earlier: Attempts, arguments: dict[str, Any]) -> None:
-        """In the earlier attempt's run, behind the checkpoint's step.
+        """In the earlier attempt's run, after the checkpoint's step.
 
-        The server takes the rows behind it back where it can. Where it cannot, they stay, and are not sent again.
+        The server takes the rows after it back where it can. Where it cannot, they stay, and are not sent again.
         """
         row = earlier.last_row(self._run.starting_step)
         if row is not None:

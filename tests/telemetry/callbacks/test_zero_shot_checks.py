@@ -141,7 +141,7 @@ def no_transcript(v: Voices) -> Sample:
         ),
         (unknown_role, ["role order: unknown role 'narrator'"]),
         (unclosed_turn, ["end of turn: the assistant turn at token {assistant} has no <|eot_id|>"]),
-        (broken_header, ["header: no <|end_header_id|> behind token 1"]),
+        (broken_header, ["header: no <|end_header_id|> after token 1"]),
         (no_reference, ["reference: no reference audio"]),
         (no_target, ["target: no supervised audio"]),
         (

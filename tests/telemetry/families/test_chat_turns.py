@@ -40,8 +40,8 @@ def test_turns_are_read_back(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "roles", "kind", "fault"),
     [
-        ("<|start_header_id|>user hello<|eot_id|>", [], "header", "no <|end_header_id|> behind token 0"),
-        ("<|start_header_id|>user" + turn("assistant"), ["assistant"], "header", "no <|end_header_id|> behind token 0"),
+        ("<|start_header_id|>user hello<|eot_id|>", [], "header", "no <|end_header_id|> after token 0"),
+        ("<|start_header_id|>user" + turn("assistant"), ["assistant"], "header", "no <|end_header_id|> after token 0"),
         (
             "<|start_header_id|>user<|end_header_id|>\n\nhello",
             ["user"],
