@@ -98,12 +98,16 @@ def backend(client: FakeClient) -> WandbBackend:
     return WandbBackend()
 
 
+def opened(backend: WandbBackend, directory: Path) -> Recorder:
+    made = Recorder([backend])
+    made.open(Run(directory))
+    return made
+
+
 @pytest.fixture
 def recorder(backend: WandbBackend, tmp_path: Path) -> Recorder:
     """The way to the backend."""
-    made = Recorder([backend])
-    made.open(Run(tmp_path))
-    return made
+    return opened(backend, tmp_path)
 
 
 def rows(step: int) -> list[Any]:
@@ -114,9 +118,12 @@ def settle(recorder: Recorder) -> None:
     assert recorder.drain(20)
 
 
-def test_nothing_waits_for_the_opening_and_nothing_is_lost(client: FakeClient, recorder: Recorder) -> None:
+def test_nothing_waits_for_the_opening_and_nothing_is_lost(
+    client: FakeClient, backend: WandbBackend, tmp_path: Path
+) -> None:
     client.opening.clear()
     began = time.perf_counter()
+    recorder = opened(backend, tmp_path)
     for step in range(1, 51):
         recorder.write(step, rows(step))
     assert time.perf_counter() - began < 1
