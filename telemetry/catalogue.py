@@ -625,7 +625,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("{train,eval}/loss", "Loss as the Trainer logs it: the mean since it last logged.", "nats", better="lower"),
     Entry("train/grad_norm", "Gradient norm before clipping, as the Trainer logs it."),
     Entry("train/learning_rate", "Learning rate of the first parameter group."),
-    Entry("train/epoch", "Passes over the training data.", "epochs"),
+    Entry("{train,eval}/epoch", "Passes over the training data: once a step, under train/.", "epochs"),
     Entry("{train,eval,test}/<name>", "As the Trainer logs it."),
     # telemetry
     Entry(
