@@ -20,7 +20,7 @@ from PIL import Image as PillowImage
 from support.programs import FORK
 from support.wandb_server import API_KEY, Server, client_environment, serve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb_facts import CHECKPOINT, CRASHED, END, EVERY, GO, SAID, SECRETS, SEEN, STEPS, WAITS, WAITS_AT
+from wandb_facts import CHECKPOINT, CRASHED, END, EVERY, GO, SAID, SECRETS, SEEN, STAND_IN, STEPS, WAITS, WAITS_AT
 
 import trainer  # noqa: F401  (makes an installed torchaudio importable before anything imports transformers)
 from telemetry.backends.encoding import encode_wav
@@ -66,7 +66,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     with serve(tmp_path_factory.mktemp("server")) as server:
         program = subprocess.Popen(
             [*FORK, str(HERE / "wandb_runs.py"), str(directory), server.url],
-            env={**os.environ, "PYTHONPATH": PATHS},
+            env={**os.environ, "PYTHONPATH": PATHS, STAND_IN: str(server.journal.directory.parent)},
         )
         arrived = steps_while_it_waits(server, directory / "training", program)
         program.wait(240)

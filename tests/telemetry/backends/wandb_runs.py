@@ -12,7 +12,6 @@ import pickle
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 import wandb
 from support.programs import wait_until
 from support.tiny_training import train
-from support.wandb_server import client_environment
+from support.wandb_server import Server, client_environment
 from transformers import TrainerCallback
 from wandb_facts import (
     CHECKPOINT,
@@ -36,6 +35,7 @@ from wandb_facts import (
     PASSWORD,
     SAID,
     SEEN,
+    STAND_IN,
     STEPS,
     WAITS,
     WAITS_AT,
@@ -157,8 +157,15 @@ def crashed_and_not_rewound(directory: Path) -> None:
 def killed_behind_the_checkpoint(directory: Path) -> None:
     recorder = attempt(directory, 0, CRASHED)
     assert recorder.drain(PATIENCE)
-    time.sleep(3)  # the client sends every second
+    server = Server(Path(os.environ[STAND_IN]))
+    wait_until(lambda: has_all(server, os.environ["WANDB_PROJECT"]), unready=(KeyError, IndexError, ValueError))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def has_all(server: Server, project: str) -> bool:
+    """Whether everything up to the crash has reached the server."""
+    (run,) = [run for run in server.runs() if run.project == project]
+    return run.points("train/of")[-1][0] == run.tables("t")[-1].rows[-1][0] == CRASHED
 
 
 def joined(directory: Path) -> None:
