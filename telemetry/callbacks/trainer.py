@@ -105,8 +105,11 @@ class StrategicCallback(Door, TrainerCallback):
     ) -> None:
         if not self.is_due(state.global_step + 1):
             return
-        if self._session is None:
-            self._join(args, state, **kwargs)
+        if self._session is None:  # added while training runs, which what is refused before training must not end
+            try:
+                self._join(args, state, **kwargs)
+            except ValueError as error:
+                self._once.say("late", "%s cannot join: %s", type(self).__name__, error, level=logging.ERROR)
         if self._session is not None:
             self._gradients_seen = False
             self._session.begin_step(self, state.global_step + 1, kwargs.get("eval_dataloader"))

@@ -50,7 +50,7 @@ class ConditioningInstrument(LastMicrobatchInstrument):
 
     Runs the model aside, without gradients, in eval mode, after the step's update: three forward passes over the last
     microbatch. Only samples whose reference can be swapped count, and in all three losses. Where a forward pass needs
-    every rank, ranks agree on it first. Part of a callback.
+    every rank, ranks agree on it first.
 
     Args:
         every: measure every so many due steps, beginning with the first, and at every evaluation; 0 never.

@@ -186,3 +186,19 @@ def test_what_is_logged_outside_of_training_is_said_once(
     run.trainer.evaluate()
     assert telemetry_log.text.count("outside of train() is not recorded") == 1
     assert not any(tag.startswith("eval/") for tag in backend.tags())
+
+
+def test_a_late_callback_that_would_have_been_refused_ends_no_training(
+    llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    class Adds(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "gs://bucket/logs")
+                run.trainer.add_callback(InputLoggerCallback(1))
+
+    run = training(llama, tmp_path, [Adds()], steps=4)
+    run.trainer.train()
+    assert run.trainer.state.global_step == 4
+    assert telemetry_log.text.count("InputLoggerCallback cannot join: TENSORBOARD_LOGGING_DIR=gs://bucket/logs") == 1
+    assert hooks_of(llama) == 0
