@@ -23,6 +23,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.add_argument("directories", metavar="RUN_DIR", nargs="+", type=Path, help="what --logging_dir named")
     report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: %(default)s")
     report.set_defaults(run=_report)
+    status = commands.add_parser(
+        "status", help="say whether runs are well; exit code 0 well, 1 warning, 2 failing, 3 no data"
+    )
+    status.add_argument("directories", metavar="RUN_DIR", nargs="+", type=Path, help="its logs or its output directory")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="for programs: docs/alerts.md has its shape")
+    how.add_argument("--follow", action="store_true", help="stay, until every run has ended")
+    status.set_defaults(run=_status)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
@@ -60,6 +68,19 @@ def _report(arguments: argparse.Namespace) -> None:
         _fail(f"cannot make {arguments.output}: {error.strerror}")
     parts = ", ".join(f"{name} {nbytes / 1e6:.1f}" for name, nbytes in written.parts.items())
     sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:.1f} MB ({parts}); open it in a browser\n")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dashboards import status
+
+    if arguments.json:
+        statuses = status.look(arguments.directories)
+        sys.stdout.write(f"{status.as_json(statuses)}\n")
+        sys.exit(status.exit_code(statuses))
+    shows = status.follow if arguments.follow else status.show
+    sys.exit(shows(arguments.directories, Console(soft_wrap=False)))
 
 
 def _fail(message: str) -> NoReturn:

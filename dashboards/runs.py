@@ -135,6 +135,7 @@ class Run:
         ended: whether the newest attempt closed its file.
         first_time: of the first event, in seconds since the epoch; None without events.
         last_time: of the last event.
+        longest_pause: between two events of one attempt, in seconds.
         faults: what could not be read, one sentence each.
     """
 
@@ -148,6 +149,7 @@ class Run:
     ended: bool = False
     first_time: float | None = None
     last_time: float | None = None
+    longest_pause: float = 0.0
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -176,6 +178,8 @@ class Run:
     def _add(self, event: Event, path: Path, offset: int) -> None:
         if self.first_time is None:
             self.first_time = event.wall_time
+        if self.last_time is not None and event.session_log.status != SessionLog.START:
+            self.longest_pause = max(self.longest_pause, event.wall_time - self.last_time)
         self.last_time = event.wall_time
         if event.session_log.status == SessionLog.START:
             self._start(event.step)

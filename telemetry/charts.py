@@ -41,6 +41,22 @@ class Question:
     charts: tuple[Chart, ...]
 
 
+HEADLINES: tuple[tuple[str, ...], ...] = (
+    ("outputs/loss/total", "train/loss"),
+    ("eval/loss",),
+    ("outputs/accuracy/audio", "outputs/accuracy/text"),
+    ("zero_shot/conditioning/eval/gain", "zero_shot/conditioning/gain"),
+    ("zero_shot/wer", "zero_shot/mel_distance"),
+    ("zero_shot/speaker_similarity",),
+)
+"""What is looked at first: of each line the first tag that a run has."""
+
+
+def is_headline(tag: str) -> bool:
+    """Whether a tag is among :data:`HEADLINES`."""
+    return any(tag in tags for tags in HEADLINES)
+
+
 def anchored(tag: str) -> str:
     """The regular expression of exactly the tags that a tag or pattern of tags stands for: ``^…$``.
 

@@ -46,6 +46,7 @@ class Telemetry(Door):
         config: what is to be shown of the run's configuration; secrets are taken out.
         name: of the run; by default the last part of ``output_dir``.
         starting_step: optimizer steps that an earlier attempt has made.
+        alert_to, stop_on: as of :class:`telemetry.StrategicTelemetry`; the loop asks :meth:`should_stop`.
 
     Raises:
         ValueError: when ``logging_steps`` is below 1, or for unknown components or options, or another optimizer.
@@ -66,8 +67,11 @@ class Telemetry(Door):
         config: Mapping[str, Any] | None = None,
         name: str = "",
         starting_step: int = 0,
+        alert_to: str | Sequence[str] | None = None,
+        stop_on: str | Sequence[str] = (),
     ) -> None:
-        super().__init__(logging_steps, backends, logging_dir, sound, choose(components, options))
+        chosen = choose(components, options)
+        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on)
         self.steps = starting_step
         self._model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the one that steps
@@ -107,6 +111,14 @@ class Telemetry(Door):
     def gradients(self) -> None:
         """Measure the gradients now: all backward passes are done, a loss scaler has unscaled, clipping is to come."""
         self._see_gradients(clipped=False)
+
+    def should_stop(self) -> bool:
+        """Return whether something of ``stop_on`` has been found; ``stopped`` says what. Once a step, on every rank."""
+        return self._is_to_stop()
+
+    def saved(self, directory: str | Path) -> None:
+        """Leave what is known of the run in a checkpoint that has been saved: ``health.json``."""
+        self._joined().saved(Path(directory))
 
     def log(self, logs: Mapping[str, Any]) -> None:
         """Record numbers of the loop's own at its last step, named as the Trainer names them.

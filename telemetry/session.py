@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import queue
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,18 +16,20 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
+from telemetry.backends.registry import alert_addresses, followers
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Recorder
-from telemetry.delivery.reduction import RankGather
+from telemetry.delivery.reduction import GATHER_SECONDS, RankGather
+from telemetry.delivery.word import RankWord
 from telemetry.families import Family, find_family
-from telemetry.health import HealthMonitor
+from telemetry.health import HealthMonitor, check_findings
 from telemetry.instruments.base import Instrument, Step
 from telemetry.once import Once
 from telemetry.probes.batches import EvaluationBatches, is_stream
 from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
-from telemetry.records import Scalar
+from telemetry.records import Record, Scalar
 from telemetry.setting import Setting, local_directory, logged_numbers
 from telemetry.sound import SoundPolicy
 
@@ -49,9 +52,17 @@ class Door:
         logging_dir: where files go; None for the run's own.
         sound: what may be heard, where it has a say.
         instruments: what measures.
+        alert_to: Apprise addresses that alerts are sent to; None for those that ``STRATEGIC_TELEMETRY_ALERT_TO`` has,
+            separated by spaces.
+        stop_on: findings that end the training: ``failing``, ``warning`` or names of rules.
+
+    Attributes:
+        stopped: why the training was ended, "" where it was not.
 
     Raises:
-        ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
+        ImportError: when there is an address, and Apprise is not installed.
+        ValueError: when ``logging_steps`` is below 1, ``logging_dir`` is a URL, an address is none, or a finding is
+            unknown.
     """
 
     def __init__(
@@ -61,6 +72,8 @@ class Door:
         logging_dir: str | Path | None,
         sound: SoundPolicy | None,
         instruments: Sequence[Instrument],
+        alert_to: str | Sequence[str] | None = None,
+        stop_on: str | Sequence[str] = (),
     ) -> None:
         if logging_steps < 1:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
@@ -69,6 +82,9 @@ class Door:
         self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
         self.sound = sound
         self.instruments = [*instruments]
+        self.alert_to = alert_addresses(alert_to)
+        self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on)
+        self.stopped = ""
         self._session: Session | None = None
         self._gradients_seen = False
 
@@ -79,6 +95,12 @@ class Door:
     def is_due(self, step: int) -> bool:
         """Return whether an optimizer step, counted from 1 as after its update, is measured."""
         return step == 1 or step % self.logging_steps == 0
+
+    def _is_to_stop(self) -> bool:
+        """Return whether something has been found that ends the training: on all ranks alike, once a step on each."""
+        if self.stop_on and self._session is not None and not self.stopped:
+            self.stopped = self._session.reason_to_stop(self.stop_on)
+        return bool(self.stopped)
 
     def _leave(self) -> None:
         session, self._session = self._session, None
@@ -124,6 +146,8 @@ class Session:
         self._turns: Counter[Instrument] = Counter()
         self._recorder: Recorder | None = None
         self._lockstep: Lockstep | None = None
+        self._monitor = HealthMonitor()
+        self._word = RankWord()
         self._sound: SoundPolicy | None = None
         self._watch = Watch(model, self._measure, usable=not setting.compiled)
         self._reader = PassReader(self.family, partial(self._tell, "inputs"), partial(self._tell, "outputs"))
@@ -186,10 +210,11 @@ class Session:
             gather = RankGather.join()
             backends = self._backends()
             own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
-            self._recorder = Recorder(own, gather, judge=HealthMonitor(), sound=self.sound, rank=self.setting.rank)
+            self._recorder = Recorder(own, gather, judge=self._monitor, sound=self.sound, rank=self.setting.rank)
             shared = gather is not None and any(map(is_on_every_rank, backends))
             self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
             _ = self.lockstep  # every rank comes by here
+            self._word = RankWord(alone=self.setting.world_size == 1, together=gather is not None)
         return self._recorder
 
     @property
@@ -282,7 +307,20 @@ class Session:
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
-    def evaluation(self, door: Door, number: int, batches: Any, of: str = "") -> None:
+    def saved(self, directory: Path) -> None:
+        """Tell backends of a checkpoint."""
+        if self._recorder is not None:
+            self._recorder.saved(directory)
+
+    def reason_to_stop(self, on: Sequence[str]) -> str:
+        """Say what has been found that ends the training, the same on every rank; "" for nothing. All ranks ask."""
+        if self._recorder is None:
+            return ""
+        return str(self._word.tell(self._monitor.reason_to_stop(on)) or "")
+
+    def evaluation(
+        self, door: Door, number: int, batches: Any, of: str = "", wait: bool = False
+    ) -> Mapping[str, float]:
         """Let a door's instruments look at evaluation batches, and write what they record.
 
         An evaluation inside of a due step is left alone: the step goes on. So are streams: what can be read once is the
@@ -293,21 +331,34 @@ class Session:
             number: the optimizer step.
             batches: a data loader; None where there is none.
             of: the name of the set, where there are several.
+            wait: for the numbers of all ranks, which every rank then asks for.
+
+        Returns:
+            With ``wait``, tag → value of what was measured, the same on every rank.
         """
         looking = [one for one in door.instruments if type(one).evaluation is not Instrument.evaluation and one.every]
         if batches is None or not looking or self._step is not None:
-            return
+            return {}
         self._evaluated = True
+        made: queue.SimpleQueue[Sequence[Record]] = queue.SimpleQueue()
+        sent = False
         with self._isolated("watching an evaluation"):
             if is_stream(batches):
                 self.recorder.absent("evaluation batches", STREAM)
-                return
+                return {}
             self.recorder.discard()
             step = self._make_step(number, of)
             seen: Iterable[Mapping[str, Any]] = EvaluationBatches(batches, self.setting.device)
             for instrument in looking:
                 self._guard(instrument, instrument.evaluation, step, seen)
-            self.recorder.flush(number, own_state=False)
+            self.recorder.flush(number, own_state=False, told=made.put)
+            sent = True
+        if not wait:
+            return {}
+        numbers: dict[str, float] = {}
+        with contextlib.suppress(queue.Empty):
+            numbers = _numbers(made.get(timeout=GATHER_SECONDS) if sent else ())
+        return self._word.tell(numbers) or {}
 
     def log(self, number: int, logs: Mapping[str, Any]) -> None:
         """Record numbers that a trainer logs, once however many doors hear of them.
@@ -406,7 +457,8 @@ class Session:
     def _backends(self) -> Sequence[Backend]:
         given = [backend for door in self._doors for backend in door.backends or ()]
         unique = list({id(backend): backend for backend in given}.values())
-        return unique or self.setting.default_backends()
+        alert_to = dict.fromkeys(address for door in self._doors for address in door.alert_to)
+        return [*(unique or self.setting.default_backends()), *followers([*alert_to])]
 
     def _run(self, launch_id: str) -> Run:
         setting = self.setting
@@ -420,3 +472,7 @@ class Session:
             rank=setting.rank,
             launch_id=launch_id,
         )
+
+
+def _numbers(records: Sequence[Record]) -> dict[str, float]:
+    return {record.tag: record.value for record in records if isinstance(record, Scalar)}

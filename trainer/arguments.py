@@ -76,6 +76,20 @@ class ScriptArguments:
             "backward passes more on every due step."
         },
     )
+    alert_to: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Where alerts are sent: slack://, discord://, mailto://, jsons://, ... (docs/alerts.md). "
+            "Default: those in STRATEGIC_TELEMETRY_ALERT_TO."
+        },
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "End the training, with a checkpoint and exit code 4, on findings: 'failing', 'warning' "
+            "or names of rules (docs/alerts.md). Default: never."
+        },
+    )
     telemetry_audio: str = field(
         default="on",
         metadata={"help": "'off' keeps every number and sends no sound anywhere.", "choices": ["on", "off"]},
@@ -215,6 +229,8 @@ def _fit_together(script: ScriptArguments, training: FineTuningArguments) -> Non
     """Settle what only both kinds of arguments tell."""
     if script.wandb_all_ranks and not (script.enable_strategic_logging and "wandb" in training.destinations):
         raise ValueError("--wandb_all_ranks needs --enable_strategic_logging and --report_to wandb")
+    if (script.alert_to or script.stop_on) and not script.enable_strategic_logging:
+        raise ValueError("--alert_to and --stop_on need --enable_strategic_logging")
     if script.enable_strategic_logging:
         # Telemetry sends the Trainer's numbers too, and the Trainer's own W&B callback would make the training thread
         # wait for the server.

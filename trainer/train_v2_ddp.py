@@ -33,6 +33,9 @@ from trainer.processing import check_processor, codec_of, load_processor
 
 logger = logging.getLogger("trainer.train_v2_ddp")
 
+STOPPED = 4
+"""Exit code of a training that ``--stop_on`` has ended."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train. Faults in arguments, data or checkpoints end the program before the first step, with one message."""
@@ -46,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     summarize(trainer, script, training)
+    if stopped := next(filter(None, (getattr(one, "stopped", "") for one in trainer.callback_handler.callbacks)), ""):
+        if trainer.is_world_process_zero():
+            logger.error("stopped, as --stop_on asks: %s", stopped)
+        sys.exit(STOPPED)
 
 
 def set_up_logging(script: ScriptArguments) -> None:
@@ -155,6 +162,8 @@ def strategic_callbacks(script: ScriptArguments, training: FineTuningArguments) 
             logging_dir=training.logs,
             options=component_options(script),
             sound=SoundPolicy(enabled=script.telemetry_audio == "on"),
+            alert_to=script.alert_to,
+            stop_on=script.stop_on,
         )
     ]
 

@@ -54,6 +54,7 @@ class Backend(Protocol):
       lost, and counted in ``dropped_records``.
     - ``abandon()``: called on another thread when :meth:`close` or what comes before it takes too long. Let go of
       whatever keeps the process from ending.
+    - ``saved(directory: Path)``: a checkpoint has been saved, after what was recorded until then has been written.
     - ``step_time: float | None``: before :meth:`write` set to when the step ended, in seconds since the epoch.
     - ``every_rank: bool``: see :func:`is_on_every_rank`.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ BACKENDS = {
 }
 DESTINATIONS = tuple(name for name, backend in BACKENDS.items() if backend.reported)
 
+ALERT_TO = "STRATEGIC_TELEMETRY_ALERT_TO"
+
 
 def make_backend(name: str, **options: Any) -> Backend:
     """Make the backend of a name, with those of the options that it takes."""
@@ -88,3 +91,32 @@ def default_backends(report_to: Sequence[str] = ()) -> list[Backend]:
         report_to: as in ``TrainingArguments``. What is not one of :data:`DESTINATIONS` is left to the Trainer.
     """
     return backends_for([name for name in DESTINATIONS if name in report_to] or ["tensorboard"], trainer_logs=False)
+
+
+def followers(alert_to: Sequence[str]) -> list[Backend]:
+    """Make what follows every run beside its destinations: its files for programs, and where its alerts are sent to."""
+    from telemetry.backends.run_files import RunFiles
+
+    return [RunFiles(), *_alerts(alert_to)]
+
+
+def alert_addresses(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the addresses that alerts go to, each checked; by default those in ``STRATEGIC_TELEMETRY_ALERT_TO``.
+
+    Raises:
+        ImportError: when there is one, and Apprise is not installed.
+        ValueError: for what is no address. The message does not show it.
+    """
+    if given is None:
+        given = os.environ.get(ALERT_TO, "").split()
+    found = (given,) if isinstance(given, str) else tuple(given)
+    _alerts(found)
+    return found
+
+
+def _alerts(addresses: Sequence[str]) -> list[Backend]:
+    if not addresses:
+        return []
+    from telemetry.backends.alerts import AlertBackend
+
+    return [AlertBackend(addresses)]

@@ -92,7 +92,7 @@ class StrategicTelemetry(StrategicCallback):
 
     Args:
         components: which of :data:`COMPONENTS`; all by default.
-        logging_steps, backends, logging_dir, sound: as for each callback alone.
+        logging_steps, backends, logging_dir, sound, alert_to, stop_on: as for each callback alone.
         options: further arguments of single components: ``{"shared_attention": {"layers": [0, 5]}}``.
 
     Raises:
@@ -107,8 +107,11 @@ class StrategicTelemetry(StrategicCallback):
         logging_dir: str | Path | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         sound: SoundPolicy | None = None,
+        alert_to: str | Sequence[str] | None = None,
+        stop_on: str | Sequence[str] = (),
     ) -> None:
-        super().__init__(logging_steps, backends, logging_dir, sound, choose(components, options))
+        chosen = choose(components, options)
+        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on)
 
     @property
     def members(self) -> Sequence[StrategicCallback]:

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
 from telemetry.instruments.base import Instrument, Step
@@ -26,6 +28,8 @@ from telemetry.setting import Setting, default_logging_dir, local_directory, run
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
+
+HEARD = "zero_shot/"
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,19 @@ class StrategicCallback(Door, TrainerCallback):
         sound: what may be heard (voice clips are personal data); by default a few clips a tag. The first callback of
             a Trainer that says it speaks for all.
         instruments: further ones of one's own.
+        alert_to: Apprise addresses that alerts are sent to (``docs/alerts.md``); by default those in
+            ``STRATEGIC_TELEMETRY_ALERT_TO``, separated by spaces.
+        stop_on: what ends the training, with a checkpoint: ``failing``, ``warning`` or names of rules; nothing by
+            default.
         options: of a callback for one question: the arguments of that question's function.
 
     Attributes:
         question: of :data:`telemetry.instruments.questions.QUESTIONS`, whose instruments a subclass brings.
 
     Raises:
-        ValueError: when ``logging_steps`` is below 1, or ``logging_dir`` is a URL.
+        ImportError: when there is an address, and Apprise is not installed.
+        ValueError: when ``logging_steps`` is below 1, ``logging_dir`` is a URL, or ``alert_to`` or ``stop_on`` says
+            something unknown.
     """
 
     question: ClassVar[str] = ""
@@ -72,9 +82,11 @@ class StrategicCallback(Door, TrainerCallback):
         logging_dir: str | Path | None = None,
         sound: SoundPolicy | None = None,
         instruments: Sequence[Instrument] = (),
+        alert_to: str | Sequence[str] | None = None,
+        stop_on: str | Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(logging_steps, backends, logging_dir, sound, instruments)
+        super().__init__(logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on)
         self._once = Once(logger)
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
@@ -98,6 +110,8 @@ class StrategicCallback(Door, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._session = None  # a training that ended in an exception may have left it
+        self.stopped = ""
+        self._judge_by_ear(args)
         self._join(args, state, **kwargs)
 
     def on_step_begin(
@@ -185,6 +199,13 @@ class StrategicCallback(Door, TrainerCallback):
     ) -> None:
         if (session := self._led()) is not None:
             session.end_step(inputs, outputs)
+        if self._is_to_stop():
+            logger.error("training stops, as asked: %s", self.stopped)
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._session is not None and args.output_dir:
+            self._session.saved(Path(args.output_dir).expanduser() / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_log(
         self,
@@ -211,12 +232,35 @@ class StrategicCallback(Door, TrainerCallback):
         if self._session is None:
             self._outside_of_training()
         else:
-            self._session.evaluation(self, state.global_step, eval_dataloader, _evaluation_set(metrics or {}))
+            metrics = {} if metrics is None else metrics
+            prefix, of = _evaluation_set(metrics)
+            wait = _judged_by_ear(args) is not None
+            numbers = self._session.evaluation(self, state.global_step, eval_dataloader, of, wait)
+            if wait and isinstance(metrics, dict):  # the Trainer's own, by which it finds its best checkpoint
+                metrics.update({f"{prefix}_{tag}": value for tag, value in numbers.items() if tag.startswith(HEARD)})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._leave()
+
+    def _judge_by_ear(self, args: TrainingArguments) -> None:
+        """See that the best checkpoint is the one that sounds best, where a number of the clips chooses it.
+
+        Raises:
+            ValueError: for a number that there is not.
+        """
+        tag = _judged_by_ear(args)
+        if tag is None:
+            return
+        entry = catalogue.find(tag)
+        if entry is None or entry.kind != "scalar":
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model}: {tag} is no number of docs/metrics.md"
+            )
+        if entry.better and args.greater_is_better != (entry.better == "higher"):
+            args.greater_is_better = entry.better == "higher"
+            self._once.say("better", "the best checkpoint: %s is better in %s", entry.better, tag, level=logging.INFO)
 
     def _outside_of_training(self) -> None:
         said = "what the Trainer logs and evaluates outside of train() is not recorded"
@@ -315,10 +359,16 @@ class _Overridden(Instrument):
         self._callback.observe_evaluation(batches)
 
 
-def _evaluation_set(metrics: Mapping[str, Any]) -> str:
-    """The name of the set that was evaluated on, by the Trainer's metrics of it: ``eval_<name>_runtime``."""
+def _evaluation_set(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """What the Trainer's metrics of an evaluation begin with, and the name of its set: ``eval_<name>_runtime``."""
     prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
-    return "" if prefix == "eval" else prefix.removeprefix("eval_")
+    return prefix, "" if prefix == "eval" else prefix.removeprefix("eval_")
+
+
+def _judged_by_ear(args: TrainingArguments) -> str | None:
+    """The tag of the clips' number that chooses the best checkpoint; None where something else does."""
+    _, found, name = (args.metric_for_best_model or "").partition(HEARD)
+    return HEARD + name if found else None
 
 
 def _setting(

@@ -85,6 +85,8 @@ class Home:
         """Take a step on."""
         if self._lanes or self._gather is not None:
             self._worker.put(job)
+        elif job.told is not None:
+            job.told(())
 
     def drain(self, seconds: float) -> bool:
         """Wait until the lanes have all steps, at most so long. Returns whether they have."""
@@ -122,11 +124,17 @@ class Home:
         self._losses.add(records * max(1, len(self._lanes)))
 
     def _work(self, job: Job) -> None:
+        if job.saved is not None:
+            for lane in self._lanes:
+                lane.saved(job.saved)
+            return
         try:
             records: Sequence[Record] = job.measured.records
             own: list[Scalar] = []
             if job.transfer is not None:
                 records, own = self._brought_home(job, job.transfer)
+            if job.told is not None:
+                job.told(records)
             if records:
                 records = [*records, *self._new_absences(job.due)]
                 verdicts = self._verdicts(job.step, records, job.due)

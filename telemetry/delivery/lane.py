@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from telemetry.backends.base import Backend, Run, is_on_every_rank
@@ -68,6 +69,11 @@ class Lane:
         """Have the records of a step written that was handed over at ``at``, in seconds since the epoch."""
         self._worker.put(Job(step, at, Measured(records=list(records))))
 
+    def saved(self, directory: Path) -> None:
+        """Tell the backend of a checkpoint, where it wants to know."""
+        if hasattr(self._backend, "saved"):
+            self._worker.put(Job(0, 0.0, Measured(), saved=directory))
+
     def end(self, last_word: Callable[[], Job]) -> None:
         """Have the backend closed after all that waits. ``last_word`` is asked for when that has been written."""
         self._worker.put(Job(0, 0.0, Measured(), last_word=last_word))
@@ -99,8 +105,15 @@ class Lane:
             self._active = self._active and self._opened
         if job.last_word is not None:
             self._end(job.last_word)
+        elif job.saved is not None:
+            self._tell_saved(job.saved)
         else:
             self._write(job)
+
+    def _tell_saved(self, directory: Path) -> None:
+        saved: Callable[[Path], None] | None = getattr(self._backend, "saved", None)
+        if self._active and saved is not None:
+            self._attempt("take note of a checkpoint", functools.partial(saved, directory))
 
     def _write(self, job: Job) -> None:
         records = job.measured.records

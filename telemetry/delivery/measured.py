@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -105,6 +106,8 @@ class Job:
         measured: what is to be brought home and reduced over ranks; without a transfer, finished records.
         transfer: the host copies of its tensors.
         due: whether it is a due step's own.
+        told: called in the background with the records that all ranks' values have made, none on ranks other than 0.
+        saved: where a checkpoint has been saved; such a job has nothing else.
         last_word: of a job after which nothing comes: asked for what is still to be said of the run.
     """
 
@@ -113,6 +116,8 @@ class Job:
     measured: Measured
     transfer: Transfer | None = None
     due: bool = False
+    told: Callable[[Sequence[Record]], None] | None = None
+    saved: Path | None = None
     last_word: Callable[[], Job] | None = None
 
     @property

@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -126,7 +127,13 @@ class Recorder:
         """Forget what the step has measured so far."""
         self._step = Measured()
 
-    def flush(self, step: int, clock: StepClock | None = None, own_state: bool = True) -> None:
+    def flush(
+        self,
+        step: int,
+        clock: StepClock | None = None,
+        own_state: bool = True,
+        told: Callable[[Sequence[Record]], None] | None = None,
+    ) -> None:
         """Send what was added since the last flush on its way as ``step``. Waits for nothing.
 
         With several ranks, every rank must flush the same steps in the same order.
@@ -135,6 +142,7 @@ class Recorder:
             step: the optimizer step.
             clock: what telemetry has taken of it so far.
             own_state: whether to add how telemetry itself is doing: once a step.
+            told: called in the background with what is about to be written, on ranks other than 0 with nothing.
         """
         collected, self._step = self._step, Measured()
         began = time.perf_counter()
@@ -144,12 +152,17 @@ class Recorder:
             clock.spent += time.perf_counter() - began
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
             collected.metrics["telemetry/overhead_fraction"] = Max(clock.spent / max(clock.step_seconds(), clock.spent))
-        self._home.put(Job(step, time.time(), collected, transfer, due=own_state))
+        self._home.put(Job(step, time.time(), collected, transfer, due=own_state, told=told))
 
     def write(self, step: int, records: Sequence[Record]) -> None:
         """Write finished records past the step that is being collected."""
         if records and self._home.shows:
             self._home.put(Job(step, time.time(), Measured(records=list(records))))
+
+    def saved(self, directory: Path) -> None:
+        """Tell backends of a checkpoint, after all that was handed over before."""
+        if self._home.shows:
+            self._home.put(Job(0, 0.0, Measured(), saved=directory))
 
     def drain(self, seconds: float | None = None) -> bool:
         """Wait until all is written, at most so long (30 s by default). Returns whether it is."""

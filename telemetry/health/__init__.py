@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from telemetry.health.monitor import HealthMonitor
+from telemetry.health.monitor import HealthMonitor, check_findings
 
-__all__ = ["HealthMonitor"]
+__all__ = ["HealthMonitor", "check_findings"]

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from telemetry.health.history import History
 from telemetry.health.rules import RULES, Level, Rule, Verdict
 from telemetry.records import Alert, Record, Scalar, Table
 
+LEVELS = {"failing": Level.FAILING, "warning": Level.WARNING}
 COLUMNS = ("finding", "verdict", "evidence", "what to do")
+
+
+def check_findings(names: Sequence[str]) -> tuple[str, ...]:
+    """Return what a training is to be stopped for, each known.
+
+    Raises:
+        ValueError: names what is neither a level nor a rule.
+    """
+    known = (*LEVELS, *(rule.name for rule in RULES))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"stop_on: unknown {', '.join(unknown)}: choose from {', '.join(known)}")
+    return tuple(names)
 
 
 class HealthMonitor:
@@ -22,6 +35,20 @@ class HealthMonitor:
         self._rules = rules
         self._history = History()
         self._levels: dict[str, Level] = {}
+        self._faults: dict[str, str] = {}
+
+    def reason_to_stop(self, on: Collection[str]) -> str:
+        """Say what has been found that a training is to be stopped for; "" for nothing. From any thread.
+
+        Args:
+            on: ``failing`` for any finding of that level, ``warning`` for any finding, or names of rules.
+        """
+        least = min((level for name, level in LEVELS.items() if name in on), default=None)
+        for name, fault in [*self._faults.items()]:
+            level = self._levels.get(name, Level.OK)
+            if level and (name in on or (least is not None and level >= least)):
+                return fault
+        return ""
 
     def check(self, step: int, records: Sequence[Record], due: bool) -> list[Record]:
         """Take in what was recorded, and judge.
@@ -49,6 +76,7 @@ class HealthMonitor:
             held = self._levels.get(rule.name, Level.OK)
             if verdict.level > held:
                 alerts.append(_alert(step, rule, verdict))
+                self._faults[rule.name] = f"{rule.fault} (step {step}: {verdict.evidence})"
             # What lies between due steps shows too little to call a fault mended.
             self._levels[rule.name] = verdict.level if due else max(held, verdict.level)
         return alerts
