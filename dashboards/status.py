@@ -19,8 +19,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dashboards.runs import NothingToShowError, Run, Series, read_runs
-from telemetry.backends.run_files import CHECKS, HEALTH_FILE, VERDICTS
-from telemetry.catalogue import find
+from telemetry.catalogue import CHECKS, HEALTH_FILE, VERDICTS, find
 from telemetry.charts import HEADLINES
 from telemetry.records import Alert, Table
 from telemetry.tfrecord import DamagedError

@@ -87,6 +87,15 @@ SECTIONS: dict[str, str] = {
     "telemetry": "What telemetry itself costs.",
 }
 
+CHECKS = ("health/checks", "setup/checks")
+"""Tables of verdicts."""
+
+VERDICTS = ("ok", "warning", "failing")
+"""As words, where a value is 0, 1 or 2."""
+
+HEALTH_FILE = "health.json"
+"""What a run keeps for programs, in its output directory and in every checkpoint."""
+
 TRAINER_SECTIONS = ("train", "eval", "test")
 """Where what the Trainer logs goes: ``eval_`` and ``test_`` at the beginning of a name say the section, else it is the
 first."""

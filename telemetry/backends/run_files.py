@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from telemetry.backends.base import Run
+from telemetry.catalogue import CHECKS, HEALTH_FILE, VERDICTS
 from telemetry.charts import is_headline
 from telemetry.records import Alert, Record, Scalar, Table
 
 VERSION = 1
-HEALTH_FILE = "health.json"
 ALERTS_FILE = "alerts.jsonl"
-CHECKS = ("health/checks", "setup/checks")
-VERDICTS = ("ok", "warning", "failing")
 
 
 class RunFiles:

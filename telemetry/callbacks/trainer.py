@@ -18,6 +18,7 @@ from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
 from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.clips import ClipInstrument
 from telemetry.instruments.questions import QUESTIONS
 from telemetry.once import Once
 from telemetry.probes.forward import Microbatch, Reading
@@ -248,7 +249,7 @@ class StrategicCallback(Door, TrainerCallback):
         """See that the best checkpoint is the one that sounds best, where a number of the clips chooses it.
 
         Raises:
-            ValueError: for a number that there is not.
+            ValueError: for a number that there is not, or that lacks a listener.
         """
         tag = _judged_by_ear(args)
         if tag is None:
@@ -258,6 +259,9 @@ class StrategicCallback(Door, TrainerCallback):
             raise ValueError(
                 f"metric_for_best_model={args.metric_for_best_model}: {tag} is no number of docs/metrics.md"
             )
+        lacking = (one.lacks(tag) for one in self.instruments if isinstance(one, ClipInstrument))
+        if reason := next(filter(None, lacking), ""):
+            raise ValueError(f"metric_for_best_model={args.metric_for_best_model}: {reason}, and {tag} needs one")
         if entry.better and args.greater_is_better != (entry.better == "higher"):
             args.greater_is_better = entry.better == "higher"
             self._once.say("better", "the best checkpoint: %s is better in %s", entry.better, tag, level=logging.INFO)

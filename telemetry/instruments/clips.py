@@ -107,14 +107,20 @@ class ClipInstrument(Instrument):
                 return
             _Evaluation(step, speaker, codec, self).run(self._fixed_samples(step, speaker, batches))
 
+    def lacks(self, tag: str) -> str:
+        """Say what a number of the clips needs that was not given; "" for nothing."""
+        name = tag.rpartition("/")[2]
+        listeners = (
+            ("speaker encoder", NEEDS_ENCODER, self._encoder),
+            ("transcriber", NEEDS_TRANSCRIBER, self._transcriber),
+        )
+        return next((f"no {what} was given" for what, names, one in listeners if name in names and not one), "")
+
     def listener(self, recorder: Recorder) -> Listener:
         """What measures, and says once what it cannot."""
-        if self._encoder is None:
-            for name in NEEDS_ENCODER:
-                recorder.absent(f"zero_shot/{name}", "no speaker encoder was given")
-        if self._transcriber is None:
-            for name in NEEDS_TRANSCRIBER:
-                recorder.absent(f"zero_shot/{name}", "no transcriber was given")
+        for name in (*NEEDS_ENCODER, *NEEDS_TRANSCRIBER):
+            if reason := self.lacks(name):
+                recorder.absent(f"zero_shot/{name}", reason)
         return Listener(
             self._encoder,
             self._transcriber,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import math
 import os
 import resource
 import signal
@@ -255,6 +256,19 @@ def rank_is_killed(directory: Path) -> None:
 
 def rank_is_killed_without_telemetry(directory: Path) -> None:
     on_ranks(directory, [Acts(KILLED, kill)])
+
+
+def poison(model: Any = None, **_: Any) -> None:
+    with torch.no_grad():
+        next(model.parameters())[1, 7] = math.nan
+
+
+def finding_stops_ranks(directory: Path) -> None:
+    """Rank 0 alone sees the finding. The step after it begins when that has been judged."""
+    watching = watched(directory, stop_on="failing")
+    judged = Acts(RAISES + 1, lambda **_: watching.session.recorder.drain())
+    on_ranks(directory, [watching, Acts(RAISES, poison), judged])
+    print(f"stopped: {watching.stopped}\n", end="", flush=True)
 
 
 class BreaksOnOneRank(OutputInstrument):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fault_runs import MEASURED, assert_every_step, on_two_ranks, scalars, steps_of
-from scenarios import KILLED
+from scenarios import KILLED, RAISES
 from support.programs import Ended
 from support.tiny_training import progress
 
@@ -41,3 +41,14 @@ def test_a_rank_that_raises_in_a_measure_goes_on(tmp_path: Path) -> None:
     assert ended.said.count("switched off") == 1
     # Both ranks' tokens are counted at every step, though one rank measures no outputs.
     assert [value for _, value in scalars(tmp_path)["inputs/tokens/total"]] == [2 * 2 * 6.0] * STEPS
+
+
+def test_a_finding_of_rank_0_stops_all_ranks_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:
+    ended = on_two_ranks("finding_stops_ranks", tmp_path)
+    assert ended.status == 0, ended.said
+    assert ended.said.count("stopped: values are not finite (step 9") == 2
+    (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
+    last = max(progress(tmp_path))
+    assert checkpoint.name == f"checkpoint-{last}"
+    assert last in (RAISES, RAISES + 1)
+    assert {path.name for path in checkpoint.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}

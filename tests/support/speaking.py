@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 from telemetry.records import Audio, Table
+from trainer.higgs_trainer import HiggsAudioTrainer
 
 from . import steps
 from .batches import Sample, Voices
@@ -126,6 +127,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback],
     evaluation: Any = None,
     codec: Any = None,
+    kind: Callable[..., Any] = HiggsAudioTrainer,
     **arguments: Any,
 ) -> Any:
     """One step, an evaluation before and after, on the CPU."""
@@ -137,6 +139,7 @@ def make_trainer(
         Collator(voices),
         directory,
         callbacks,
+        kind,
         eval_dataset=rows(voices, 5) if evaluation is None else evaluation,
         processing_class=Processor(voices.tokenizer, ToneCodec() if codec is None else codec),
         **{**quiet, **arguments},
@@ -149,6 +152,9 @@ class Processor:
     def __init__(self, tokenizer: Any, audio_tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.audio_tokenizer = audio_tokenizer
+
+    def save_pretrained(self, directory: str) -> None:
+        """Nothing that a checkpoint would need."""
 
 
 def table(backend: MemoryBackend, step: int, tag: str = "zero_shot/clips") -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import trainer.train_v2_ddp
 from trainer.arguments import FineTuningArguments, ScriptArguments
 from trainer.chatml import Message, Sample, Source, TextContent
 from trainer.demo.prepare import Demonstration
-from trainer.train_v2_ddp import find_checkpoint, main, split_samples, strategic_callbacks
+from trainer.train_v2_ddp import STOPPED, find_checkpoint, main, split_samples, strategic_callbacks
 
 SCRIPT = str(Path(trainer.train_v2_ddp.__file__))
 TIMEOUT_SECONDS = 150
@@ -256,6 +256,36 @@ def test_the_trainers_own_arguments_do_what_they_say(
     moments = torch.load(output / "checkpoint-4" / "optimizer.pt")["state"]
     assert any("exp_avg_sq_row" in state for state in moments.values())
     assert torch.load(output / "training_args.bin", weights_only=False).activation_checkpointing is True
+
+
+def test_a_finding_that_training_is_to_stop_on_ends_it_with_a_checkpoint_and_exit_code_4(
+    tiny_model_path: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """A learning rate that rewrites the weights within a step."""
+    output = tmp_path / "output"
+    finished = run(
+        *(
+            "--model_path",
+            tiny_model_path,
+            "--train_data_file",
+            data_file,
+            "--output_dir",
+            output,
+            "--report_to",
+            "none",
+        ),
+        *("--max_steps", 2000, "--logging_steps", 1, "--learning_rate", 100, "--enable_strategic_logging"),
+        *("--strategic_logging_steps", 1, "--strategic_logging_components", "shared_attention"),
+        *("--stop_on", "update_size", "failing"),
+    )
+    assert finished.returncode == STOPPED == 4, finished.stderr[-3000:]
+    last = finished.stderr.splitlines()[-1]
+    assert re.search(r"ERROR trainer.train_v2_ddp: stopped, as --stop_on asks: .+ \(step \d+: ", last), last
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert checkpoint.name != "checkpoint-2000"
+    assert json.loads((output / "health.json").read_text())["verdict"] != "ok"
+    assert (checkpoint / "health.json").is_file()
+    assert (output / "alerts.jsonl").is_file()
 
 
 def script_arguments(**more: Any) -> ScriptArguments:

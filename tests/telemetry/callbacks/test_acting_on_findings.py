@@ -21,8 +21,9 @@ from transformers import TrainerCallback
 from dashboards import status
 from telemetry import StrategicTelemetry, Telemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.backends.run_files import ALERTS_FILE, HEALTH_FILE
+from telemetry.backends.run_files import ALERTS_FILE
 from telemetry.backends.tensorboard import TensorBoardBackend
+from telemetry.catalogue import HEALTH_FILE
 from telemetry.records import Alert
 
 POISONED = 3
