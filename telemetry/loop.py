@@ -46,7 +46,7 @@ class Telemetry(Door):
         config: what is to be shown of the run's configuration; secrets are taken out.
         name: of the run; by default the last part of ``output_dir``.
         starting_step: optimizer steps that an earlier attempt has made.
-        alert_to, stop_on: as of :class:`telemetry.StrategicTelemetry`; the loop asks :meth:`should_stop`.
+        alert_to, stop_on, health_rules: as of :class:`telemetry.StrategicTelemetry`; the loop asks :meth:`should_stop`.
 
     Raises:
         ValueError: when ``logging_steps`` is below 1, or for unknown components or options, or another optimizer.
@@ -69,9 +69,10 @@ class Telemetry(Door):
         starting_step: int = 0,
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
+        health_rules: str | Path | Mapping[str, Any] | None = None,
     ) -> None:
         chosen = choose(components, options)
-        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on)
+        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules)
         self.steps = starting_step
         self._model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the one that steps

@@ -22,7 +22,7 @@ from telemetry.delivery.recorder import MAX_FAILURES, Recorder
 from telemetry.delivery.reduction import GATHER_SECONDS, RankGather
 from telemetry.delivery.word import RankWord
 from telemetry.families import Family, find_family
-from telemetry.health import HealthMonitor, check_findings
+from telemetry.health import RULES, HealthMonitor, check_findings, rules_of
 from telemetry.instruments.base import Instrument, Step
 from telemetry.once import Once
 from telemetry.probes.batches import EvaluationBatches, is_stream
@@ -55,14 +55,15 @@ class Door:
         alert_to: Apprise addresses that alerts are sent to; None for those that ``STRATEGIC_TELEMETRY_ALERT_TO`` has,
             separated by spaces.
         stop_on: findings that end the training: ``failing``, ``warning`` or names of rules.
+        health_rules: other limits, and rules of one's own: see :mod:`telemetry.health.own_rules`.
 
     Attributes:
         stopped: why the training was ended, "" where it was not.
 
     Raises:
         ImportError: when there is an address, and Apprise is not installed.
-        ValueError: when ``logging_steps`` is below 1, ``logging_dir`` is a URL, an address is none, or a finding is
-            unknown.
+        ValueError: when ``logging_steps`` is below 1, ``logging_dir`` is a URL, an address is none, a finding is
+            unknown, or a rule cannot be read.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Door:
         instruments: Sequence[Instrument],
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
+        health_rules: str | Path | Mapping[str, Any] | None = None,
     ) -> None:
         if logging_steps < 1:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
@@ -83,7 +85,8 @@ class Door:
         self.sound = sound
         self.instruments = [*instruments]
         self.alert_to = alert_addresses(alert_to)
-        self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on)
+        self.rules = rules_of(health_rules)
+        self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on, self.rules)
         self.stopped = ""
         self._session: Session | None = None
         self._gradients_seen = False
@@ -210,6 +213,7 @@ class Session:
             gather = RankGather.join()
             backends = self._backends()
             own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
+            self._monitor = HealthMonitor(next((door.rules for door in self._doors if door.rules is not RULES), RULES))
             self._recorder = Recorder(own, gather, judge=self._monitor, sound=self.sound, rank=self.setting.rank)
             shared = gather is not None and any(map(is_on_every_rank, backends))
             self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))

@@ -90,6 +90,10 @@ class ScriptArguments:
             "or names of rules (docs/alerts.md). Default: never."
         },
     )
+    health_rules: str | None = field(
+        default=None,
+        metadata={"help": "YAML or JSON file with other limits for rules, and rules of your own (docs/health.md)."},
+    )
     telemetry_audio: str = field(
         default="on",
         metadata={"help": "'off' keeps every number and sends no sound anywhere.", "choices": ["on", "off"]},
@@ -229,8 +233,8 @@ def _fit_together(script: ScriptArguments, training: FineTuningArguments) -> Non
     """Settle what only both kinds of arguments tell."""
     if script.wandb_all_ranks and not (script.enable_strategic_logging and "wandb" in training.destinations):
         raise ValueError("--wandb_all_ranks needs --enable_strategic_logging and --report_to wandb")
-    if (script.alert_to or script.stop_on) and not script.enable_strategic_logging:
-        raise ValueError("--alert_to and --stop_on need --enable_strategic_logging")
+    if (script.alert_to or script.stop_on or script.health_rules) and not script.enable_strategic_logging:
+        raise ValueError("--alert_to, --stop_on and --health_rules need --enable_strategic_logging")
     if script.enable_strategic_logging:
         # Telemetry sends the Trainer's numbers too, and the Trainer's own W&B callback would make the training thread
         # wait for the server.

@@ -164,6 +164,7 @@ def strategic_callbacks(script: ScriptArguments, training: FineTuningArguments) 
             sound=SoundPolicy(enabled=script.telemetry_audio == "on"),
             alert_to=script.alert_to,
             stop_on=script.stop_on,
+            health_rules=script.health_rules,
         )
     ]
 

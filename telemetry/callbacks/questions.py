@@ -92,7 +92,7 @@ class StrategicTelemetry(StrategicCallback):
 
     Args:
         components: which of :data:`COMPONENTS`; all by default.
-        logging_steps, backends, logging_dir, sound, alert_to, stop_on: as for each callback alone.
+        logging_steps, backends, logging_dir, sound, alert_to, stop_on, health_rules: as for each callback alone.
         options: further arguments of single components: ``{"shared_attention": {"layers": [0, 5]}}``.
 
     Raises:
@@ -109,9 +109,10 @@ class StrategicTelemetry(StrategicCallback):
         sound: SoundPolicy | None = None,
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
+        health_rules: str | Path | Mapping[str, Any] | None = None,
     ) -> None:
         chosen = choose(components, options)
-        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on)
+        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules)
 
     @property
     def members(self) -> Sequence[StrategicCallback]:

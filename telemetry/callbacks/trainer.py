@@ -63,6 +63,7 @@ class StrategicCallback(Door, TrainerCallback):
             ``STRATEGIC_TELEMETRY_ALERT_TO``, separated by spaces.
         stop_on: what ends the training, with a checkpoint: ``failing``, ``warning`` or names of rules; nothing by
             default.
+        health_rules: other limits for rules, and rules of one's own: a mapping, or a file of one (``docs/health.md``).
         options: of a callback for one question: the arguments of that question's function.
 
     Attributes:
@@ -70,8 +71,8 @@ class StrategicCallback(Door, TrainerCallback):
 
     Raises:
         ImportError: when there is an address, and Apprise is not installed.
-        ValueError: when ``logging_steps`` is below 1, ``logging_dir`` is a URL, or ``alert_to`` or ``stop_on`` says
-            something unknown.
+        ValueError: when ``logging_steps`` is below 1, ``logging_dir`` is a URL, or ``alert_to``, ``stop_on`` or
+            ``health_rules`` says something unknown.
     """
 
     question: ClassVar[str] = ""
@@ -85,9 +86,10 @@ class StrategicCallback(Door, TrainerCallback):
         instruments: Sequence[Instrument] = (),
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
+        health_rules: str | Path | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on)
+        super().__init__(logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on, health_rules)
         self._once = Once(logger)
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from telemetry.health.monitor import HealthMonitor, check_findings
+from telemetry.health.own_rules import rules_of
+from telemetry.health.rulebook import RULES
 
-__all__ = ["HealthMonitor", "check_findings"]
+__all__ = ["RULES", "HealthMonitor", "check_findings", "rules_of"]

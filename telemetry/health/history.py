@@ -12,7 +12,7 @@ KEPT = 100
 
 
 class History:
-    """Scalars by tag. Holds at most :data:`KEPT` values a tag.
+    """Scalars by tag. Holds the first value of a tag, and at most :data:`KEPT` later ones.
 
     Attributes:
         step: the latest step recorded.
@@ -20,6 +20,7 @@ class History:
 
     def __init__(self) -> None:
         self.step = 0
+        self._first: dict[str, tuple[int, float]] = {}
         self._values: dict[str, deque[tuple[int, float]]] = {}
 
     def add(self, step: int, records: Iterable[Record]) -> None:
@@ -27,6 +28,7 @@ class History:
         self.step = step
         for record in records:
             if isinstance(record, Scalar):
+                self._first.setdefault(record.tag, (step, record.value))
                 self._values.setdefault(record.tag, deque(maxlen=KEPT)).append((step, record.value))
 
     def latest(self, tag: str) -> float | None:
@@ -34,13 +36,18 @@ class History:
         values = self._values.get(tag)
         return values[-1][1] if values else None
 
+    def past(self, tag: str) -> list[tuple[int, float]]:
+        """Steps and values of a tag, oldest first: the first ever, and the last ones."""
+        values = [*self._values.get(tag, ())]
+        return [self._first[tag], *values] if len(values) == KEPT and values[0] != self._first[tag] else values
+
     def values(self, tag: str) -> list[float]:
-        """The past of a tag, oldest first."""
-        return [value for _, value in self._values.get(tag, ())]
+        """The values of :meth:`past`."""
+        return [value for _, value in self.past(tag)]
 
     def steps(self, tag: str) -> list[int]:
-        """The steps of :meth:`values`."""
-        return [step for step, _ in self._values.get(tag, ())]
+        """The steps of :meth:`past`."""
+        return [step for step, _ in self.past(tag)]
 
     def matching(self, pattern: re.Pattern[str]) -> dict[str, float]:
         """The last value of every tag that matches as a whole."""

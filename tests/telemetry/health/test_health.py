@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,9 @@ from telemetry import catalogue
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Recorder
 from telemetry.health import HealthMonitor
-from telemetry.health.rules import RULES, Level
+from telemetry.health.__main__ import reference
+from telemetry.health.rulebook import RULES
+from telemetry.health.rules import Level
 from telemetry.records import Alert, Record, Scalar, Sum, Table
 
 
@@ -31,13 +34,19 @@ def judged(*steps: Mapping[str, float]) -> dict[str, float]:
     """The levels after several due steps."""
     monitor = HealthMonitor()
     found: list[Record] = []
-    for step, values in enumerate(steps, 1):
+    for step, values in enumerate(steps):
         found = monitor.check(step, scalars(values), due=True)
     return levels(found)
 
 
 GAIN = "zero_shot/conditioning/gain"
+EVAL_GAIN = "zero_shot/conditioning/eval/gain"
+LOSS = "outputs/loss/audio"
 EOS = "zero_shot/eos_hit_rate"
+HITS = "outputs/accuracy/audio"
+ENDING = "outputs/eos/probability"
+REFERENCE = "zero_shot/reference"
+RATIO = "gradients/lora/update_ratio"
 
 PLANTED = [
     ("nonfinite", [{"outputs/loss/text": 1.0}], [{"outputs/loss/text": math.nan}], Level.FAILING),
@@ -64,7 +73,64 @@ PLANTED = [
         [{"attention/layer_0/target_to_reference": 0.0, "attention/layer_3/target_to_reference": 1e-5}],
         Level.WARNING,
     ),
-    ("reference_used", [{GAIN: 0.0}] * 4 + [{GAIN: 0.2}], [{GAIN: 0.001}] * 5, Level.WARNING),
+    (
+        "reference_masked",
+        [{"inputs/tokens/reference_audio_fraction": 0.2, "zero_shot/reference/seconds": 3.0}],
+        [{"inputs/tokens/reference_audio_fraction": 0.0, "zero_shot/reference/seconds": 3.0}],
+        Level.FAILING,
+    ),
+    ("reference_used", [{GAIN: 0.0}] * 5 + [{GAIN: 0.2}], [{GAIN: 0.001}] * 6, Level.WARNING),
+    (
+        "reference_used",  # the training samples are known by heart
+        [{LOSS: 4.0, GAIN: 0.0, EVAL_GAIN: 0.0}, {LOSS: 2.0, GAIN: 0.0, EVAL_GAIN: 0.02}, {EVAL_GAIN: 0.03}],
+        [{LOSS: 4.0, GAIN: 0.1, EVAL_GAIN: 0.0}, {LOSS: 2.0, GAIN: 0.1, EVAL_GAIN: 0.002}, {EVAL_GAIN: 0.001}],
+        Level.WARNING,
+    ),
+    *[
+        ("reference_sound", [{f"{REFERENCE}/{name}": well}], [{f"{REFERENCE}/{name}": bad}], Level.WARNING)
+        for name, well, bad in [
+            ("level_db", -23.0, -120.0),
+            ("clipping_fraction", 0.0, 0.02),
+            ("sampling_rate", 24000.0, 8000.0),
+            ("silence_fraction", 0.3, 1.0),
+        ]
+    ],
+    (
+        "updates_arrive",
+        [{RATIO: 0.0}, {RATIO: 0.001}],  # a warm-up begins with a learning rate of 0
+        [{RATIO: 0.0}, {RATIO: 0.0}],
+        Level.FAILING,
+    ),
+    (
+        "padding",
+        [{"inputs/tokens/padding_fraction": 0.4}],
+        [{"inputs/tokens/padding_fraction": 0.95}],
+        Level.WARNING,
+    ),
+    (
+        "speech_worse",
+        [{"zero_shot/wer": 0.9}, {"zero_shot/wer": 0.95}],
+        [{"zero_shot/wer": 0.3}, {"zero_shot/wer": 0.95}],
+        Level.WARNING,
+    ),
+    (
+        "speech_worse",
+        [{"zero_shot/speaker_similarity": 0.5}, {"zero_shot/speaker_similarity": 0.8}],
+        [{"zero_shot/speaker_similarity": 0.8}, {"zero_shot/speaker_similarity": 0.5}],
+        Level.WARNING,
+    ),
+    (
+        "overfitting",
+        [{"eval/loss": loss, "zero_shot/wer": wer} for loss, wer in [(3.0, 0.9), (2.0, 0.5), (2.5, 0.4), (2.6, 0.3)]],
+        [{"eval/loss": loss, "zero_shot/wer": wer} for loss, wer in [(3.0, 0.9), (2.0, 0.5), (2.5, 0.6), (2.6, 0.8)]],
+        Level.WARNING,
+    ),
+    (
+        "overfitting",
+        [{"eval/loss": loss} for loss in (3.0, 2.0, 2.1)],
+        [{"eval/loss": loss} for loss in (3.0, 2.0, 2.5, 2.6)],
+        Level.WARNING,
+    ),
     (
         "gradients_arrive",
         [{"gradients/lora/norm": 0.1, "gradients/norms/norm": 1e-9}],
@@ -84,7 +150,19 @@ PLANTED = [
         Level.WARNING,
     ),
     ("loss_steady", [{"train/loss": 2.0}] * 12, [{"train/loss": 2.0}] * 12 + [{"train/loss": 9.0}], Level.WARNING),
-    ("generation_ends", [{EOS: 0.0}, {EOS: 0.5}], [{EOS: 0.0}, {EOS: 0.0}], Level.WARNING),
+    (
+        "loss_steady",  # of few values, a larger jump
+        [{"train/loss": 2.0}] * 3 + [{"train/loss": 9.0}],
+        [{"train/loss": 2.0}] * 3 + [{"train/loss": 13.0}],
+        Level.WARNING,
+    ),
+    ("generation_ends", [{HITS: 0.9}, {EOS: 0.0}, {EOS: 0.5}], [{HITS: 0.9}, {EOS: 0.0}, {EOS: 0.0}], Level.WARNING),
+    (
+        "generation_ends",  # where it should end it would: the bound on the length came first
+        [{HITS: 0.9, ENDING: 0.8}, {EOS: 0.0}, {EOS: 0.0}],
+        [{HITS: 0.9, ENDING: 0.001}, {EOS: 0.0}, {EOS: 0.0}],
+        Level.WARNING,
+    ),
     ("records_lost", [{"telemetry/dropped_records": 0.0}], [{"telemetry/dropped_records": 3.0}], Level.WARNING),
 ]
 
@@ -107,7 +185,7 @@ def test_a_rule_without_values_says_nothing() -> None:
     assert HealthMonitor().check(1, scalars({"telemetry/step_seconds": 0.1}), due=True) == []  # nothing of the training
 
 
-@pytest.mark.parametrize("steps", [[{GAIN: 0.0}] * 4, [{"train/loss": 1.0}] * 5 + [{"train/loss": 99.0}], [{EOS: 0.0}]])
+@pytest.mark.parametrize("steps", [[{GAIN: 0.0}] * 4, [{"train/loss": 1.0}] * 2 + [{"train/loss": 99.0}], [{EOS: 0.0}]])
 def test_too_few_values_are_not_judged(steps: list[dict[str, float]]) -> None:
     assert set(judged(*steps)) == {"nonfinite"}
 
@@ -116,9 +194,10 @@ def test_the_table_puts_the_worst_first_with_its_evidence_and_what_to_do() -> No
     values = {"inputs/invalid_ids": 7.0, "zero_shot/chatml/compliance": 0.75, "outputs/eos/supervised": 1.0}
     table = next(r for r in HealthMonitor().check(3, scalars(values), due=True) if isinstance(r, Table))
     assert [row[1] for row in table.rows] == ["failing", "warning", "ok", "ok"]
-    finding, _, evidence, advice = table.rows[0]
+    finding, _, evidence, advice, otherwise = table.rows[0]
     assert (finding, evidence) == ("ids lie outside their vocabulary", "inputs/invalid_ids = 7")
     assert advice
+    assert otherwise
     assert all(not row[3] for row in table.rows if row[1] == "ok")
 
 
@@ -134,11 +213,53 @@ def test_an_alert_comes_when_a_verdict_worsens_and_not_again_until_it_was_well()
     assert [alerted(8, 1.0), alerted(9, 0.0)] == [0, 1]
 
 
-def test_between_due_steps_there_are_alerts_alone() -> None:
-    found = HealthMonitor().check(7, scalars({"train/loss": math.inf}), due=False)
-    assert [type(record) for record in found] == [Alert]
+def test_between_due_steps_what_has_become_worse_is_shown_and_nothing_else() -> None:
+    monitor = HealthMonitor()
+    assert monitor.check(6, scalars({"train/loss": 1.0}), due=False) == []
+    found = monitor.check(7, scalars({"train/loss": math.inf}), due=False)
+    assert [type(record) for record in found] == [Alert, Scalar, Table]
     assert alerts(found)[0].level == "error"
     assert "train/loss = inf" in alerts(found)[0].text
+    assert monitor.check(8, scalars({"train/loss": math.inf}), due=False) == []
+
+
+def test_a_verdict_of_the_last_evaluation_has_its_value_and_its_row_once_a_step() -> None:
+    monitor = HealthMonitor()
+    monitor.check(10, scalars({EOS: 0.0, HITS: 0.9}), due=True)
+    assert levels(monitor.check(20, scalars({HITS: 0.9}), due=True))
+    found = monitor.check(20, scalars({EOS: 0.0}), due=False)
+    assert levels(found) == {"generation_ends": Level.WARNING}  # the others have their value at this step
+    (table,) = [record for record in found if isinstance(record, Table)]
+    assert table.rows[0][:2] == ("free-running speech does not end by itself", "warning")
+    better = monitor.check(30, scalars({EOS: 1.0}), due=False)
+    assert levels(better)["generation_ends"] == Level.OK
+
+
+def test_the_root_of_several_faults_is_the_one_that_is_alerted_and_the_others_name_it() -> None:
+    values = {
+        "inputs/tokens/reference_audio_fraction": 0.0,
+        "zero_shot/reference/seconds": 3.0,
+        "zero_shot/reference/present_fraction": 0.0,
+        "zero_shot/chatml/compliance": 0.0,
+        "attention/layer_0/target_to_reference": 0.0,
+    }
+    found = HealthMonitor().check(1, scalars(values), due=True)
+    assert [alert.title for alert in alerts(found)] == ["reference audio is trained on"]
+    (table,) = [record for record in found if isinstance(record, Table)]
+    bad = [row[0] for row in table.rows if row[1] != "ok"]
+    assert bad[0] == "reference audio is trained on"
+    assert len(bad) == 4
+    assert all("which follows from: reference audio is trained on" in str(finding) for finding in bad[1:])
+
+
+def test_every_rule_says_what_people_ask() -> None:
+    names = [rule.name for rule in RULES]
+    for rule in RULES:
+        assert {*rule.follows} <= {*names}
+        assert rule.advice, rule.name
+        assert rule.absent, rule.name
+        assert rule.proof, rule.name
+        assert rule.otherwise or rule.name == "records_lost"
 
 
 def test_what_rules_record_is_in_the_catalogue() -> None:
@@ -175,3 +296,8 @@ def test_a_judge_that_fails_costs_its_verdicts_alone(caplog: pytest.LogCaptureFi
     assert memory.scalars("inputs/invalid_ids") == {1: 0.0, 2: 0.0}
     assert broken.calls == 1
     assert "no more verdicts" in caplog.text
+
+
+def test_the_document_is_that_of_the_rules() -> None:
+    written = (Path(__file__).parents[3] / "docs" / "health.md").read_text(encoding="utf-8")
+    assert written == reference(), "python -m telemetry.health > docs/health.md"
