@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class TelemetryCallback(Callback):
         if self.telemetry is not None and not self._open:
             self._open = True
             self.telemetry.begin_step()
+        if self.telemetry is not None and isinstance(batch, Mapping):
+            self.telemetry.microbatch(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         # Lightning calls the optimizer's step around the passes, and this after them, before clipping.

@@ -121,6 +121,16 @@ class Telemetry(Door):
         """Leave what is known of the run in a checkpoint that has been saved: ``health.json``."""
         self._joined().saved(Path(directory))
 
+    def microbatch(self, batch: Mapping[str, Any]) -> None:
+        """Say what the next forward pass runs on, where the loop takes labels out before it.
+
+        Labels are read by their names in the batch. ``metadata`` in it, one mapping a sample, names samples: see
+        :class:`telemetry.probes.forward.Microbatch`. Off a due step it does nothing.
+        """
+        if (session := self._led()) is not None:
+            session.prepare(batch)
+            session.announce(batch.get("metadata") or ())
+
     def log(self, logs: Mapping[str, Any]) -> None:
         """Record numbers of the loop's own at its last step, named as the Trainer names them.
 

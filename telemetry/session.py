@@ -8,7 +8,7 @@ import logging
 import queue
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_LOGGING_STEPS = 100
 EPOCH = "train/epoch"
 STREAM = "they are a stream, which may be there to be read once: no clips, and no conditioning gain of them"
+_nothing: Callable[[], None] = lambda: None  # noqa: E731
 NO_FAMILY = (
     "telemetry knows no family for this model: it shows tensors, gradients and the model's own loss, and no tokens"
 )
@@ -158,6 +159,7 @@ class Session:
         self._step: Step | None = None
         self._due: list[Instrument] = []
         self._leader: Door | None = None
+        self._hide: Callable[[], None] = _nothing
         self._evaluated = False
         self._logged: object = None
         self._epoch_at = -1
@@ -269,12 +271,19 @@ class Session:
                 self._due = [instrument for instrument in due if self._is_its_turn(instrument)]
                 self._step, self._leader = self._make_step(number), door
                 self._watch.open()
+                self._hide = self.setting.show_batches(self.prepare)
                 self._reader.attach(self._watch)
                 self._tell("begin")
 
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Say what the next microbatch's samples are, from trainers that take it out of the batch."""
         self._reader.announce(metadata)
+
+    def prepare(self, batch: Any, label_names: Collection[str] = ()) -> None:
+        """Say what batch the next passes are of: its labels are read where the trainer keeps them from the model."""
+        if self._step is not None and isinstance(batch, Mapping):
+            with self._clock.running(), self._isolated("reading a prepared batch"):
+                self._reader.prepare(batch, label_names)
 
     def hand_over(self, inputs: Mapping[str, Any], outputs: Any) -> None:
         """Take a microbatch's pass from a trainer that shows it: read where the model cannot be watched."""
@@ -434,6 +443,8 @@ class Session:
 
     def _end(self) -> None:
         self._unwatch()
+        self._hide()
+        self._hide = _nothing
         self._step = self._leader = None
         self._due = []
 

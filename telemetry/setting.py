@@ -38,6 +38,8 @@ class Setting:
         progress: whether progress bars are wanted.
         tokens_across_ranks: whether losses that are divided by a count of tokens are divided by that of all ranks.
         processor: decodes token ids, itself or by its ``tokenizer``.
+        show_batches: begins to call a function with every batch that the trainer prepares, and the names of its labels;
+            returns what ends that.
     """
 
     output_dir: Path
@@ -54,6 +56,11 @@ class Setting:
     progress: bool = True
     tokens_across_ranks: bool = True
     processor: Any = None
+    show_batches: Callable[[Callable[[Any, Any], None]], Callable[[], None]] = lambda _see: _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 def default_logging_dir(output_dir: Path) -> Path:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
+from telemetry.callbacks.prepared import PreparedBatches, calling_trainer
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clips import ClipInstrument
 from telemetry.instruments.questions import QUESTIONS
@@ -397,4 +398,5 @@ def _setting(
         progress=not args.disable_tqdm,
         tokens_across_ranks=bool(args.average_tokens_across_devices),
         processor=processor,
+        show_batches=PreparedBatches(calling_trainer(model)),
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 NO_LOGITS = "the model computed no logits for it (a fused loss, or no such head)"
-NO_LABELS = "the model was given no labels for it"
+NO_LABELS = "the model was given no labels for it, and does not run on a batch that shows them"
 
 # Parts of a decoder's parameter names, as transformers writes them → gradient groups.
 DECODER_GROUPS = (
@@ -282,7 +282,7 @@ class Family:
         Called after the model's forward pass. Must not wait for the device.
 
         Args:
-            inputs: the model's keyword arguments.
+            inputs: the model's keyword arguments, and labels of its batch that the trainer has kept from it.
             outputs: what it returned.
             seen: the batch as it was read, and what watched modules gave.
         """
@@ -293,7 +293,7 @@ class Family:
         return {}
 
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
-        """Read a batch (the model's keyword arguments), or None where it cannot be laid out position by position."""
+        """Read a batch (see :meth:`streams`), or None where it cannot be laid out position by position."""
         return None
 
     def group_of(self, parameter_name: str) -> str:

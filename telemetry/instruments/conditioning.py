@@ -129,6 +129,9 @@ def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Compar
         reason = "the batch has no audio" if can else "references of this kind of model cannot be changed"
         step.recorder.absent(f"{section}/gain", reason)
         return None
+    if "input_ids" not in microbatch.inputs:
+        step.recorder.absent(f"{section}/gain", "the model is given embeddings in the place of token ids")
+        return None
     speakers = _speakers(microbatch, audio.codes.shape[0])
     reason = _why_hopeless(speakers)
     if reason and not step.lockstep.needed:  # else other ranks need this one's forward passes

@@ -20,6 +20,7 @@ from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Su
 
 SHOWN_SAMPLES = 2
 SHOWN_CLIPS = 4
+NO_TEXT_LABELS = "no labels are known of its token ids"
 NOT_DATA = frozenset({"num_items_in_batch"})  # the Trainer's own, for the loss
 TENSOR_COLUMNS = (
     "tensor", "shape", "dtype", "device", "min", "max", "mean", "std", "zero fraction", "non-finite", "first values",
@@ -40,7 +41,9 @@ class InputInstrument(LastMicrobatchInstrument):
         if microbatch.view is not None:
             for tag, value in _view_metrics(microbatch.view):
                 recorder.metric(f"inputs/{tag}", value)
-        for name, tensor in _tensors(microbatch.inputs):
+            if microbatch.view.text_labels is None:
+                recorder.absent("inputs/supervised/text_fraction", NO_TEXT_LABELS)
+        for name, tensor in _tensors(microbatch):
             for kind, value in _tensor_metrics(tensor_statistics(tensor)):
                 recorder.metric(f"inputs/tensor/{name}/{kind}", value)
 
@@ -54,7 +57,7 @@ class InputInstrument(LastMicrobatchInstrument):
             self._show_audio(step, microbatch, kind)
 
     def _show_tensors(self, step: Step, microbatch: Microbatch) -> None:
-        named = list(_tensors(microbatch.inputs))
+        named = list(_tensors(microbatch))
         statics = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), str(t.device)) for name, t in named]
         tensors: dict[str, Tensor] = {}
         for name, tensor in named:
@@ -144,8 +147,9 @@ def _outside(ids: Tensor, vocabulary: int) -> Tensor:
     return (ids < 0) | (ids >= vocabulary)
 
 
-def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in inputs.items() if isinstance(value, Tensor) and name not in NOT_DATA)
+def _tensors(microbatch: Microbatch) -> Iterator[tuple[str, Tensor]]:
+    known = {**microbatch.inputs, **microbatch.withheld}
+    return ((name, value) for name, value in known.items() if isinstance(value, Tensor) and name not in NOT_DATA)
 
 
 def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:

@@ -25,6 +25,10 @@ PARTIAL = "a part of it could not be measured"
 UNREAD = "no part of the model's loss could be read"
 NO_LOSS = "the model returned no loss"
 UNCHECKED = "The model returned no loss to compare it with."
+WITHHELD = (
+    "By the batch's labels, as the model's own loss would read them: the trainer keeps them from it, and what it "
+    "minimizes may be more than their cross-entropy (label smoothing, a loss of its own)."
+)
 COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
 
 # How far rounding takes a loss of a dtype from the same loss added up otherwise, as a share of it. Where a compiled
@@ -71,6 +75,7 @@ class _Pass:
         partial: whether a part of it was not read.
         rounding: share of it that two right sums may differ by.
         counted: whether the trainer has it divided by the tokens of the whole step, so that passes add up.
+        withheld: whether the model was not given all labels that were read, so that its loss is another.
     """
 
     tensors: dict[str, Tensor]
@@ -78,10 +83,11 @@ class _Pass:
     partial: bool
     rounding: float
     counted: bool
+    withheld: bool
 
     def checked(self) -> CheckedMean:
         """Compare what was read with what the model returned, without waiting for either; the count is left out."""
-        read, returned = self.read, self.tensors.get(MODEL)
+        read, returned = self.read, None if self.withheld else self.tensors.get(MODEL)
         if self.partial or read is None:
             return CheckedMean(0, 0, self.partial or returned is not None, 0, 0, 0)
         if returned is None:
@@ -120,13 +126,14 @@ class OutputInstrument(Instrument):
         """Measure every stream, and what the loss is made of."""
         for one in reading.absent:
             step.recorder.absent(f"outputs/loss/{one.name}", one.why)
+        note = WITHHELD if microbatch.withheld else ""
         shares: list[Tensor] = []
         shown: list[_Shown] = []
         for stream in reading.streams:
             stats = token_statistics(stream.logits, stream.predicted, probe_id=stream.eos_id)
             totals = _totals(stream, stats)
             for tag, value in _metrics(stream, stats, totals):
-                step.recorder.metric(f"outputs/{tag}", value)
+                step.recorder.metric(f"outputs/{tag}", value, note)
             shares.append(_share(stream, *totals["loss"]))
             shown += _Shown.of(stream, stats)
         self._last = microbatch, shown
@@ -229,6 +236,7 @@ def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) ->
         partial=any(one.in_loss for one in reading.absent),
         rounding=rounding if reading.watched else max(rounding, _COMPILED),
         counted=microbatch.inputs.get("num_items_in_batch") is not None,
+        withheld=bool(microbatch.withheld),
     )
 
 
@@ -244,11 +252,12 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
     # Passes add up where the trainer has counted the tokens of all; so do ranks, unless each has counted its own.
     ranks = step.world_size if step.tokens_across_ranks else 1
     count = 1 / ranks if any(one.counted for one in passes) else len(passes)
+    note = WITHHELD if any(one.withheld for one in passes) else "" if returned else UNCHECKED
     for one in passes:
         for tag, value in one.tensors.items():
             recorder.metric(tag, Mean(value, 0))
         if read or one.partial:
-            recorder.metric(TOTAL, one.checked(), "" if returned else UNCHECKED)
+            recorder.metric(TOTAL, one.checked(), note)
     for tag in tags:
         recorder.metric(tag, Mean(0, count))
     if read:

@@ -1,8 +1,9 @@
-"""Evaluation batches, read without anyone noticing."""
+"""Batches: those of an evaluation, read without anyone noticing, and what a trainer has prepared for a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,47 @@ class EvaluationBatches:
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+class PreparedBatch:
+    """A microbatch as a trainer has prepared it, for passes over it that are not given its labels or token ids.
+
+    Holds nothing else of it.
+
+    Args:
+        batch: what the trainer has.
+        label_names: which of it are labels, beside what has ``label`` in its name. The only one is read as ``labels``
+            where none is named so.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], label_names: Collection[str] = ()) -> None:
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        self._labels = {name: value for name, value in tensors.items() if "label" in name or name in label_names}
+        self._others = [weakref.ref(value) for name, value in tensors.items() if name not in self._labels]
+        self._ids = tensors.get("input_ids")
+        named = [self._labels[name] for name in label_names if name in self._labels]
+        if len(named) == 1:
+            self._labels.setdefault("labels", named[0])
+
+    def beside(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return what a pass is not given by name: labels, and the ids of what it is given embedded.
+
+        Nothing for a pass over something else: that is given neither a tensor of the batch nor embeddings of as many
+        positions as it has ids.
+
+        Args:
+            inputs: the model's keyword arguments.
+        """
+        embedded = inputs.get("inputs_embeds")
+        is_embedded = isinstance(embedded, Tensor) and self._ids is not None and embedded.shape[:2] == self._ids.shape
+        if not is_embedded and not self._shares(inputs):
+            return {}
+        known = self._labels | ({"input_ids": self._ids} if is_embedded and self._ids is not None else {})
+        return {name: value for name, value in known.items() if inputs.get(name) is None}
+
+    def _shares(self, inputs: Mapping[str, Any]) -> bool:
+        given = {id(value) for value in inputs.values() if isinstance(value, Tensor)}
+        return any((value := other()) is not None and id(value) in given for other in self._others)
 
 
 def is_stream(loader: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from telemetry.families.base import Absent, BatchView, Declared, Family, LossPart, Seen, Stream, output
 from telemetry.once import Once
+from telemetry.probes.batches import PreparedBatch
 from telemetry.probes.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,24 @@ class Microbatch:
             Keys, all optional: ``sample_id``, ``speaker``, ``language``, ``ref_transcript``, ``target_transcript``
             (str); ``reference``, ``target`` (sequences of objects with ``samples``, ``sampling_rate``, ``seconds``
             and, where samples were resampled, ``file_sampling_rate``; read in the background).
+        beside: what of its batch the model was not given by name: labels, and the ids of what it was given embedded.
     """
 
     inputs: Mapping[str, Any]
     view: BatchView | None
     metadata: Sequence[Mapping[str, Any]] = ()
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """What a family reads: the inputs, and what is known beside them."""
+        return {**self.inputs, **self.beside}
+
+    @property
+    def withheld(self) -> Mapping[str, Tensor]:
+        """Labels that the model was not given by any name: the trainer's loss is not the model's."""
+        given = {id(value) for value in self.inputs.values()}
+        return {n: value for n, value in self.beside.items() if n != "input_ids" and id(value) not in given}
 
     def sample_id(self, row: int) -> str:
         """Name of a sample: its id, or its row in the batch."""
@@ -92,6 +106,7 @@ class PassReader:
         self._outputs = outputs
         self._pass: _Pass | None = None
         self._metadata: Sequence[Mapping[str, Any]] = ()
+        self._batch: PreparedBatch | None = None
         self._faults: dict[Hashable, str] = {}
         self._once = Once(logger)
         self.passes = 0
@@ -99,6 +114,10 @@ class PassReader:
     def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Say what the next pass's samples are, where the batch itself no longer does."""
         self._metadata = metadata
+
+    def prepare(self, batch: Mapping[str, Any], label_names: Collection[str] = ()) -> None:
+        """Say what the next passes run on, labels included: see :class:`PreparedBatch`."""
+        self._batch = PreparedBatch(batch, label_names)
 
     def attach(self, watch: Watch) -> None:
         """Begin to read; passes are counted from here."""
@@ -111,9 +130,10 @@ class PassReader:
                 watch.after(self, module, functools.partial(self._keep, name))
 
     def forget(self) -> None:
-        """Let go of the last pass, and of what has been announced."""
+        """Let go of the last pass, and of what has been said of the next."""
         self._pass = None
         self._metadata = ()
+        self._batch = None
 
     @torch.no_grad()
     def replay(self, inputs: Mapping[str, Any], outputs: Any) -> None:
@@ -126,9 +146,10 @@ class PassReader:
     def _begin(self, inputs: Mapping[str, Any]) -> None:
         self.passes += 1
         metadata, self._metadata = self._metadata, ()
+        beside = self._batch.beside(inputs) if self._batch is not None else {}
         # None for a batch that the family cannot read, which the model may still be able to
-        view = self._attempt("read a batch", functools.partial(self._family.view, inputs), None)
-        self._pass = _Pass(Microbatch(inputs, view, metadata))
+        view = self._attempt("read a batch", functools.partial(self._family.view, {**inputs, **beside}), None)
+        self._pass = _Pass(Microbatch(inputs, view, metadata, beside))
         self._inputs(self._pass.microbatch)
 
     def _keep(self, name: str, output: Any) -> None:
@@ -141,15 +162,19 @@ class PassReader:
             self._outputs(ended.microbatch, self._reading(ended, outputs, watched))
 
     def _reading(self, ended: _Pass, outputs: Any, watched: bool) -> Reading:
-        inputs, view, family = ended.microbatch.inputs, ended.microbatch.view, self._family
-        loss = model_loss(inputs, outputs)
+        microbatch, family = ended.microbatch, self._family
+        inputs, view = microbatch.known, microbatch.view
+        loss = model_loss(microbatch.inputs, outputs)
         seen = Seen(view, ended.modules) if watched else Seen(view, missing=NOT_SHOWN)
         failed = Absent("text", f"family {family.name} cannot read what the model returned")
         found = self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
         declared = [self._checked(one) for one in found]
         return Reading(
             streams=[one for one in declared if isinstance(one, Stream)],
-            parts=[one for one in declared if isinstance(one, LossPart)],
+            # Of labels that the model was not given it has made no loss, and no part of one.
+            parts=[
+                one for one in declared if isinstance(one, LossPart) and (loss is not None or not microbatch.withheld)
+            ],
             absent=[one for one in declared if isinstance(one, Absent)],
             loss=loss,
             watched=watched,
@@ -194,6 +219,6 @@ def streams_of(
     family: Family, microbatch: Microbatch, outputs: Any, modules: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[Stream]:
     """Return the streams of a pass that is run aside, with what watched modules gave; nothing is said of the rest."""
-    for declared in family.streams(microbatch.inputs, outputs, Seen(microbatch.view, modules)):
+    for declared in family.streams(microbatch.known, outputs, Seen(microbatch.view, modules)):
         if isinstance(declared, Stream) and not declared.fault():
             yield declared

@@ -1,0 +1,82 @@
+"""Shows a run the batches that a Trainer prepares: only there are labels that it keeps from the model."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import Trainer
+
+_PREPARE = "_prepare_inputs"
+
+
+class PreparedBatches:
+    """Shows what a Trainer gets from ``_prepare_inputs``, which for that long is wrapped on the Trainer itself.
+
+    Not its data loader, which may be there to be read once and reads ahead; nor its arguments to the model, which label
+    smoothing, ``compute_loss_func`` and many a ``compute_loss`` have taken the labels out of.
+
+    Args:
+        trainer: held weakly; None shows nothing.
+    """
+
+    def __init__(self, trainer: Trainer | None) -> None:
+        self._trainer = None if trainer is None else weakref.ref(trainer)
+
+    def __call__(self, see: Callable[[Any, Any], None]) -> Callable[[], None]:
+        """Begin to call ``see(batch, label_names)``; return what ends it."""
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None:
+            return lambda: None
+        seeing = _Seeing(trainer, see)
+        setattr(trainer, _PREPARE, seeing)
+        return seeing.end
+
+
+class _Seeing:
+    """Takes the place of a Trainer's ``_prepare_inputs``; of a copy of the Trainer it becomes the copy's own."""
+
+    def __init__(self, trainer: Trainer, see: Callable[[Any, Any], None]) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._see = see
+        self._replaced = vars(trainer).get(_PREPARE)
+        self._prepare = getattr(trainer, _PREPARE)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        prepared, trainer = self._prepare(*args, **kwargs), self._trainer()
+        if trainer is not None and getattr(trainer.model, "training", True):  # else of an evaluation inside of the step
+            self._see(prepared, trainer.label_names)
+        return prepared
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._trainer(), _PREPARE)
+
+    def end(self) -> None:
+        """Put back what was there, unless it is gone or another has come after it."""
+        trainer = self._trainer()
+        if trainer is None or vars(trainer).get(_PREPARE) is not self:
+            self._see = lambda *_: None
+        elif self._replaced is None:
+            delattr(trainer, _PREPARE)
+        else:
+            setattr(trainer, _PREPARE, self._replaced)
+
+
+def calling_trainer(model: Any) -> Trainer | None:
+    """Return the Trainer that trains a model and has called this, through whatever lies between; None for none.
+
+    Callbacks are not handed it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            held: Mapping[str, Any] = frame.f_locals
+            owner = held.get("self")
+            if isinstance(held, dict):  # before Python 3.13 the frame keeps this copy, and all that it holds alive
+                held.clear()
+            if isinstance(owner, Trainer) and owner.model is model:
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
