@@ -374,12 +374,47 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1)
 
 
-def real_positions(inputs: Mapping[str, Any], input_ids: Tensor) -> Tensor:
-    """bool ``[batch, sequence]``: not padding, by the attention mask; all True where there is none."""
+def real_positions(
+    inputs: Mapping[str, Any], input_ids: Tensor, pad_id: int | None = None, labels: Any = None
+) -> Tensor:
+    """bool ``[batch, sequence]``: not padding.
+
+    By an attention mask of positions. Otherwise padding is what no query of a real position attends to, where the mask
+    is one of queries and keys; and a run of ``pad_id`` without labels that a sequence begins or ends with.
+
+    Args:
+        inputs: with an ``attention_mask``, or without.
+        input_ids: int64 ``[batch, sequence]``.
+        pad_id: what the model's configuration says that sequences are filled with.
+        labels: of the ids, unshifted; anything else is none.
+    """
     mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    return mask.bool()
+    if isinstance(mask, Mapping):  # one for each kind of layer
+        mask = mask.get("full_attention")
+    if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
+        return mask.bool()
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dim() in (3, 4) and mask.shape[-2:] == input_ids.shape[1:] * 2:
+        real = real & _attended(mask)
+    if pad_id is None:
+        return real
+    filled = input_ids == pad_id
+    if isinstance(labels, Tensor) and labels.shape == input_ids.shape:
+        filled = filled & (labels == IGNORE_INDEX)
+    runs = (filled.long().cumprod(1), filled.flip(1).long().cumprod(1).flip(1))
+    return real & ~(runs[0] | runs[1]).bool()
+
+
+def _attended(mask: Tensor) -> Tensor:
+    """bool ``[batch, keys]``: the keys that queries of real positions see, by a mask ``[batch, (heads,) queries, keys]``.
+
+    Queries of padding may be let see everything, so that their softmax has something to add up to: where not even the
+    last position sees everything, those that do are padding.
+    """
+    seen = mask > -1e4 if mask.is_floating_point() else mask.bool()  # what is added to logits is about 0 where seen
+    seen = seen.any(dim=1) if seen.dim() == 4 else seen
+    everything = seen.all(dim=2)
+    return (seen & ~everything.unsqueeze(2)).any(dim=1) | everything[:, -1:]
 
 
 def clips_with(starts: Tensor, is_audio: Tensor, marked: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ class CausalLMFamily(Family):
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             return None
-        real, labels = real_positions(inputs, input_ids), inputs.get("labels")
+        labels = inputs.get("labels")
+        real = real_positions(inputs, input_ids, getattr(self.model.config, "pad_token_id", None), labels)
         if self._encodes or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
             labels = None
         return BatchView(input_ids, real, real, labels, int(self.model.config.vocab_size))

@@ -121,8 +121,9 @@ class HiggsAudioFamily(Family):
         config = self.model.config
         audio = _AudioInputs(inputs, input_ids.device, config)
         layout = _Layout(input_ids, audio, config, bool(inputs.get("use_cache")))
-        real = (layout.take(real_positions(inputs, input_ids)) & layout.is_text) | layout.is_audio
         labels = inputs.get("label_ids")
+        given = real_positions(inputs, input_ids, config.pad_token_id, labels)
+        real = (layout.take(given) & layout.is_text) | layout.is_audio
         return BatchView(
             input_ids=torch.where(layout.filled, layout.take(input_ids), int(config.pad_token_id)),
             real=real,

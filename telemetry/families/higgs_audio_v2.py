@@ -140,7 +140,7 @@ class HiggsAudioV2Family(Family):
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor):
             return None
-        real = real_positions(inputs, input_ids)
+        real = real_positions(inputs, input_ids, self._config.pad_token_id, inputs.get("labels"))
         is_audio = self._is_audio(input_ids)
         return BatchView(
             input_ids=input_ids,
