@@ -101,6 +101,7 @@ TRAINER_SECTIONS = ("train", "eval", "test")
 first."""
 
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
+_ONLY_ENDS = "all that the codebook predicts is begin or end of stream"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
 _NO_ATTENTION = "the layer's attention could not be read"
 _NO_POSITIONS = "it has no positions in the step"
@@ -108,7 +109,7 @@ _NO_GRADIENT = "frozen, or none of its parameters has a gradient"
 _NO_WAVEFORM = "the batch carries no reference waveform"
 _NO_FORMAT = "the family's chat format is not known"
 _CUT_OFF = "every clip was cut off when its time was up"
-_NO_TRANSCRIPT = "no transcriber was given, or the batch does not say the target's text"
+_NO_TRANSCRIPT = f"no transcriber was given, the batch does not say the target's text, or {_CUT_OFF}"
 _NO_SPEECH = "nothing was generated"
 
 
@@ -153,13 +154,14 @@ CATALOGUE: tuple[Entry, ...] = (
         "inputs/supervised/text_fraction",
         "Share of the text tokens that have a label.",
         reduction="mean over text tokens",
-        absent="no text in the step",
+        absent="no text in the step, or no labels are known of its token ids",
     ),
     Entry(
         "inputs/supervised/audio_fraction",
-        "Share of the audio codes (reference and target, every codebook) that have a label.",
+        "Share of the audio codes (reference and target, every codebook) that have a label; audio that is given as "
+        "embeddings has none.",
         reduction="mean over audio codes",
-        absent="no audio in the step",
+        absent="no audio codes in the step",
     ),
     _count(
         "inputs/invalid_ids",
@@ -205,7 +207,8 @@ CATALOGUE: tuple[Entry, ...] = (
     # outputs
     Entry(
         "outputs/loss/total",
-        "What training minimizes, added up again from every stream and part of the model's loss that is read.",
+        "The model's loss, added up again from every stream and part of it that is read: what training minimizes, "
+        "unless the trainer has a loss of its own (label smoothing, say). Then it is plain cross-entropy.",
         "nats",
         reduction="as outputs/loss/model",
         better="lower",
@@ -213,7 +216,7 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "outputs/loss/model",
-        "What training minimizes, as the model returned it.",
+        "The loss that the model returned: what training minimizes, unless the trainer has a loss of its own.",
         "nats",
         reduction="sum over microbatches and ranks where the Trainer has it divided by the tokens of all, else mean",
         better="lower",
@@ -268,8 +271,8 @@ CATALOGUE: tuple[Entry, ...] = (
         ),
         Entry(
             "outputs/eos/supervised",
-            "Share of the target clips' stream ends (one per codebook) with a label. Below 1: it is not taught to"
-            " stop.",
+            "Share of the target clips' stream ends (one per codebook) that are there and have a label. Below 1: it is"
+            " not taught to stop.",
             absent="no target audio in the step",
         ),
         reduction="mean over codebooks and clips",
@@ -278,17 +281,18 @@ CATALOGUE: tuple[Entry, ...] = (
     *_all(
         Entry(
             "outputs/codebook_<k>/used_fraction",
-            "Share of one codebook's entries that are predicted at least once in the step.",
+            "Share of one codebook's entries (begin and end of stream are none) that are predicted at least once in the"
+            " step.",
         ),
         Entry(
             "outputs/codebook_<k>/perplexity",
-            "Perplexity of the distribution of one codebook's predicted entries. Near 1: the predictions have "
-            "collapsed.",
+            "Perplexity of the distribution of one codebook's predicted entries, without predictions of begin and end "
+            "of stream. Near 1: the predictions have collapsed.",
             "entries",
         ),
         reduction="histogram over the step",
         better="higher",
-        absent=_NO_AUDIO,
+        absent=f"{_NO_AUDIO}, or {_ONLY_ENDS}",
     ),
     Entry(
         "outputs/predictions",
@@ -474,7 +478,8 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "zero_shot/reference/seconds",
-        "Mean length of the reference audio of a sample that has one.",
+        "Mean length of the reference audio of a sample that has one, as the batch says it: the training script counts "
+        "code frames.",
         "seconds",
         reduction="mean over samples with a reference",
         absent="no sample has a reference, or the batch does not say how long it is",
@@ -487,12 +492,12 @@ CATALOGUE: tuple[Entry, ...] = (
         ),
         Entry(
             "zero_shot/reference/clipping_fraction",
-            "Share of a reference clip's samples that are at full scale.",
+            "Share of a reference clip's samples that are at or beyond 0.999 of full scale.",
             better="lower",
         ),
         Entry(
             "zero_shot/reference/silence_fraction",
-            "Share of a reference clip's frames of 20 ms that are below -50 dB of full scale.",
+            "Share of a reference clip's time that is silent: in frames of 20 ms below -50 dB of full scale.",
             better="lower",
         ),
         Entry(
@@ -527,8 +532,8 @@ CATALOGUE: tuple[Entry, ...] = (
     *_all(
         Entry(
             "zero_shot/conditioning/{gain,eval/gain,eval/<set>/gain}",
-            "Audio loss with another speaker's reference from the batch minus loss with its own, over all "
-            "codebooks' supervised codes. Near 0: the reference is ignored.",
+            "Audio loss with another speaker's reference from the batch, cut or repeated to the length of its own, "
+            "minus loss with its own, over all codebooks' supervised codes. Near 0: the reference is ignored.",
             better="higher",
         ),
         Entry(
@@ -544,7 +549,8 @@ CATALOGUE: tuple[Entry, ...] = (
         Entry(
             "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none,"
             "eval/<set>/loss_own,eval/<set>/loss_swapped,eval/<set>/loss_none}",
-            "Audio loss in eval mode with its own reference, with another speaker's, and with none.",
+            "Audio loss in eval mode with its own reference, with another speaker's at the length of its own, and with "
+            "none.",
         ),
         unit="nats per audio token",
         reduction="mean over supervised codes of the samples that could be swapped",
@@ -575,12 +581,18 @@ CATALOGUE: tuple[Entry, ...] = (
     _of_clips(
         "speaking_rate",
         "Characters per second that is not silent, generated over target. 1 is right; rising: speech gets faster.",
-        absent="the batch does not say the target's text, or nothing but silence was generated",
+        absent=f"the batch does not say the target's text, nothing but silence was generated, or {_CUT_OFF}",
     ),
     _of_clips(
-        "silence_fraction", "Share of generated speech in 20 ms frames below -50 dB of full scale.", better="lower"
+        "silence_fraction",
+        "Share of generated speech's time that is silent: in frames of 20 ms below -50 dB of full scale.",
+        better="lower",
     ),
-    _of_clips("clipping_fraction", "Share of the samples of generated speech at full scale.", better="lower"),
+    _of_clips(
+        "clipping_fraction",
+        "Share of the samples of generated speech at or beyond 0.999 of full scale.",
+        better="lower",
+    ),
     _of_clips(
         "eos_hit_rate",
         "Share of generated clips that end by themselves before the bound on their tokens.",
@@ -591,23 +603,25 @@ CATALOGUE: tuple[Entry, ...] = (
         "reference_leak",
         "Share of the reference's words that generated speech begins with in place of its own.",
         better="lower",
-        absent="no transcriber was given, or the batch does not say the reference's text",
+        absent=f"no transcriber was given, the batch does not say the reference's text, or {_CUT_OFF}",
     ),
     _of_clips(
         "codebook_use",
         "Different codes that generated speech uses, over those of as many frames of its target. Near 0: collapsed.",
+        absent=f"{_NO_SPEECH}, or {_CUT_OFF}",
     ),
     _of_clips(
         "mel_distance",
         "Distance of mel spectrograms, generated against target, after dynamic time warping.",
         unit="dB",
         better="lower",
+        absent=f"{_NO_SPEECH}, or {_CUT_OFF}",
     ),
     _of_clips(
         "mel_distance_shuffled",
         "The same against another sample's target: what mel_distance is where nothing is said that was asked for.",
         unit="dB",
-        absent="nothing was generated, or there is one clip only",
+        absent=f"{_NO_SPEECH}, there is one clip only, or {_CUT_OFF}",
     ),
     Entry(
         "zero_shot/clips",

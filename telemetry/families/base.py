@@ -406,7 +406,7 @@ def real_positions(
 
 
 def _attended(mask: Tensor) -> Tensor:
-    """bool ``[batch, keys]``: the keys that queries of real positions see, by a mask ``[batch, (heads,) queries, keys]``.
+    """bool ``[batch, keys]``: the keys that queries of real positions see; a mask ``[batch, (heads,) queries, keys]``.
 
     Queries of padding may be let see everything, so that their softmax has something to add up to: where not even the
     last position sees everything, those that do are padding.

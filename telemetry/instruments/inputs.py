@@ -127,7 +127,8 @@ def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
         yield "tokens/reference_audio_fraction", Mean(view.audio.reference.sum(), positions)
         yield "tokens/target_audio_fraction", Mean(view.audio.target.sum(), positions)
         labelled = (view.audio.labels != IGNORE_INDEX).sum()
-        yield "supervised/audio_fraction", Mean(labelled, audio.sum() * view.audio.codebooks)
+        coded = audio if view.audio.embedded is None else audio & ~view.audio.embedded
+        yield "supervised/audio_fraction", Mean(labelled, coded.sum() * view.audio.codebooks)
     yield "invalid_ids", Sum(_invalid_ids(view))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ TOTAL, MODEL = "outputs/loss/total", "outputs/loss/model"
 PARTIAL = "a part of it could not be measured"
 UNREAD = "no part of the model's loss could be read"
 NO_LOSS = "the model returned no loss"
+ONLY_ENDS = "all that it predicts is begin or end of stream, which are no entries of a codebook"
+MANY_ENDS = 0.5
 UNCHECKED = "The model returned no loss to compare it with."
 WITHHELD = (
     "By the batch's labels, as the model's own loss would read them: the trainer keeps them from it, and what it "
@@ -111,10 +114,11 @@ class OutputInstrument(Instrument):
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
         self._last: tuple[Microbatch, list[_Shown]] | None = None
+        self._codebooks: set[str] = set()
 
     def begin(self, step: Step) -> None:
         """Begin with nothing."""
-        self._passes, self._last = [], None
+        self._passes, self._last, self._codebooks = [], None, set()
 
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
@@ -136,15 +140,17 @@ class OutputInstrument(Instrument):
                 step.recorder.metric(f"outputs/{tag}", value, note)
             shares.append(_share(stream, *totals["loss"]))
             shown += _Shown.of(stream, stats)
+            self._codebooks.update(stream.names if stream.group == "audio" else ())
         self._last = microbatch, shown
         self._passes.append(_pass(microbatch, reading, shares))
 
     def finish(self, step: Step) -> None:
         """Add the passes' losses up; show the last microbatch's predictions."""
-        passes, last = self._passes, self._last
+        passes, last, codebooks = self._passes, self._last, sorted(self._codebooks)
         self.begin(step)
         if passes:
             _compare(step, passes)
+            step.recorder.show({}, functools.partial(_say_of_ends, codebooks))
         if last is not None and last[1]:
             _show(step, *last)
 
@@ -187,6 +193,21 @@ def _codebook_use(stream: Stream, stats: TokenStats) -> Iterator[tuple[str, Metr
         yield f"{name}/perplexity", Perplexity(counts[k])
 
 
+def _say_of_ends(codebooks: Sequence[str], _host: Mapping[str, Tensor], emit: Emitter) -> None:
+    """Say what codebooks that predict little but begin and end of stream are measured over; why some are not."""
+    for name in codebooks:
+        tags = [f"outputs/{name}/{kind}" for kind in ("used_fraction", "perplexity")]
+        use, predicted = emit.merged(tags[0]), emit.merged(f"outputs/accuracy/{name}")
+        if use is None or predicted is None or not predicted.components[1]:
+            continue
+        share = 1 - float(np.asarray(use.components[0]).sum()) / float(predicted.components[1])
+        for tag in tags:
+            if share == 1:
+                emit.absent(tag, ONLY_ENDS)
+            elif share > MANY_ENDS:
+                emit.notes[tag] = f"{share:.0%} of its predictions are begin or end of stream, and left out."
+
+
 def _by_sequence(values: Tensor, stream: Stream) -> Tensor:
     """``[tokens, sequences]``."""
     return values.reshape(-1, len(stream.names))
@@ -205,12 +226,15 @@ def _without(counts: Tensor, ids: set[int]) -> Tensor:
 
 
 def _supervised_ends(audio: AudioView) -> Mean:
-    """Of the first EOS of every codebook of every target clip, how many have a label."""
+    """Of every codebook of every target clip, how many have the first EOS there, and with a label."""
     is_end = (audio.codes == audio.eos_id) & audio.target.unsqueeze(-1)
     repeated = torch.zeros_like(is_end)
     repeated[:, 1:] = is_end[:, :-1] & ~audio.starts[:, 1:].unsqueeze(-1)
-    ends = is_end & ~repeated
-    return Mean((ends & (audio.labels == audio.eos_id)).sum(), ends.sum())
+    taught = is_end & ~repeated & (audio.labels == audio.eos_id)
+    clip = audio.starts.long().cumsum(dim=1).unsqueeze(-1).expand_as(taught)
+    ends = torch.zeros_like(clip[:, :1]).repeat(1, clip.shape[1] + 1, 1)  # by clip; a clip has an end once
+    ends = ends.scatter_reduce(1, clip, taught.long(), reduce="amax")
+    return Mean(ends.sum(), (audio.starts & audio.target).sum() * audio.codebooks)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------

@@ -191,13 +191,13 @@ class Outputs:
 
 
 def supervised_ends(samples: Iterable[Sample], end: int) -> float:
-    """The share of the first stream ends of target clips that have a label."""
+    """The share of the stream ends that target clips should have (one a codebook) that are there with a label."""
     found: list[bool] = []
     for clip in clips_of(samples):
         if clip[0].kind == "target":
             for k in range(len(clip[0].codes or ())):
-                first = next(position for position in clip if position.codes and position.codes[k] == end)
-                found.append(bool(first.code_labels and first.code_labels[k] == end))
+                first = next((position for position in clip if position.codes and position.codes[k] == end), None)
+                found.append(bool(first and first.code_labels and first.code_labels[k] == end))
     return sum(found) / len(found)
 
 

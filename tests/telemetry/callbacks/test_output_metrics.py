@@ -15,7 +15,8 @@ from torch import Tensor
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import OutputLoggerCallback
-from telemetry.records import Table
+from telemetry.instruments.outputs import ONLY_ENDS
+from telemetry.records import Scalar, Table
 
 
 def microbatches(voices: Voices) -> list[list[Sample]]:
@@ -130,6 +131,30 @@ def test_some_masked_ends_are_counted(higgs: Any, voices: Voices, tmp_path: Path
     assert_same(measured, expected_values(higgs, voices, [samples]))
 
 
+@pytest.mark.parametrize(("cut", "expected"), [((True, True), 0), ((True, False), 0.5)])
+def test_clips_that_lack_their_end_are_counted(
+    higgs: Any, voices: Voices, tmp_path: Path, cut: tuple[bool, bool], expected: float
+) -> None:
+    """As a longest length in tokens cuts them: no codebook has its end of stream."""
+    end = voices.config.audio_stream_eos_id
+    whole = [voices.conversation(seed=4), voices.conversation(target=9, seed=5)]
+    kept = [[p for p in s if p.kind != "target" or end not in (p.codes or ())] for s in whole]
+    samples = voices.pad([short if is_cut else long for short, long, is_cut in zip(kept, whole, cut, strict=True)])
+    backend = measure(OutputLoggerCallback, higgs, tmp_path, [voices.batch(samples)])
+    assert backend.scalars("outputs/eos/supervised") == {1: expected}
+    assert supervised_ends(samples, end) == expected
+
+
+def test_an_end_counts_once_for_a_clip(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    """A stream that begins again after its end is a fault of the data, and no second end."""
+    end = voices.config.audio_stream_eos_id
+    sample = voices.conversation(target=9)
+    frames = [at for at, position in enumerate(sample) if position.kind == "target"]
+    sample[frames[2]] = replace(sample[frames[2]], codes=(end, 1, 1), code_labels=(end, 1, 1))
+    backend = measure(OutputLoggerCallback, higgs, tmp_path, [voices.batch([sample])])
+    assert backend.scalars("outputs/eos/supervised") == {1: 1.0}
+
+
 def test_without_supervised_audio_the_audio_values_are_absent(higgs: Any, voices: Voices, tmp_path: Path) -> None:
     rows = [[voices.conversation(target=None)]]
     measured = scalars_at(measure(OutputLoggerCallback, higgs, tmp_path, [voices.batch(rows[0])]), 1, "outputs")
@@ -184,6 +209,34 @@ def test_collapsed_predictions_have_one_entry(higgs: Any, voices: Voices, tmp_pa
     assert measured["outputs/codebook_1/perplexity"] == pytest.approx(1)
     assert "outputs/codebook_0/used_fraction" not in measured  # no entry of the codebook was predicted
     assert measured["outputs/codebook_2/used_fraction"] > 1 / 10
+    said = {row[0]: row[1] for row in backend.last("telemetry/absent", Table).rows}
+    assert said["outputs/codebook_0/used_fraction"] == said["outputs/codebook_0/perplexity"] == ONLY_ENDS
+    assert "outputs/codebook_1/perplexity" not in said
+
+
+def test_a_codebook_that_mostly_predicts_the_end_says_so(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    """Of codebook 0 the first of ten predictions is code 3, all others are the end of the stream."""
+    size, end = voices.config.codebook_size, voices.config.audio_stream_eos_id
+    sample = voices.conversation(target=9)
+    first = next(at for at, position in enumerate(sample) if position.kind == "target")
+
+    def collapse(_module: Any, _args: Any, logits: Tensor) -> Tensor:
+        forced = torch.zeros_like(logits)
+        forced[..., end] = 1e4
+        forced[:, first, 3] = 2e4
+        return logits + forced
+
+    higgs.audio_lm_head.register_forward_hook(collapse)
+    backend = measure(OutputLoggerCallback, higgs, tmp_path, [voices.batch([sample])])
+    assert 3 < size < first
+    for kind, value in (("perplexity", 1.0), ("used_fraction", 1 / 10)):
+        ((_, record),) = backend.records[f"outputs/codebook_0/{kind}"]
+        assert isinstance(record, Scalar)
+        assert record.value == pytest.approx(value)
+        assert record.note == "90% of its predictions are begin or end of stream, and left out."
+    ((_, other),) = backend.records["outputs/codebook_1/perplexity"]
+    assert isinstance(other, Scalar)
+    assert other.note == ""
 
 
 def test_special_ids_anywhere_in_the_codebook_are_no_entries(make_higgs: Any, voices: Voices, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import ZeroShotVerificationLoggerCallback
 from telemetry.families.voice_prompt import CHECKS
 from telemetry.instruments import reference as reference_log
-from telemetry.instruments.chatml import SHOWN_ROWS
+from telemetry.instruments.chatml import SHOWN_ROWS, Compliance
 from telemetry.instruments.reference import SIGNAL
 from telemetry.records import Table
 
@@ -350,6 +350,27 @@ def test_a_language_tag_is_missing_where_other_samples_have_one(
     assert backend.scalars("zero_shot/chatml/violations/language") == {2: 1.0, 3: 2.0}
     assert backend.scalars("zero_shot/chatml/compliance") == {1: 1.0, 2: 0.5, 3: 0.0}
     assert "no zero_shot/chatml/violations/language: no sample's metadata names its language" in telemetry_log.text
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_missing_language_counts_wherever_the_others_are(
+    higgs: Any, voices: Voices, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    microbatches = [[voices.conversation(seed=1)], [voices.conversation(seed=2)]]
+    metadata: list[list[dict[str, Any]]] = [[{"sample_id": "untagged"}], [{"sample_id": "tagged", "language": "en"}]]
+    backend = check(higgs, tmp_path, voices, [microbatches[at] for at in order], [metadata[at] for at in order])
+    assert backend.scalars("zero_shot/chatml/violations/language") == {1: 1.0}
+    assert backend.scalars("zero_shot/chatml/compliance") == {1: 0.5}
+    assert {(row[0], row[2], row[3]) for row in backend.last("zero_shot/chatml", Table).rows} == {
+        ("untagged", "no", "language: no language tag"),
+        ("tagged", "yes", ""),
+    }
+
+
+def test_a_missing_language_counts_whichever_rank_names_the_others() -> None:
+    tagged, untagged = Compliance(1, 1, 1, 1), Compliance(0, 1, 1, 0)
+    assert untagged.result() == 1.0
+    assert tagged.merge(untagged).result() == untagged.merge(tagged).result() == 0.5
 
 
 def test_a_target_that_does_not_say_its_transcript_is_found(higgs: Any, voices: Voices, tmp_path: Path) -> None:

@@ -282,6 +282,20 @@ def test_shares_are_of_the_positions_that_the_model_has(tmp_path: Path) -> None:
     assert [span[1] for span in spans[:5]] == ["text", "reference audio", "target audio", "text", "padding"]
 
 
+def test_what_is_embedded_is_no_code_that_could_have_a_label(tmp_path: Path) -> None:
+    inputs = batch([[5, (AUDIO_IN, 4, False)], [6, (AUDIO_OUT, 2, False), (AUDIO_OUT, 5, True)]], False, [9])
+    model = make(skip_audio_tower=False)
+    view, outputs = read(model, inputs)
+    coded = outputs.audio_in_discrete_codes_mask | outputs.audio_out_mask
+    assert view.audio is not None
+    assert view.audio.embedded is not None
+    assert view.audio.embedded.any()
+    backend = measure(model, inputs, tmp_path)
+    taught = int((inputs["label_audio_ids"] != IGNORED).sum())
+    expected = taught / (int(coded.sum()) * CODEBOOKS)
+    assert backend.scalars("inputs/supervised/audio_fraction") == {1: pytest.approx(expected)}
+
+
 def test_what_the_audio_encoder_is_given(tmp_path: Path) -> None:
     inputs = batch([[5, (AUDIO_IN, 4, False)], [6, (AUDIO_OUT, 2, False), (AUDIO_OUT, 2, True)], [7]], False, [9])
     features = inputs["audio_features"]
