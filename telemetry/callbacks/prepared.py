@@ -47,7 +47,7 @@ class _Seeing:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         prepared, trainer = self._prepare(*args, **kwargs), self._trainer()
         if trainer is not None and getattr(trainer.model, "training", True):  # else of an evaluation inside of the step
-            self._see(prepared, trainer.label_names)
+            self._see(prepared, getattr(trainer, "label_names", None) or ())
         return prepared
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -71,7 +71,8 @@ def calling_trainer(model: Any) -> Trainer | None:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",):
+        of, code = frame.f_globals.get("__name__", ""), frame.f_code
+        if of.startswith("transformers.") and code.co_varnames[:1] == ("self",):  # no frame of the user's is touched
             held: Mapping[str, Any] = frame.f_locals
             owner = held.get("self")
             if isinstance(held, dict):  # before Python 3.13 the frame keeps this copy, and all that it holds alive

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from telemetry.catalogue import find
 from telemetry.families.speech import Prompt, Speech
-from telemetry.instruments.clip_numbers import HeardClip, Listener, cosine
+from telemetry.instruments.clip_numbers import NUMBERS, HeardClip, Listener, cosine
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
 from telemetry.records import Clip, Table
 
@@ -148,6 +149,20 @@ def test_speech_that_was_stopped_by_its_limits() -> None:
     measured = dict(Listener(None, None, lambda name, reason: said.append(reason)).measure(cut, None, None))
     assert set(measured) == {"silence_fraction", "clipping_fraction"}
     assert said == ["a clip was cut off when its time was up"]
+
+
+def test_the_catalogue_says_what_a_cut_by_time_leaves_out() -> None:
+    listener = Listener(Loudness(), Hears(f"{REFERENCE_TEXT} {TARGET_TEXT}"), lambda name, reason: None)
+    ended = heard(tune(1.0))
+    cut = replace(ended, speech=Speech(codes(), "time"))
+    of_ended, of_cut = (
+        {name for name, _ in listener.measure(clip, listener.transcript(clip), ended.target)} for clip in (ended, cut)
+    )
+    assert of_ended == set(NUMBERS)
+    for name in NUMBERS:
+        entry = find(f"zero_shot/{name}")
+        assert entry is not None
+        assert ("cut off when its time was up" in entry.absent) == (name not in of_cut), name
 
 
 def test_a_language_that_is_free_text_is_no_part_of_a_tag() -> None:
