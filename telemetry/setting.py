@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -132,14 +134,30 @@ def logged_numbers(logs: Mapping[str, Any], within: str = "") -> tuple[dict[str,
             others |= inner[1]
         elif name == "step":
             continue
-        elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
-            others[trainer_tag(name)] = f"it was logged as a tensor on {value.device.type}: log its .item()"
+        elif isinstance(value, torch.Tensor) and (value.device.type != "cpu" or hasattr(value, "full_tensor")):
+            where = "ranks" if hasattr(value, "full_tensor") else value.device.type
+            others[trainer_tag(name)] = f"it was logged as a tensor on {where}: log its .item()"
         else:
             try:
-                numbers[trainer_tag(name)] = float(value)
-            except (TypeError, ValueError, OverflowError, RuntimeError):
-                others[trainer_tag(name)] = f"what was logged is no number: {redact(repr(value)[:60])}"
+                numbers[trainer_tag(name)] = _number(value)
+            except Exception:  # noqa: BLE001  (whatever its conversion raises, the others are numbers)
+                others[trainer_tag(name)] = f"what was logged is no number: {redact(_shown(value))}"
     return numbers, others
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        value = value.item()  # with no warning of several dimensions or of a gradient, and of a complex one as it is
+    if isinstance(value, str | bytes):
+        raise TypeError("text that looks like a number is text")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)[:60]  # of a long list the beginning
+    except Exception:  # noqa: BLE001  (whatever it raises, an integer too long to be written out among it)
+        return type(value).__name__
 
 
 def trainer_tag(name: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ from transformers import LlamaForCausalLM
 
 from telemetry import StrategicTelemetry, Telemetry
 from telemetry.setting import default_logging_dir, local_directory, logged_numbers, run_config
+
+
+class Unspeakable:
+    """Neither a number nor shown."""
+
+    def __float__(self) -> float:
+        raise KeyError("no number")
+
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize(
@@ -29,18 +41,32 @@ from telemetry.setting import default_logging_dir, local_directory, logged_numbe
         (torch.tensor([4.0]), 4.0),
         (torch.tensor(2, dtype=torch.int8), 2.0),
         (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (torch.tensor(1.5, requires_grad=True), 1.5),
+        (torch.ones(1, 1), 1.0),
+        (np.array([2.0]), 2.0),
+        (np.bool_(True), 1.0),
+        (np.longdouble(2), 2.0),
+        (Fraction(1, 4), 0.25),
         (Decimal("0.25"), 0.25),
         (10**20, 1e20),
         (math.inf, math.inf),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_numbers_of_every_kind_are_taken(value: Any, expected: float) -> None:
     assert logged_numbers({"loss": value}) == ({"train/loss": expected}, {})
 
 
 @pytest.mark.parametrize(
-    "value", [None, "fast", 10**400, torch.ones(2), np.ones(3), [1.0], object(), torch.tensor(1 + 2j)]
+    "value",
+    [
+        *(None, "fast", "3.5", b"3", 10**400, 10**5000, [1.0], (1, 2), {1.0}, range(10**9), object(), Unspeakable()),
+        *(1 + 2j, torch.tensor(1 + 2j), np.complex64(1 + 2j), torch.ones(2), np.ones(3), np.array(None)),
+        *(np.datetime64("2020-01-01"), np.timedelta64(5, "s"), timedelta(1)),
+    ],
+    ids=lambda value: type(value).__name__,
 )
+@pytest.mark.filterwarnings("error")
 def test_what_is_no_number_is_left_out_with_a_reason(value: Any) -> None:
     numbers, others = logged_numbers({"eval_kind": value, "loss": 1.0})
     assert numbers == {"train/loss": 1.0}
