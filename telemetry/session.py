@@ -465,7 +465,7 @@ class Session:
             autocast=setting.autocast,
             progress=setting.progress,
             world_size=setting.world_size,
-            evaluation_set=evaluation_set,
+            evaluation_set=str(evaluation_set).replace("/", "|"),  # one part of a tag
             tokens_across_ranks=setting.tokens_across_ranks,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,9 @@ from telemetry.sound import SoundPolicy
 logger = logging.getLogger(__name__)
 
 HEARD = "zero_shot/"
+
+
+_predicted: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,9 @@ class StrategicCallback(Door, TrainerCallback):
                 self._once.say("late", "%s cannot join: %s", type(self).__name__, error, level=logging.ERROR)
         if self._session is not None:
             self._gradients_seen = False
-            self._session.begin_step(self, state.global_step + 1, kwargs.get("eval_dataloader"))
+            loader = kwargs.get("eval_dataloader")
+            predicted = _predicted.get(id(loader)) is loader
+            self._session.begin_step(self, state.global_step + 1, None if predicted else loader)
 
     def on_microbatch(
         self,
@@ -242,6 +249,14 @@ class StrategicCallback(Door, TrainerCallback):
             numbers = self._session.evaluation(self, state.global_step, eval_dataloader, of, wait)
             if wait and isinstance(metrics, dict):  # the Trainer's own, by which it finds its best checkpoint
                 metrics.update({f"{prefix}_{tag}": value for tag, value in numbers.items() if tag.startswith(HEARD)})
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Know the data that the Trainer now holds in the place of its evaluation data: they are no baseline."""
+        loader = kwargs.get("eval_dataloader")
+        with contextlib.suppress(TypeError):  # where nobody may hold it weakly
+            _predicted[id(loader)] = loader
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -368,7 +383,8 @@ class _Overridden(Instrument):
 
 def _evaluation_set(metrics: Mapping[str, Any]) -> tuple[str, str]:
     """What the Trainer's metrics of an evaluation begin with, and the name of its set: ``eval_<name>_runtime``."""
-    prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
+    timed = [name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")]
+    prefix = timed[-1] if timed else "eval"  # the Trainer's own comes after those of compute_metrics
     return prefix, "" if prefix == "eval" else prefix.removeprefix("eval_")
 
 

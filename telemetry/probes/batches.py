@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import random
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class EvaluationBatches:
     """What an evaluation data loader holds, on a device, as often as it is asked for. Reading may stop anywhere.
 
     Reads the loader beneath accelerate's: iterating that one talks to other ranks, and one that is left in the middle
-    stays accelerate's active loader, by which it counts gradient accumulation. Generators that the loader draws from
-    are put back; for torch's global random state see :func:`telemetry.probes.quiet.set_aside`.
+    stays accelerate's active loader, by which it counts gradient accumulation. Generators that the loader, its
+    samplers, data set and collator hold are put back, and workers are the reading's own; for global random states see
+    :func:`telemetry.probes.quiet.set_aside`.
 
     Args:
         loader: yields mappings; other batches are left out.
@@ -24,18 +30,17 @@ class EvaluationBatches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device | str) -> None:
-        self._loader = getattr(loader, "base_dataloader", loader)
+        self._loader = _with_own_workers(getattr(loader, "base_dataloader", loader))
         self._device = device
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        states = [(generator, generator.get_state()) for generator in _generators(self._loader)]
+        put_back = _put_back(self._loader)
         try:
             for batch in self._loader:
                 if isinstance(batch, Mapping):
                     yield {name: self._moved(value) for name, value in batch.items()}
         finally:
-            for generator, state in states:
-                generator.set_state(state)
+            put_back()
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -83,18 +88,72 @@ class PreparedBatch:
 
 
 def is_stream(loader: Any) -> bool:
-    """Whether what a loader reads may be there to be read once: it is an iterator, or reads an ``IterableDataset``."""
+    """Whether what a loader reads may be there to be read once.
+
+    It is an iterator, or holds one; it reads an ``IterableDataset``; the order of its samples is an iterator's.
+    What can be read at any place is there again.
+    """
     beneath = getattr(loader, "base_dataloader", loader)
     data = getattr(beneath, "dataset", beneath)
-    return isinstance(data, IterableDataset | Iterator)
+    if any(isinstance(sampler, Iterator) for sampler in _beneath(beneath, _SAMPLERS)):
+        return True
+    if isinstance(data, _READ_ONCE) or hasattr(data, "__getitem__"):
+        return isinstance(data, _READ_ONCE)
+    held = getattr(data, "__dict__", {}).values()
+    if any(isinstance(one, _READ_ONCE) or (isinstance(one, DataLoader) and is_stream(one)) for one in held):
+        return True
+    return iter(data) is iter(data)
 
 
-def _generators(source: Any) -> list[torch.Generator]:
-    """The random generators of a loader and of the samplers beneath it."""
-    own = getattr(source, "generator", None)
-    found = [own] if isinstance(own, torch.Generator) else []
-    for name in ("sampler", "batch_sampler"):
-        beneath = getattr(source, name, None)
-        if beneath is not None:
-            found += _generators(beneath)
-    return found
+_READ_ONCE = (IterableDataset, Iterator)
+_SAMPLERS = ("sampler", "batch_sampler")
+_DRAWING = (*_SAMPLERS, "dataset", "datasets", "collate_fn", "__self__")
+
+
+def _beneath(source: Any, names: Collection[str]) -> Iterator[Any]:
+    """A loader and what it is made of, by names of attributes, and so on beneath; each once."""
+    found, coming = {id(source): source}, [source]
+    while coming:
+        one = coming.pop()
+        yield one
+        for name in names:
+            held = None
+            with contextlib.suppress(Exception):  # of a user's own
+                held = getattr(one, name, None)
+            parts = held if name == "datasets" and isinstance(held, list | tuple) else [held]
+            new = {id(part): part for part in parts if part is not None and id(part) not in found}
+            found.update(new)
+            coming.extend(new.values())
+
+
+def _put_back(loader: Any) -> Callable[[], None]:
+    """What puts back the random generators that a loader, its samplers, data set and collator hold."""
+    held = [value for one in _beneath(loader, _DRAWING) for value in getattr(one, "__dict__", {}).values()]
+    states = [restore for value in held if (restore := _restorer(value)) is not None]
+
+    def restore_all() -> None:
+        for restore in states:
+            restore()
+
+    return restore_all
+
+
+def _restorer(generator: Any) -> Callable[[], Any] | None:
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.Generator):
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return None
+
+
+def _with_own_workers(loader: Any) -> Any:
+    """A loader whose workers do not outlive the reading: another's would begin with what they have drawn here."""
+    if not getattr(loader, "persistent_workers", False):
+        return loader
+    own = copy.copy(loader)
+    vars(own).update(persistent_workers=False, _iterator=None)  # a DataLoader lets nobody set the one
+    return own
