@@ -80,7 +80,8 @@ class PreparedBatch:
         if not is_embedded and not self._shares(inputs):
             return {}
         known = self._labels | ({"input_ids": self._ids} if is_embedded and self._ids is not None else {})
-        return {name: value for name, value in known.items() if inputs.get(name) is None}
+        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        return {n: value.to(device, non_blocking=True) for n, value in known.items() if inputs.get(n) is None}
 
     def _shares(self, inputs: Mapping[str, Any]) -> bool:
         given = {id(value) for value in inputs.values() if isinstance(value, Tensor)}

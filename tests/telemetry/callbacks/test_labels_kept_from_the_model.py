@@ -327,6 +327,8 @@ def test_what_a_batch_adds_to_a_pass() -> None:
     assert one.beside({"input_ids": ids.clone()}) == {}
     assert one.beside({"inputs_embeds": torch.zeros(2, 3, 4)}) == {"labels": labels, "input_ids": ids}
     assert one.beside({"inputs_embeds": torch.zeros(2, 5, 4)}) == {}
+    on_device = {"input_ids": ids.to("meta"), "labels": labels}
+    assert PreparedBatch(on_device).beside({"input_ids": on_device["input_ids"]})["labels"].device.type == "meta"
     other = PreparedBatch({"input_ids": ids, "targets": targets}, ["targets"])
     assert other.beside({"input_ids": ids}) == {"targets": targets, "labels": targets}
     several = PreparedBatch({"input_ids": ids, "starts": labels, "ends": targets}, ["starts", "ends"])

@@ -130,6 +130,19 @@ def test_the_router_loss_of_experts_is_a_part_of_the_total(tmp_path: Path) -> No
     assert values[TOTAL] == pytest.approx(values["outputs/loss/text"] + values["outputs/loss/router"], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "T5ForConditionalGeneration"])
+def test_label_smoothing_leaves_the_plain_loss(name: str, tmp_path: Path) -> None:
+    """Which is that of the labels; the model, which is not given them, adds no other part to it."""
+    plain = trained(make(name), tmp_path, 2).scalars("outputs/loss/text")
+    smoothed = trained(make(name), tmp_path, 2, label_smoothing_factor=0.1)
+    assert smoothed.scalars("outputs/loss/text")[1] == pytest.approx(plain[1], rel=1e-6)
+    # Where the Trainer hands the model no count of tokens, passes are averaged.
+    counted = smoothed.scalars(TOTAL) == pytest.approx(smoothed.scalars("outputs/loss/text"), rel=1e-6)
+    assert counted or name in ("GPT2LMHeadModel", "BertForMaskedLM")
+    assert "outputs/loss/router" not in smoothed.tags()
+    assert "outputs/loss/model" not in smoothed.tags()
+
+
 def test_a_loss_in_half_precision_differs_by_its_rounding(tmp_path: Path) -> None:
     backend = trained(make("LlamaForCausalLM").to(torch.bfloat16), tmp_path, 2)
     assert backend.scalars(TOTAL) == pytest.approx(backend.scalars("outputs/loss/model"), rel=1e-2)
