@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,3 +335,37 @@ def test_what_a_batch_adds_to_a_pass() -> None:
     assert other.beside({"input_ids": ids}) == {"targets": targets, "labels": targets}
     several = PreparedBatch({"input_ids": ids, "starts": labels, "ends": targets}, ["starts", "ends"])
     assert "labels" not in several.beside({"input_ids": ids})
+
+
+@pytest.mark.parametrize("name", ["pops", "smoothing"])
+def test_a_callback_that_joins_late_reads_labels_and_keeps_no_batch_alive(
+    name: str, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    backend = MemoryBackend()
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    class Adds(TrainerCallback):
+        trainer: Any = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                self.trainer.add_callback(OutputLoggerCallback(2, [backend]))
+            if state.global_step == 3:
+                gc.collect()
+                alive.extend(ref() is not None for ref in held[: 3 * 2])
+
+    adds = Adds()
+    kind, arguments, _ = KINDS[name]
+    run = training(llama, tmp_path, [adds], 4, 2, kind, **arguments)
+    collate = run.trainer.data_collator
+
+    def kept(rows: Any) -> Any:
+        batch = collate(rows)
+        held.append(weakref.ref(batch["input_ids"]))
+        return batch
+
+    adds.trainer, run.trainer.data_collator = run.trainer, kept
+    run.trainer.train()
+    assert list(backend.scalars("outputs/loss/text")) == [1, 2, 4]
+    assert alive == [False] * 6
