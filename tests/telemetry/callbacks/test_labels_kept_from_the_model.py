@@ -183,6 +183,60 @@ def test_labels_by_another_name_that_the_model_is_given_are_compared_with_its_lo
     assert {r.note for _, r in backend.records[TOTAL] if isinstance(r, Scalar)} == {""}
 
 
+class Weights(Trainer):
+    """Gives the model its labels, and makes another loss of what it returns."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = self.weighted(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def weighted(self, outputs: Any, labels: Tensor) -> Tensor:
+        return 3 * outputs.loss
+
+
+class InPlace(Weights):
+    def weighted(self, outputs: Any, labels: Tensor) -> Tensor:
+        outputs.loss *= 3
+        outputs.logits = outputs.logits * 2
+        return outputs.loss
+
+
+class ByToken(Weights):
+    def weighted(self, outputs: Any, labels: Tensor) -> Tensor:
+        weight = torch.linspace(1, 2, outputs.logits.shape[-1])
+        return cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), weight)
+
+
+class MasksAfter(Weights):
+    def weighted(self, outputs: Any, labels: Tensor) -> Tensor:
+        labels[:, :3] = IGNORED
+        return loss_of(outputs.logits, labels)
+
+
+class Deletes(Weights):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("attention_mask")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Weights, InPlace, ByToken, MasksAfter, Deletes])
+def test_a_loss_made_of_the_models_is_no_misreading(
+    kind: type[Trainer], llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [OutputLoggerCallback(1, [backend])], STEPS, 2, kind)
+    run.trainer.train()
+    assert list(backend.scalars(TOTAL)) == [1, 2]
+    assert backend.scalars(TOTAL) == pytest.approx(backend.scalars(MODEL), rel=1e-5)
+    if kind is not Deletes:
+        text = run.expected(1)["outputs/loss/text"]
+        assert backend.scalars("outputs/loss/text")[1] == pytest.approx(text, rel=1e-5)
+    assert not [one for one in telemetry_log.records if one.levelname == "WARNING" and TOTAL in one.getMessage()]
+
+
 def test_a_pass_over_something_else_has_no_labels(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     backend = MemoryBackend()
     run = training(llama, tmp_path, [OutputLoggerCallback(1, [backend])], 1, 1, Augments)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.references import scalars_at
 from support.steps import Steps
+from support.waiting import Watch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
@@ -108,3 +109,12 @@ def test_the_share_of_padding(form: str, llama: LlamaForCausalLM, tmp_path: Any)
     values = scalars_at(backend, 1, "inputs")
     assert values["inputs/tokens/padding_fraction"] == pytest.approx(4 / 12)
     assert values["inputs/tokens/text_fraction"] == pytest.approx(8 / 12)
+
+
+def test_nothing_of_it_waits_for_the_device() -> None:
+    masks = [seen(IDS), added(seen(IDS, heads=2)), seen(IDS).squeeze(1), None]
+    with Watch() as watch:
+        for mask in masks:
+            real_positions({"attention_mask": mask}, IDS, 0, IDS)
+    assert watch.operations
+    assert watch.waits == []
