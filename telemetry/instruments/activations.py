@@ -47,8 +47,10 @@ class ActivationInstrument(Instrument):
         self._forget_batch()
         if step.family is None or microbatch.view is None:
             return
-        self._served = step.family.served(microbatch.view)
-        self._real = microbatch.view.real
+        decoded = microbatch.view.decoded_from
+        served = step.family.served(microbatch.view)
+        self._served = {name: positions[:, decoded:] for name, positions in served.items()}
+        self._real = microbatch.view.real[:, decoded:]
 
     def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""

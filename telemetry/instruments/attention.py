@@ -73,9 +73,11 @@ class AttentionInstrument(Instrument):
         if self._generator is None or self._generator.device != microbatch.view.real.device:
             # One of its own, on the device: numbers drawn on the host would have to be waited for.
             self._generator = torch.Generator(microbatch.view.real.device).manual_seed(step.number)
-        kinds = _kinds(microbatch.view, _hears(step))
+        decoded = microbatch.view.decoded_from
+        kinds = _kinds(microbatch.view, _hears(step))[:, decoded:]
         sample = sample_queries(kinds, self._queries, self._generator)
-        self._batch = AttendedBatch(sample, kinds, _starts(microbatch, microbatch.view.real).gather(1, sample.rows))
+        starts = _starts(microbatch, microbatch.view.real[:, decoded:])
+        self._batch = AttendedBatch(sample, kinds, starts.gather(1, sample.rows))
 
     def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
