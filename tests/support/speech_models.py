@@ -25,6 +25,7 @@ from transformers import (
     DiaEncoderConfig,
     DiaForConditionalGeneration,
     MimiConfig,
+    MimiModel,
     MoshiConfig,
     MoshiDepthConfig,
     MoshiForConditionalGeneration,
@@ -73,6 +74,16 @@ def mimi_config() -> MimiConfig:
     )
 
 
+def codec() -> Any:
+    """Such a codec whose codes differ from frame to frame; it is not trained."""
+    made = sure(lambda: MimiModel(mimi_config()), 3, 0.4).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(9)
+    for name, entries in made.named_buffers():
+        if name.endswith("embed_sum"):  # the codebooks, all zeros in a new model
+            entries.normal_(std=0.3, generator=generator)
+    return made
+
+
 def csm(**options: Any) -> Any:
     """A Csm of 2 layers and a depth decoder of one; codes are below 8, of 12 ids, and 0 in all codebooks is an end."""
     depth = CsmDepthDecoderConfig(
@@ -97,8 +108,7 @@ def csm(**options: Any) -> Any:
         **options,
     )
     made = sure(lambda: CsmForConditionalGeneration(config), 5, 0.3)
-    for parameter in made.codec_model.parameters():
-        parameter.requires_grad_(False)
+    made.codec_model = codec()
     return made
 
 
