@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.references import group_of
 from support.speech_models import (
     AUDIO,
     AUDIO_END,
@@ -27,8 +30,11 @@ from support.speech_models import (
 )
 from support.steps import Snapshots
 
-from telemetry import StrategicTelemetry
+from telemetry import OutputLoggerCallback, StrategicTelemetry, ZeroShotVerificationLoggerCallback
 from telemetry.backends.memory import MemoryBackend
+from telemetry.families import Absent, CsmFamily, Seen, find_family
+from telemetry.families.base import NO_LABELS
+from telemetry.families.csm import NOT_MADE
 
 STEPS, ACCUMULATION = 4, 2
 NO_CONTEXT = [IGNORED] * 3
@@ -129,3 +135,243 @@ def test_every_stream_is_right_and_training_is_left_alone(
     train(untouched, batches, tmp_path)
     after = untouched.state_dict()
     assert [name for name, one in model.state_dict().items() if not torch.equal(one, after[name])] == []
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+def said(log: pytest.LogCaptureFixture, *parts: str) -> list[str]:
+    return [one.getMessage() for one in log.records if all(part in one.getMessage() for part in parts)]
+
+
+@pytest.mark.parametrize("kind", ["waveforms, left", "codes, right"])
+def test_what_the_trainer_divides_by_is_said_once_with_both_numbers(
+    kind: str, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    batches, model = KINDS[kind](), csm()
+    train(model, batches, tmp_path, [OutputLoggerCallback(1, [MemoryBackend()])])
+    step = of_step(batches, 1, ACCUMULATION)
+    counted = sum(int((batch["labels"][..., 1:] != IGNORED).sum()) for batch in step)
+    learnt = [labels for batch in step for labels in labels_of(model, batch)]
+    first = sum(frame[0] != IGNORED for labels in learnt for frame in labels[1:])
+    others = sum(code != IGNORED for labels in learnt for frame in labels for code in frame[1:])
+    expected = [
+        f"the trainer divides the loss of {part} by {counted}, where {own} of its tokens are supervised in the step: "
+        f"it is {own / counted:.4g} times its mean"
+        for part, own in (("codebook_0", first), ("the depth decoder", others))
+        if own != counted
+    ]
+    assert said(telemetry_log, "the trainer divides") == expected
+    assert len(expected) == (2 if "waveforms" in kind else 1)
+
+
+def test_context_that_the_model_supervises_all_the_same_is_said(
+    tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    train(csm(), waveforms(False), tmp_path, [OutputLoggerCallback(1, [MemoryBackend()])], steps=2)
+    assert said(telemetry_log, "-100") == [
+        "3 positions of audio have the label -100, but the model makes labels of its own for all 27 positions of audio "
+        "that it encodes"
+    ]
+    telemetry_log.clear()
+    train(csm(), waveforms(False)[1:], tmp_path, [OutputLoggerCallback(1, [MemoryBackend()])], steps=2)
+    assert said(telemetry_log, "-100") == []
+
+
+def test_without_labels_or_hooks_nothing_is_guessed() -> None:
+    model = csm()
+    family = find_family(model)
+    assert isinstance(family, CsmFamily)
+    batch = waveforms(False)[0]
+    outputs = model(**batch)
+    assert list(family.streams(batch, outputs, Seen())) == [Absent("audio", NOT_MADE)]
+    unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    assert list(family.streams(unlabelled, outputs, Seen())) == [Absent("audio", NO_LABELS, in_loss=False)]
+
+
+# -- positions, layers and groups -------------------------------------------------------------------------------------
+
+GROUPS = {
+    r"lm_head\.weight": "audio_head",
+    r"embed_text_tokens\.weight": "text_embedding",
+    r"backbone_model\.embed_tokens\.embed_audio_tokens\.weight": "audio_embedding",
+    r"backbone_model\.layers\.\d\.self_attn\.[qkvo]_proj\.weight": "shared_attention",
+    r"backbone_model\.layers\.\d\.mlp\.(gate|up|down)_proj\.weight": "text_ffn",
+    r"backbone_model\.(layers\.\d\.(input|post_attention)_layernorm|norm)\.weight": "norms",
+    r"depth_decoder\..*": "depth_decoder",
+    r"codec_model\..*": "other",
+}
+
+
+def test_every_parameter_has_its_group() -> None:
+    model = csm()
+    family = CsmFamily(model)
+    groups = {name: family.group_of(name) for name, _ in model.named_parameters()}
+    assert groups == {name: group_of(name, GROUPS) for name in groups}
+    assert set(groups.values()) == set(GROUPS.values())
+
+
+Place = tuple[str, list[int] | int]
+
+
+def places_of(model: Any, batch: Batch) -> list[list[Place]]:
+    """By row: what kind every position is, and its token of text or frame of codes; without padding."""
+    learnt, found = labels_of(model, batch), []
+    given = batch["labels"][..., 0] if batch["labels"].dim() == 3 else batch["labels"]
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        places: list[Place] = []
+        for at, token in enumerate(ids):
+            if not batch["attention_mask"][row, at]:
+                continue
+            if isinstance(token, int) and token not in (AUDIO, AUDIO_END):
+                places.append(("text", token))
+                continue
+            codes = token if isinstance(token, list) else [0] * CODEBOOKS
+            if token == AUDIO:
+                depth = learnt[row][at][1:] if given[row, at] != -101 else [0] * (CODEBOOKS - 1)
+                codes = [learnt[row][at][0], *depth]
+            places.append(("reference" if given[row, at] == IGNORED else "target", codes))
+        found.append(places)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_and_attention_are_those_of_a_model_gone_through_by_hand(kind: str, tmp_path: Path) -> None:
+    batch, model, backend = KINDS[kind]()[0], csm(), MemoryBackend()
+    kept = copy.deepcopy(model).eval()
+    train(model, [batch], tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], 1, 1)
+    rows = places_of(model, batch)
+    size = batch["attention_mask"].numel()
+    kinds = [place[0] for places in rows for place in places]
+    shares = {name: backend.scalars(f"inputs/tokens/{name}_fraction")[1] for name in ("text", "padding")}
+    shares |= {name: backend.scalars(f"inputs/tokens/{name}_audio_fraction")[1] for name in ("reference", "target")}
+    assert shares == pytest.approx(
+        {name: kinds.count(name) / size for name in ("text", "reference", "target")}
+        | {"padding": 1 - len(kinds) / size}
+    )
+    assert backend.scalars("inputs/invalid_ids")[1] == 0
+    ends = sum(place == ("target", [0] * CODEBOOKS) for places in rows for place in places)
+    assert ends > 0
+    assert backend.scalars("outputs/eos/supervised")[1] == 1
+
+    kept.set_attn_implementation("eager")
+    with torch.no_grad():
+        attended = kept(**{k: v for k, v in batch.items() if k != "labels"}, output_attentions=True).attentions
+    masses: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row, places in enumerate(rows):
+        mask = batch["attention_mask"][row]
+        real = [at for at in range(len(mask)) if mask[at]]
+        for query, (query_kind, _) in zip(real, places, strict=True):
+            of_kind: dict[str, float] = dict.fromkeys(("text", "reference", "target"), 0.0)
+            for key, (key_kind, _) in zip(real, places, strict=True):
+                of_kind[key_kind] += float(attended[0][row, :, query, key].double().mean())
+            for key_kind, mass in of_kind.items():
+                masses[query_kind, key_kind].append(mass)
+    for (query_kind, key_kind), values in masses.items():
+        if key_kind in kinds:
+            tag = f"attention/layer_0/{query_kind}_to_{key_kind}"
+            assert backend.scalars(tag)[1] == pytest.approx(sum(values) / len(values), abs=1e-5), tag
+    assert {
+        "activations/layer_1/text_ffn/rms",
+        "gradients/depth_decoder/norm",
+        "gradients/depth_decoder/update_ratio",
+    } <= set(backend.tags())
+
+
+# -- conditioning -----------------------------------------------------------------------------------------------------
+
+
+def spoken(model: Any, places: Sequence[Place], taught: Sequence[bool], hidden: bool) -> dict[int, list[float]]:
+    """By codebook: what every taught code costs that is not predicted from a position of the reference."""
+    embedded = []
+    for _, what in places:
+        ids = torch.tensor([[what]])
+        embed = model.embed_text_tokens if isinstance(what, int) else model.backbone_model.embed_tokens
+        embedded.append(embed(ids)[0])
+    labels: list[Any] = [what if own else [IGNORED] * CODEBOOKS for (_, what), own in zip(places, taught, strict=True)]
+    mask = [int(not (hidden and kind == "reference")) for kind, _ in places]
+    outputs = model(
+        inputs_embeds=torch.stack(embedded, dim=1),
+        attention_mask=torch.tensor([mask]),
+        position_ids=torch.arange(len(places))[None],
+        labels=torch.tensor([labels]),
+    )
+    found: dict[int, list[float]] = defaultdict(list)
+    depth = iter(outputs.depth_decoder_logits.double())
+    for at, own in enumerate(taught):
+        if own:
+            others = next(depth)
+            if at > 0 and places[at - 1][0] != "reference":
+                for k, logits in enumerate([outputs.logits[0, at - 1].double(), *others]):
+                    found[k].append(-float(logits.log_softmax(-1)[labels[at][k]]))
+    return found
+
+
+def with_last_clip_taught(places: Sequence[Place]) -> list[Place]:
+    """Where all clips are taught, those before the last are what it follows."""
+    if any(kind == "reference" for kind, _ in places):
+        return list(places)
+    ends = [at for at, (kind, what) in enumerate(places) if kind == "target" and what == [0] * CODEBOOKS]
+    last = ends[-2] if len(ends) > 1 else -1
+    return [("reference" if kind == "target" and at <= last else kind, what) for at, (kind, what) in enumerate(places)]
+
+
+def with_reference_of(places: Sequence[Place], other: Sequence[Place]) -> list[Place]:
+    codes = [what for kind, what in other if kind == "reference" and what != [0] * CODEBOOKS]
+    changed, at = [], 0
+    for kind, what in places:
+        if kind == "reference" and what != [0] * CODEBOOKS:
+            what, at = codes[at % len(codes)], at + 1
+        changed.append((kind, what))
+    return changed
+
+
+GAINS: dict[str, tuple[Callable[[], Batch], list[int | None]]] = {
+    "waveforms, right": (
+        lambda: csm_waveforms(
+            [(3, 4, taught(4)), (2, 3, taught(3))],
+            [(5, 2, NO_CONTEXT), (2, 5, taught(5))],
+            [(2, 3, taught(3))],
+        ),
+        [1, 0, None],
+    ),
+    "waveforms, left": (
+        lambda: csm_waveforms(
+            [(3, 1, taught(1)), (2, 3, taught(3))],
+            [(2, 3, taught(3))],
+            [(5, 4, taught(4)), (2, 5, taught(5))],
+            left=True,
+        ),
+        [2, None, 0],
+    ),
+    "codes, right": (lambda: csm_codes((2, 3), (0, 4), (4, 1)), [2, None, 0]),
+    "codes, left": (lambda: csm_codes((2, 3), (4, 1), (3, 2), left=True), [1, 2, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", GAINS)
+def test_the_conditioning_gain_is_that_of_samples_run_one_by_one(kind: str, tmp_path: Path) -> None:
+    make, partners = GAINS[kind]
+    batch, model, backend = make(), csm(), MemoryBackend()
+    telemetry = ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)
+    train(model, [batch], tmp_path, [telemetry], 1, 1)  # with the weights after the step
+    rows = [with_last_clip_taught(places) for places in places_of(model, batch)]
+    means: dict[str, list[float]] = {}
+    for name in ("own", "swapped", "none"):
+        losses: dict[int, list[float]] = defaultdict(list)
+        for row, partner in enumerate(partners):
+            if partner is None:
+                continue
+            places = with_reference_of(rows[row], rows[partner]) if name == "swapped" else rows[row]
+            with torch.no_grad():
+                found = spoken(model.eval(), places, [one == "target" for one, _ in rows[row]], name == "none")
+            for k, own in found.items():
+                losses[k] += own
+        means[name] = [sum(losses[k]) / len(losses[k]) for k in range(CODEBOOKS)]
+    gain = "zero_shot/conditioning"
+    for k in range(CODEBOOKS):
+        expected = means["swapped"][k] - means["own"][k]
+        assert backend.scalars(f"{gain}/codebook_{k}/gain")[1] == pytest.approx(expected, abs=2e-5), k
+    for name, of_codebooks in means.items():
+        assert backend.scalars(f"{gain}/loss_{name}")[1] == pytest.approx(sum(of_codebooks) / CODEBOOKS, abs=2e-5)
+    assert abs(backend.scalars(f"{gain}/gain")[1]) > 1e-4
