@@ -373,7 +373,7 @@ class Family:
         return type(self).swap_reference is not Family.swap_reference
 
     def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
-        """Return the model's keyword arguments for a batch with other codes, without labels and cache.
+        """Return the model's keyword arguments for a batch with other codes, with no more than it predicts from.
 
         Args:
             inputs: of the batch.

@@ -39,8 +39,8 @@ from telemetry.families.base import (
     real_positions,
     shift_labels,
 )
+from telemetry.families.csm_speech import BACKBONE_ONLY, CsmSpeaker
 
-BACKBONE_ONLY = -101  # the label of a frame that the depth decoder is not trained on
 NOT_MADE = "the labels that the model makes of waveforms in its forward pass do not show"
 CODES = "audio_codes"  # where codes lie in a batch whose waveforms have been encoded aside
 _EMBEDDED = "backbone_model.embed_tokens"
@@ -75,6 +75,7 @@ class CsmFamily(Family):
         super().__init__(model)
         self._config = model.config
         self._end = int(self._config.codebook_eos_token_id)
+        self.speaker = CsmSpeaker(model, self)
 
     def watched(self) -> Mapping[str, nn.Module]:
         """What embeds codes: it is given those that the model makes of waveforms."""
@@ -248,9 +249,10 @@ class CsmFamily(Family):
         return {**batch, "labels": audio.labels.masked_fill(~wanted.unsqueeze(-1), IGNORE_INDEX)}
 
     def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
-        """A batch with other codes: with its labels, as the depth decoder is given them to predict from."""
+        """A batch with other codes: with its labels, which the depth decoder is given to predict from."""
         ids = inputs["input_ids"]
-        own = {name: inputs[name] for name in _GIVEN if inputs.get(name) is not None} | {"use_cache": False}
+        # With a cache: without one, the depth decoder fails on as many frames as it has codebooks (transformers 5.23).
+        own = {name: inputs[name] for name in _GIVEN if inputs.get(name) is not None} | {"use_cache": True}
         if ids.dim() == 3:
             return own | {"input_ids": ids if codes is None else codes}
         codes = inputs[CODES] if codes is None else codes

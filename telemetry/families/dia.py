@@ -31,6 +31,7 @@ from telemetry.families.base import (
     reads,
     real_positions,
 )
+from telemetry.families.dia_speech import DiaSpeaker
 
 _GIVEN = ("input_ids", "attention_mask", "decoder_attention_mask", "decoder_position_ids", "encoder_outputs")
 
@@ -60,6 +61,7 @@ class DiaFamily(Family):
         super().__init__(model)
         self._config = model.config
         self._codebooks = int(self._config.decoder_config.num_channels)
+        self.speaker = DiaSpeaker(model, self.view)
 
     def group_of(self, parameter_name: str) -> str:
         """As the list says, but the encoder's own attention sees text alone."""

@@ -354,6 +354,8 @@ def train(
     callbacks: Sequence[Any] = (),
     steps: int = 4,
     accumulation: int = 2,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
     **arguments: Any,
 ) -> Trainer:
     """Train on whole batches, one a microbatch."""
@@ -362,12 +364,15 @@ def train(
         "gradient_accumulation_steps": accumulation,
         "max_steps": steps,
     }
+    sizes |= {"per_device_eval_batch_size": 1, "prediction_loss_only": True}
     given = {"learning_rate": 0.01, "remove_unused_columns": False, **sizes, **arguments}
     made = OrderedTrainer(
         model=model,
         args=quiet_arguments(directory, **given),
         train_dataset=batches,  # type: ignore[arg-type]
         data_collator=lambda rows: dict(rows[0]),
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
         callbacks=list(callbacks),
     )
     made.train()

@@ -346,6 +346,7 @@ GAINS: dict[str, tuple[Callable[[], Batch], list[int | None]]] = {
     ),
     "codes, right": (lambda: csm_codes((2, 3), (0, 4), (4, 1)), [2, None, 0]),
     "codes, left": (lambda: csm_codes((2, 3), (4, 1), (3, 2), left=True), [1, 2, 0]),
+    "as many frames as codebooks": (lambda: csm_codes((2, 1), (3, 1)), [1, 0]),
 }
 
 
