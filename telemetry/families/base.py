@@ -446,6 +446,15 @@ def clips_with(starts: Tensor, is_audio: Tensor, marked: Tensor) -> Tensor:
     return is_audio & held.gather(1, clip).bool()
 
 
+def clip_length(audio: AudioView, begin: int) -> int:
+    """Positions of the clip that begins at ``begin``, in a batch of one."""
+    spoken = (audio.reference | audio.target)[0, begin:]
+    others = audio.starts[0, begin:].clone()
+    others[0] = False
+    stops = ~spoken | others
+    return int(stops.long().argmax()) if bool(stops.any()) else len(stops)
+
+
 def decoder_layers(decoder: Any) -> list[Any]:
     """The layers of a decoder as transformers writes them (``layers``, each with ``self_attn``); else none."""
     layers = getattr(decoder, "layers", None)

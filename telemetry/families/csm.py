@@ -129,8 +129,8 @@ class CsmFamily(Family):
         if given.dim() == 2:
             unlabelled = self._is_audio(inputs["input_ids"]) & (given == IGNORE_INDEX)
             yield Overruled(
-                "{} positions of audio have the label -100",
-                "the model makes labels of its own for all {} positions of audio that it encodes",
+                "positions of audio with the label -100: {}",
+                "the model makes labels of its own for all {} that it encodes",
                 unlabelled.sum(),
                 self._is_audio(inputs["input_ids"]).sum(),
             )

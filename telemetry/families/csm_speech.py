@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from telemetry.families.base import BatchView
+from telemetry.families.base import BatchView, clip_length
 from telemetry.families.speech import (
     Ending,
     Prompt,
     Speaker,
     Speech,
     bounded,
-    clip_length,
     first,
     on,
     seed_sampling,
@@ -88,9 +87,7 @@ class CsmSpeaker(Speaker):
         del given["use_cache"]  # the settings say it
         frames = _Frames(time.monotonic() + max_seconds)
         seed_sampling(device, seed)
-        settings = bounded(self._csm, max_new_tokens)
-        if settings.eos_token_id is None:  # which has generation look for the end at all
-            settings.eos_token_id = self._csm.config.codebook_eos_token_id
+        settings = bounded(self._csm, max_new_tokens)  # Csm looks for its end by itself
         if settings.pad_token_id is None:
             settings.pad_token_id = self._csm.config.codebook_pad_token_id
         with self._settings_kept(), contextlib.suppress(_TimeIsUpError):

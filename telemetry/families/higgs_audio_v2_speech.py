@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from telemetry.families.base import AudioView, BatchView
+from telemetry.families.base import AudioView, BatchView, clip_length
 from telemetry.families.speech import (
     Ending,
     Prompt,
     Speaker,
     Speech,
     bounded,
-    clip_length,
     first,
     on,
     seed_sampling,

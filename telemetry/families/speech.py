@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from telemetry.families.base import AudioView
-
 Ending = Literal["end of stream", "tokens", "time"]
 
 
@@ -86,15 +84,6 @@ class Speaker(Protocol):
 def first(marked: Tensor) -> int:
     """Index of the first marked one."""
     return int(marked.long().argmax())
-
-
-def clip_length(audio: AudioView, begin: int) -> int:
-    """Positions of the clip that begins at ``begin``, in a batch of one."""
-    spoken = (audio.reference | audio.target)[0, begin:]
-    others = audio.starts[0, begin:].clone()
-    others[0] = False
-    stops = ~spoken | others
-    return first(stops) if bool(stops.any()) else len(stops)
 
 
 def on(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

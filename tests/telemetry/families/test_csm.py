@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import runpy
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,12 +32,16 @@ from support.speech_models import (
     train,
 )
 from support.steps import Snapshots
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CsmForConditionalGeneration
 
 from telemetry import OutputLoggerCallback, StrategicTelemetry, ZeroShotVerificationLoggerCallback
 from telemetry.backends.memory import MemoryBackend
-from telemetry.families import Absent, CsmFamily, Seen, find_family
+from telemetry.families import Absent, CsmFamily, Seen, base, find_family
 from telemetry.families.base import NO_LABELS
 from telemetry.families.csm import NOT_MADE
+from telemetry.instruments.base import NO_POSITIONS
+from telemetry.records import Table
 
 STEPS, ACCUMULATION = 4, 2
 NO_CONTEXT = [IGNORED] * 3
@@ -170,8 +177,7 @@ def test_context_that_the_model_supervises_all_the_same_is_said(
 ) -> None:
     train(csm(), waveforms(False), tmp_path, [OutputLoggerCallback(1, [MemoryBackend()])], steps=2)
     assert said(telemetry_log, "-100") == [
-        "3 positions of audio have the label -100, but the model makes labels of its own for all 27 positions of audio "
-        "that it encodes"
+        "positions of audio with the label -100: 3, but the model makes labels of its own for all 27 that it encodes"
     ]
     telemetry_log.clear()
     train(csm(), waveforms(False)[1:], tmp_path, [OutputLoggerCallback(1, [MemoryBackend()])], steps=2)
@@ -187,6 +193,17 @@ def test_without_labels_or_hooks_nothing_is_guessed() -> None:
     assert list(family.streams(batch, outputs, Seen())) == [Absent("audio", NOT_MADE)]
     unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert list(family.streams(unlabelled, outputs, Seen())) == [Absent("audio", NO_LABELS, in_loss=False)]
+
+
+def test_embeddings_are_read_as_far_as_labels_tell(tmp_path: Path) -> None:
+    """A batch of embeddings has labels, but does not say what its positions are."""
+    backend, labels = MemoryBackend(), csm_codes((2, 2), (0, 5))["labels"]
+    batch = {"inputs_embeds": torch.randn(*labels.shape[:2], 16, generator=torch.Generator().manual_seed(1))}
+    batch["labels"] = labels
+    train(csm(), [batch], tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], 1, 1)
+    assert backend.scalars("outputs/loss/total") == pytest.approx(backend.scalars("outputs/loss/model"), rel=1e-5)
+    absent = {str(tag): str(why) for tag, why in backend.last("telemetry/absent", Table).rows}
+    assert absent["attention/layer_0"] == absent["activations/layer_1/text_ffn"] == NO_POSITIONS
 
 
 # -- positions, layers and groups -------------------------------------------------------------------------------------
@@ -376,3 +393,50 @@ def test_the_conditioning_gain_is_that_of_samples_run_one_by_one(kind: str, tmp_
     for name, of_codebooks in means.items():
         assert backend.scalars(f"{gain}/loss_{name}")[1] == pytest.approx(sum(of_codebooks) / CODEBOOKS, abs=2e-5)
     assert abs(backend.scalars(f"{gain}/gain")[1]) > 1e-4
+
+
+# -- what the documentation shows -------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def test_the_family_that_the_documentation_declares_reads_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = re.findall(r"```python\n(.*?)```", (DOCS / "strategic_logging.md").read_text(), re.DOTALL)
+    [shown] = [code for code in found if "class MyCsmFamily" in code]
+    assert len(shown.strip().splitlines()) <= 30
+
+    class MyCsm(CsmForConditionalGeneration):
+        pass
+
+    monkeypatch.setattr(base, "_READERS", dict(base._READERS))
+    exec(compile(shown, "strategic_logging.md", "exec"), {})
+    ours, theirs, data = csm(), csm(), codes(left=False)
+    ours.__class__ = MyCsm
+    read = {}
+    for model in (ours, theirs):
+        backend = MemoryBackend()
+        telemetry = StrategicTelemetry(["outputs", "shared_attention"], 1, [backend])
+        train(model, data, tmp_path, [telemetry], 2, ACCUMULATION)
+        tags = [tag for tag in backend.tags() if tag.startswith(("outputs/loss/", "outputs/accuracy/"))]
+        read[type(model)] = {tag: backend.scalars(tag) for tag in tags}
+        assert backend.scalars("gradients/depth_decoder/norm")
+        assert backend.scalars("outputs/loss/total") == pytest.approx(backend.scalars("outputs/loss/model"), rel=1e-5)
+    assert read[MyCsm] == read[CsmForConditionalGeneration]
+
+
+def test_the_example_runs_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = DOCS / "examples" / "csm_finetuning.py"
+    assert len(path.read_text().splitlines()) <= 80
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setattr(sys, "argv", [path.name, str(tmp_path)])
+    runpy.run_path(str(path), run_name="__main__")
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events.parent))
+    shown.Reload()
+    assert [event.step for event in shown.Scalars("outputs/loss/total")] == [1, 5, 10, 15, 20]
+    losses = [event.value for event in shown.Scalars("outputs/loss/audio")]
+    assert losses[-1] < losses[0]
+    assert shown.Scalars("zero_shot/conditioning/eval/gain")
+    assert shown.Scalars("zero_shot/duration_ratio")
