@@ -19,20 +19,9 @@ TEXT, AUDIO, END, FRAMES, SAMPLES = 6, 60, 61, 4, 8  # tokens of text, ids, fram
 def load_model() -> CsmForConditionalGeneration:
     """A tiny Csm with random weights."""
     # The real one: return CsmForConditionalGeneration.from_pretrained("sesame/csm-1b")
-    small: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    small |= {"num_key_value_heads": 2, "num_codebooks": 4, "vocab_size": 19}
-    codec: dict[str, Any] = {
-        "hidden_size": 8,
-        "num_filters": 2,
-        "upsampling_ratios": [2, 2],
-        "codebook_size": 16,
-        "codebook_dim": 4,
-    }
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_codebooks": 4, "vocab_size": 19}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    codec = {"hidden_size": 8, "num_filters": 2, "upsampling_ratios": [2, 2], "codebook_size": 16, "codebook_dim": 4}
     codec |= {"num_quantizers": 4, "vector_quantization_hidden_dimension": 4, "upsample_groups": 8}
     codec |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "sampling_rate": 8000}
     config = CsmConfig(
