@@ -48,8 +48,8 @@ class AudioView:
             None where every ``eos_id`` is an end.
         reference_codes: bool ``[batch, sequence, C]``: the reference's codes, where a delay pattern mixes them with
             those of the target; None where they are all codes of its positions.
-        embedded: bool ``[batch, sequence]``: audio that is given as embeddings of ``features``, without codes; None
-            where there is no such audio.
+        embedded: bool ``[batch, sequence]``: audio that is given without codes, as embeddings of ``features`` or as
+            waveforms that the model encodes itself; None where there is no such audio.
         features: what an audio encoder of the model is given, ``[clips, channels, frames]``: no clips where nothing is
             given, None where the model has no such encoder.
         features_real: bool ``[clips, frames]``, False at the features' padding.
