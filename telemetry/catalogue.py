@@ -384,7 +384,8 @@ CATALOGUE: tuple[Entry, ...] = (
     *_all(
         Entry(
             "gradients/<group>/norm",
-            "Norm of the gradients of one part of the model, before clipping.",
+            "Norm of the gradients of one part of the model, before clipping; depth_decoder is a second decoder, of the"
+            " codebooks of one frame.",
             reduction="root of the sum of squares",
         ),
         Entry(

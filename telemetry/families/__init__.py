@@ -8,30 +8,40 @@ from telemetry.families.base import (
     Absent,
     AudioView,
     BatchView,
+    Divided,
     Family,
     FeedForward,
     Layer,
     LossPart,
+    Overruled,
     Seen,
     Stream,
     reads,
     registered_family,
 )
 from telemetry.families.causal_lm import CausalLMFamily
+from telemetry.families.csm import CsmFamily
+from telemetry.families.dia import DiaFamily
 from telemetry.families.higgs_audio import HiggsAudioFamily
 from telemetry.families.higgs_audio_v2 import HiggsAudioV2Family
+from telemetry.families.moshi import MoshiFamily
 
 __all__ = [
     "Absent",
     "AudioView",
     "BatchView",
     "CausalLMFamily",
+    "CsmFamily",
+    "DiaFamily",
+    "Divided",
     "Family",
     "FeedForward",
     "HiggsAudioFamily",
     "HiggsAudioV2Family",
     "Layer",
     "LossPart",
+    "MoshiFamily",
+    "Overruled",
     "Seen",
     "Stream",
     "find_family",

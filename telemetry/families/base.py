@@ -40,12 +40,16 @@ class AudioView:
             when any of its codes has a label.
         starts: bool ``[batch, sequence]``: first position of each clip.
         vocabulary: ids of one codebook, special ids included.
-        bos_id, eos_id: the stream's begin and end ids.
+        bos_id, eos_id: the stream's begin and end ids; a begin of -1 for a stream without one.
         frames, placeholders: int64 ``[batch]``: code frames handed over, and positions that ask for one (whole clips,
             where one position asks for a clip).
         delay: frames that each codebook of a clip is shifted by.
-        embedded: bool ``[batch, sequence]``: audio that is given as embeddings of ``features``, without codes; None
-            where there is no such audio.
+        ends: bool ``[batch, sequence, C]``: the codes that are ends, where ``eos_id`` is an entry of the codebooks too;
+            None where every ``eos_id`` is an end.
+        reference_codes: bool ``[batch, sequence, C]``: the reference's codes, where a delay pattern mixes them with
+            those of the target; None where they are all codes of its positions.
+        embedded: bool ``[batch, sequence]``: audio that is given without codes, as embeddings of ``features`` or as
+            waveforms that the model encodes itself; None where there is no such audio.
         features: what an audio encoder of the model is given, ``[clips, channels, frames]``: no clips where nothing is
             given, None where the model has no such encoder.
         features_real: bool ``[clips, frames]``, False at the features' padding.
@@ -62,6 +66,8 @@ class AudioView:
     frames: Tensor
     placeholders: Tensor
     delay: tuple[int, ...]
+    ends: Tensor | None = None
+    reference_codes: Tensor | None = None
     embedded: Tensor | None = None
     features: Tensor | None = None
     features_real: Tensor | None = None
@@ -70,6 +76,11 @@ class AudioView:
     def codebooks(self) -> int:
         """Number of codebooks."""
         return self.codes.shape[-1]
+
+    @property
+    def is_end(self) -> Tensor:
+        """bool ``[batch, sequence, C]``: the codes that are ends."""
+        return self.codes == self.eos_id if self.ends is None else self.ends
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class BatchView:
         audio: the audio, or None for a batch or family without any.
         exists: bool ``[batch, sequence]``, False at positions that only the view has: room for what a model expands
             inside of its forward pass. None where the model has them all.
+        decoded_from: the first position that the decoder is given, of a model whose encoder is given those before.
     """
 
     input_ids: Tensor
@@ -94,6 +106,7 @@ class BatchView:
     vocabulary: int
     audio: AudioView | None = None
     exists: Tensor | None = None
+    decoded_from: int = 0
 
     @property
     def positions(self) -> int | Tensor:
@@ -151,6 +164,8 @@ class Stream:
         rows: int64 ``[rows]``, where logits ``[rows, ...]`` cover some positions of labels ``[batch, sequence, ...]``
             only: the index into ``batch × sequence`` of each. None where they cover all.
         bos_id, eos_id: ids of its begin and its end, which are no entries of a codebook; None where it has none.
+        ends: bool, the shape of :attr:`predicted`: where an end is to be predicted, for a stream whose ``eos_id`` is
+            an entry of its codebook too; None where every ``eos_id`` is an end.
     """
 
     name: str | tuple[str, ...]
@@ -163,6 +178,7 @@ class Stream:
     rows: Tensor | None = None
     bos_id: int | None = None
     eos_id: int | None = None
+    ends: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -213,6 +229,36 @@ class LossPart:
 
 
 @dataclass(frozen=True)
+class Divided:
+    """A part of the loss that the trainer has divided by what it has counted, to be held against its own tokens.
+
+    Attributes:
+        name: of the part.
+        tokens: 0-d: its supervised tokens in the pass.
+        by: what its sum is divided by, for the tokens of all passes of the step.
+    """
+
+    name: str
+    tokens: Tensor
+    by: Tensor | float
+
+
+@dataclass(frozen=True)
+class Overruled:
+    """Something that a batch asks for and the model does otherwise.
+
+    Attributes:
+        asked, done: what the batch asks for and what the model does instead, each with ``{}`` for a number.
+        asks, does: 0-d: the numbers, of the pass. Nothing is overruled where ``asks`` is 0.
+    """
+
+    asked: str
+    done: str
+    asks: Tensor
+    does: Tensor
+
+
+@dataclass(frozen=True)
 class Absent:
     """What of a pass cannot be read, and why.
 
@@ -227,7 +273,7 @@ class Absent:
     in_loss: bool = True
 
 
-Declared: TypeAlias = Stream | LossPart | Absent
+Declared: TypeAlias = Stream | LossPart | Divided | Overruled | Absent
 
 
 @dataclass(frozen=True)
@@ -237,11 +283,13 @@ class Seen:
     Attributes:
         view: the batch, as :meth:`Family.view` has read it.
         modules: outputs of the modules that :meth:`Family.watched` names; without those that have not run.
+        given: what those modules were given, by the names of their forward's parameters: one mapping a call.
         missing: why the output of a module that should have run is not there.
     """
 
     view: BatchView | None = None
     modules: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     missing: str = NO_LOGITS
 
 
@@ -289,7 +337,7 @@ class Family:
         return ()
 
     def watched(self) -> Mapping[str, nn.Module]:
-        """Modules whose outputs :meth:`streams` is to be given, by a name of one's own."""
+        """Modules whose outputs and arguments :meth:`streams` is to be given, by a name of one's own."""
         return {}
 
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
@@ -311,13 +359,21 @@ class Family:
         """
         return {}
 
+    def coded(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a batch with codes in the place of waveforms that the model encodes in its forward pass.
+
+        Called aside from training, where the model may be used and waited for; what it returns is for :meth:`view`,
+        :meth:`swap_reference` and :meth:`hide_reference` of the same family, and need not be what the model takes.
+        """
+        return inputs
+
     @property
     def swaps_references(self) -> bool:
         """Whether the model can be given other reference audio."""
         return type(self).swap_reference is not Family.swap_reference
 
     def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
-        """Return the model's keyword arguments for a batch with other codes, without labels and cache.
+        """Return the model's keyword arguments for a batch with other codes, with no more than it predicts from.
 
         Args:
             inputs: of the batch.
@@ -425,11 +481,49 @@ def clips_with(starts: Tensor, is_audio: Tensor, marked: Tensor) -> Tensor:
     return is_audio & held.gather(1, clip).bool()
 
 
+def clip_length(audio: AudioView, begin: int) -> int:
+    """Positions of the clip that begins at ``begin``, in a batch of one."""
+    spoken = (audio.reference | audio.target)[0, begin:]
+    others = audio.starts[0, begin:].clone()
+    others[0] = False
+    stops = ~spoken | others
+    return int(stops.long().argmax()) if bool(stops.any()) else len(stops)
+
+
 def decoder_layers(decoder: Any) -> list[Any]:
     """The layers of a decoder as transformers writes them (``layers``, each with ``self_attn``); else none."""
     layers = getattr(decoder, "layers", None)
     found = list(layers) if isinstance(layers, nn.ModuleList) else []
     return found if all(hasattr(layer, "self_attn") for layer in found) else []
+
+
+def moved(values: Tensor, held: Tensor, asking: Tensor, otherwise: Tensor | int) -> Tensor:
+    """The values at marked places, in order, at the places that ask for one: as a model's own masked scatter does it.
+
+    Without boolean indexing, which would wait for the device.
+
+    Args:
+        values: int64 ``[batch, places, codebooks]``.
+        held: bool ``[batch, places]``: the places whose values are taken.
+        asking: bool ``[batch, others]``: the places that get one.
+        otherwise: what all other places get, and those for which there is no value left.
+
+    Returns:
+        int64 ``[batch, others, codebooks]``.
+    """
+    flat = values.flatten(0, 1)
+    if not flat.shape[0]:
+        flat, held = values.new_zeros(1, values.shape[-1]), held.new_zeros(1)
+    held_first = torch.argsort(held.flatten().to(torch.int8), descending=True, stable=True)
+    rank = (asking.flatten().long().cumsum(0) - 1).view_as(asking)
+    source = held_first[rank.clamp(0, flat.shape[0] - 1)]
+    given = asking & (rank < held.sum())
+    return torch.where(given.unsqueeze(-1), flat[source], otherwise)
+
+
+def marked_rows(marked: Tensor, count: int) -> Tensor:
+    """The first ``count`` marked places of bool ``[batch, sequence]``, in order: int64, indices into all places."""
+    return torch.argsort(marked.flatten().to(torch.int8), descending=True, stable=True)[:count]
 
 
 def codebook_names(codebooks: int) -> tuple[str, ...]:

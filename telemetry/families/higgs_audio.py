@@ -30,6 +30,7 @@ from telemetry.families.base import (
     Stream,
     clips_with,
     codebook_names,
+    marked_rows,
     output,
     reads,
     real_positions,
@@ -108,7 +109,7 @@ class HiggsAudioFamily(Family):
                 "audio",
                 "shifted",
                 denominator=items,
-                rows=torch.argsort((~is_out).flatten().to(torch.int8), stable=True)[: audio.shape[0]],
+                rows=marked_rows(is_out, audio.shape[0]),
                 bos_id=view.audio.bos_id,
                 eos_id=view.audio.eos_id,
             )

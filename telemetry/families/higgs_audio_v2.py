@@ -29,6 +29,7 @@ from telemetry.families.base import (
     clips_with,
     codebook_names,
     decoder_layers,
+    moved,
     output,
     reads,
     real_positions,
@@ -116,7 +117,7 @@ class HiggsAudioV2Family(Family):
         if codes is None:
             return given
         frames = inputs["audio_input_ids"]
-        return given | {"audio_input_ids": _moved(codes, self._is_audio(inputs["input_ids"]), _valid(inputs), frames)}
+        return given | {"audio_input_ids": moved(codes, self._is_audio(inputs["input_ids"]), _valid(inputs), frames)}
 
     def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
         """A batch with positions masked; position ids are those that the model would have counted.
@@ -162,10 +163,10 @@ class HiggsAudioV2Family(Family):
             labels = torch.full_like(codes, IGNORE_INDEX)
         is_audio = asks & real
         starts = is_audio & ~self._continues(input_ids, is_audio)
-        placed_labels = _moved(labels, mask, asks, IGNORE_INDEX)
+        placed_labels = moved(labels, mask, asks, IGNORE_INDEX)
         target = clips_with(starts, is_audio, (placed_labels != IGNORE_INDEX).any(dim=-1))
         return AudioView(
-            codes=_moved(codes, mask, asks, 0),
+            codes=moved(codes, mask, asks, 0),
             labels=placed_labels,
             reference=is_audio & ~target,
             target=target,
@@ -204,27 +205,3 @@ def _valid(inputs: Mapping[str, Any]) -> Tensor:
     if isinstance(mask, Tensor):
         return mask.bool()
     return torch.ones_like(inputs["audio_input_ids"][..., 0], dtype=torch.bool)
-
-
-def _moved(values: Tensor, held: Tensor, asking: Tensor, otherwise: Tensor | int) -> Tensor:
-    """The values at marked places, in order, at the places that ask for one: as the model's own masked scatter does it.
-
-    Without boolean indexing, which would wait for the device.
-
-    Args:
-        values: int64 ``[batch, places, codebooks]``.
-        held: bool ``[batch, places]``: the places whose values are taken.
-        asking: bool ``[batch, others]``: the places that get one.
-        otherwise: what all other places get, and those for which there is no value left.
-
-    Returns:
-        int64 ``[batch, others, codebooks]``.
-    """
-    flat = values.flatten(0, 1)
-    if not flat.shape[0]:
-        flat, held = values.new_zeros(1, values.shape[-1]), held.new_zeros(1)
-    held_first = torch.argsort(held.flatten().to(torch.int8), descending=True, stable=True)
-    rank = (asking.flatten().long().cumsum(0) - 1).view_as(asking)
-    source = held_first[rank.clamp(0, flat.shape[0] - 1)]
-    given = asking & (rank < held.sum())
-    return torch.where(given.unsqueeze(-1), flat[source], otherwise)

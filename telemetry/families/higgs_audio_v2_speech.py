@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from telemetry.families.base import AudioView, BatchView
-from telemetry.families.speech import Ending, Prompt, Speaker, Speech
+from telemetry.families.base import AudioView, BatchView, clip_length
+from telemetry.families.speech import (
+    Ending,
+    Prompt,
+    Speaker,
+    Speech,
+    bounded,
+    first,
+    on,
+    seed_sampling,
+)
 
 _TOKENS = ("input_ids", "attention_mask")
 _FRAMES = ("audio_input_ids", "audio_input_ids_mask", "audio_labels")
@@ -29,6 +37,8 @@ class HiggsAudioV2Speaker(Speaker):
         view: reads a batch, as its family does.
     """
 
+    codec = None
+
     def __init__(self, model: Any, view: Callable[[Mapping[str, Any]], BatchView | None]) -> None:
         self.model: nn.Module = model
         self._higgs: Any = model
@@ -41,8 +51,8 @@ class HiggsAudioV2Speaker(Speaker):
         if view is None or view.audio is None or not bool(view.audio.target.any()):
             return None
         audio = view.audio
-        begin = _first(audio.target[0])
-        end = begin + _clip_length(audio, begin)
+        begin = first(audio.target[0])
+        end = begin + clip_length(audio, begin)
         return Prompt(
             inputs=_cut(sample, begin, audio),
             spoken=_cut(sample, end, audio),
@@ -52,10 +62,10 @@ class HiggsAudioV2Speaker(Speaker):
 
     def generate(self, prompt: Prompt, max_new_tokens: int, max_seconds: float, seed: int) -> Speech:
         device = self._higgs.device
-        _seed(device, seed)
+        seed_sampling(device, seed)
         # Ranks whose forward passes wait for each other are kept together by the caller, also when one of them raises.
         frames = self._higgs.generate(
-            **_on(device, prompt.inputs),
+            **on(device, prompt.inputs),
             generation_config=self._settings(max_new_tokens, max_seconds),
             synced_gpus=False,
         )
@@ -64,7 +74,7 @@ class HiggsAudioV2Speaker(Speaker):
         return Speech(self._codes(said), self._ending(said, max_new_tokens))
 
     def teacher_forced(self, prompt: Prompt) -> Tensor:
-        logits = self._higgs(**_on(self._higgs.device, prompt.spoken), use_cache=False).logits
+        logits = self._higgs(**on(self._higgs.device, prompt.spoken), use_cache=False).logits
         shape = (*logits.shape[1:2], self._config.num_codebooks, self._config.codebook_size)
         begin = prompt.inputs["input_ids"].shape[1]
         # A frame is predicted one position earlier. Only codes: where the target goes on, an end would cut it short.
@@ -89,16 +99,7 @@ class HiggsAudioV2Speaker(Speaker):
         return min(self._config.audio_stream_bos_id, self._config.audio_stream_eos_id)
 
     def _settings(self, max_new_tokens: int, max_seconds: float) -> GenerationConfig:
-        settings: GenerationConfig = copy.deepcopy(self._higgs.generation_config)
-        settings.update(
-            max_new_tokens=max_new_tokens,
-            max_length=None,
-            min_length=None,
-            max_time=max_seconds,
-            use_cache=True,
-            cache_implementation=None,  # a static one would be compiled, and outlive the call
-            return_dict_in_generate=False,
-        )
+        settings = bounded(self._higgs, max_new_tokens, max_time=max_seconds)
         if settings.eos_token_id is None:
             settings.eos_token_id = self._config.eos_token_id
         if settings.pad_token_id is None:
@@ -118,8 +119,8 @@ class HiggsAudioV2Speaker(Speaker):
         starts = audio.starts[0, :before]
         if not bool(starts.any()):
             return None
-        begin = _first(starts)
-        return self._codes(audio.codes[0, begin : begin + _clip_length(audio, begin)])
+        begin = first(starts)
+        return self._codes(audio.codes[0, begin : begin + clip_length(audio, begin)])
 
     def _codes(self, frames: Tensor) -> Tensor:
         """The codes of a stream ``[frames, C]`` in delay pattern, its first frame the begin: int64 ``[C, n]``.
@@ -127,7 +128,7 @@ class HiggsAudioV2Speaker(Speaker):
         Begin and end of stream among the codes become the codec's last code, as in the model's own processor.
         """
         ends = self._ends(frames)
-        body = frames[1 : _first(ends) if bool(ends.any()) else len(frames)]
+        body = frames[1 : first(ends) if bool(ends.any()) else len(frames)]
         return _undelayed(body, len(body) - frames.shape[1] + 1).clamp(0, self._code_count - 1)
 
 
@@ -153,31 +154,7 @@ def _cut(sample: Mapping[str, Tensor], end: int, audio: AudioView) -> dict[str, 
     return cut
 
 
-def _clip_length(audio: AudioView, begin: int) -> int:
-    """Positions of the clip that begins at ``begin``."""
-    spoken = (audio.reference | audio.target)[0, begin:]
-    others = audio.starts[0, begin:].clone()
-    others[0] = False
-    stops = ~spoken | others
-    return _first(stops) if bool(stops.any()) else len(stops)
-
-
 def _undelayed(frames: Tensor, length: int) -> Tensor:
     """``[frames, C]`` with codebook *k* shifted by *k* frames, as ``[C, length]``; nothing where it is too short."""
     length = max(length, 0)
     return torch.stack([frames[k : k + length, k] for k in range(frames.shape[1])])
-
-
-def _first(marked: Tensor) -> int:
-    return int(marked.long().argmax())
-
-
-def _on(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Of the CPU and of the model's device, and no other: ``torch.manual_seed`` would also seed devices of others."""
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)

@@ -41,7 +41,8 @@ def swap_references(audio: AudioView, speakers: Sequence[object]) -> Swap:
         speakers: of every sample, None where it is not known. Where either is not, any other codes count as another
             speaker's; the same codes never do.
     """
-    is_code = audio.reference.unsqueeze(-1) & (audio.codes != audio.bos_id) & (audio.codes != audio.eos_id)
+    is_code = audio.reference.unsqueeze(-1) if audio.reference_codes is None else audio.reference_codes
+    is_code = is_code & (audio.codes != audio.bos_id) & ~audio.is_end
     rank = is_code.long().cumsum(dim=1) - 1
     streams = _streams(audio.codes, is_code, rank)
     lengths = is_code.sum(dim=1).amin(dim=-1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 Ending = Literal["end of stream", "tokens", "time"]
 
@@ -47,6 +50,9 @@ class Speaker(Protocol):
     model: nn.Module
     """The module whose ``generate`` is called: one of its forward passes follows another."""
 
+    codec: Any
+    """What decodes its codes, where the model has a codec of its own; else None."""
+
     def prompt(self, inputs: Mapping[str, Any], row: int) -> Prompt | None:
         """Cut one sample of a batch in front of its (first) target audio; None where it has none."""
 
@@ -73,3 +79,35 @@ class Speaker(Protocol):
 
     def frames_for(self, prompt: Prompt, ratio: float) -> int:
         """Tokens that speech of ``ratio`` times the target's length takes, with what the delay pattern adds."""
+
+
+def first(marked: Tensor) -> int:
+    """Index of the first marked one."""
+    return int(marked.long().argmax())
+
+
+def on(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs on a device."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def seed_sampling(device: torch.device, seed: int) -> None:
+    """Of the CPU and of the model's device, and no other: ``torch.manual_seed`` would also seed devices of others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def bounded(model: Any, max_new_tokens: int, **changes: Any) -> GenerationConfig:
+    """The model's own settings of generation, with a bound on its tokens and without what would outlive the call."""
+    settings: GenerationConfig = copy.deepcopy(model.generation_config)
+    settings.update(
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        min_length=None,
+        use_cache=True,
+        cache_implementation=None,  # a static one would be compiled, and outlive the call
+        return_dict_in_generate=False,
+        **changes,
+    )
+    return settings

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from telemetry.families.base import Layer
-from telemetry.instruments.base import Instrument, Step, probed_layers
+from telemetry.instruments.base import NO_POSITIONS, Instrument, Step, probed_layers
 from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows
 from telemetry.probes.activations import Role, watch_networks
 from telemetry.probes.forward import Microbatch
@@ -29,6 +29,7 @@ class ActivationInstrument(Instrument):
     def __init__(self, layers: Sequence[int] | None = None) -> None:
         self._layers = layers
         self._watched: Sequence[Layer] = ()
+        self._laid_out = False  # whether any microbatch of the step is
         self._served: Mapping[str, Tensor] = {}
         self._real: Tensor | None = None
         self._rows: dict[tuple[str, int], Tensor] = {}
@@ -47,15 +48,18 @@ class ActivationInstrument(Instrument):
         self._forget_batch()
         if step.family is None or microbatch.view is None:
             return
-        self._served = step.family.served(microbatch.view)
-        self._real = microbatch.view.real
+        self._laid_out = True
+        decoded = microbatch.view.decoded_from
+        served = step.family.served(microbatch.view)
+        self._served = {name: positions[:, decoded:] for name, positions in served.items()}
+        self._real = microbatch.view.real[:, decoded:]
 
     def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
         for layer in self._watched:
             for name, network in layer.feed_forward.items():
                 if (layer.index, name) not in self._measured:
-                    step.recorder.absent(_prefix((layer.index, name)), NOT_RUN)
+                    step.recorder.absent(_prefix((layer.index, name)), NOT_RUN if self._laid_out else NO_POSITIONS)
                 elif network.residual is None:
                     step.recorder.absent(f"{_prefix((layer.index, name))}/residual_share", NO_RESIDUAL)
         for tag, value in self._values:
@@ -89,6 +93,7 @@ class ActivationInstrument(Instrument):
 
     def _forget(self) -> None:
         self._watched = ()
+        self._laid_out = False
         self._measured.clear()
         self._values = []
         self._forget_batch()

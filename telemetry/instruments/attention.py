@@ -13,7 +13,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import BatchView
 from telemetry.instruments.attention_images import heads_image, mass_image
-from telemetry.instruments.base import Instrument, Step, probed_layers
+from telemetry.instruments.base import NO_POSITIONS, Instrument, Step, probed_layers
 from telemetry.measures.attention import (
     KINDS,
     TARGET,
@@ -53,6 +53,7 @@ class AttentionInstrument(Instrument):
         self._queries = queries
         self._generator: torch.Generator | None = None
         self._batch: AttendedBatch | None = None
+        self._laid_out = False  # whether any microbatch of the step is
         self._expected: set[int] = set()
         self._failed: set[int] = set()
         self._totals: dict[int, list[AttentionTotals]] = {}
@@ -73,15 +74,18 @@ class AttentionInstrument(Instrument):
         if self._generator is None or self._generator.device != microbatch.view.real.device:
             # One of its own, on the device: numbers drawn on the host would have to be waited for.
             self._generator = torch.Generator(microbatch.view.real.device).manual_seed(step.number)
-        kinds = _kinds(microbatch.view, _hears(step))
+        self._laid_out = True
+        decoded = microbatch.view.decoded_from
+        kinds = _kinds(microbatch.view, _hears(step))[:, decoded:]
         sample = sample_queries(kinds, self._queries, self._generator)
-        self._batch = AttendedBatch(sample, kinds, _starts(microbatch, microbatch.view.real).gather(1, sample.rows))
+        starts = _starts(microbatch, microbatch.view.real[:, decoded:])
+        self._batch = AttendedBatch(sample, kinds, starts.gather(1, sample.rows))
 
     def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
         totals = dict(self._totals)
         for layer in self._expected - totals.keys() - self._failed:
-            step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN)
+            step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN if self._laid_out else NO_POSITIONS)
         self._forget()
         if totals:
             for layer, parts in totals.items():
@@ -91,6 +95,7 @@ class AttentionInstrument(Instrument):
 
     def _forget(self) -> None:
         self._batch = self._generator = None
+        self._laid_out = False
         self._expected = set()
         self._failed.clear()
         self._totals.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 import weakref
@@ -97,6 +98,7 @@ class ClipInstrument(Instrument):
             return
         speaker = step.family.speaker if step.family is not None else None
         codec = getattr(step.processor, "audio_tokenizer", None)
+        codec = speaker.codec if codec is None and speaker is not None else codec
         with contextlib.ExitStack() as aside:
             for module in (step.model, codec):
                 if isinstance(module, nn.Module):
@@ -254,10 +256,10 @@ class _Evaluation:
         return self._decode(torch.empty(0, 0, dtype=torch.long) if codes is None else codes)
 
     def _decode(self, codes: Tensor) -> Clip:
-        rate = int(self._codec.config.sample_rate)
+        rate = _sampling_rate(self._codec)
         if not codes.numel():
             return Clip(np.zeros(0, dtype=np.float32), rate)
-        values = self._codec.decode(codes[None].to(self._codec.device)).audio_values
+        values = _decoded(self._codec, codes[None].to(getattr(self._codec, "device", codes.device)))
         return Clip(values.float().cpu().numpy().reshape(-1), rate)
 
     def _show(self, clips: Sequence[MeasuredClip]) -> None:
@@ -302,6 +304,21 @@ def _cut(speaker: Speaker, batches: Iterable[Mapping[str, Any]], count: int) -> 
         known = metadata[row] if row < len(metadata) else {}
         if prompt is not None:
             yield _Sample(prompt, known, str(known.get("sample_id") or f"sample {index}"))
+
+
+def _sampling_rate(codec: Any) -> int:
+    """Of a codec, whatever it calls it."""
+    holders = (getattr(codec, "config", None), codec)
+    known = (getattr(holder, name, None) for holder in holders for name in ("sample_rate", "sampling_rate"))
+    return int(next(rate for rate in known if rate is not None))
+
+
+def _decoded(codec: Any, codes: Tensor) -> Tensor:
+    """What a codec makes of codes ``[1, C, frames]``, whatever it calls them, and whatever it wraps the sound in."""
+    named = "audio_codes" in inspect.signature(codec.decode).parameters  # which is not DAC's first argument
+    made = codec.decode(audio_codes=codes) if named else codec.decode(codes)
+    values = getattr(made, "audio_values", made)
+    return values if isinstance(values, Tensor) else values[0]
 
 
 def _autocast(step: Step) -> contextlib.AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
-from telemetry.families.base import AudioView, Family, shift_labels
+from telemetry.families.base import AudioView, Family, Stream
 from telemetry.families.references import Swap, swap_references
 from telemetry.instruments.base import LastMicrobatchInstrument, Step
 from telemetry.measures.token_stats import masked_totals, token_statistics
-from telemetry.probes.forward import Microbatch, streams_of
+from telemetry.probes.forward import Microbatch, streams_of, watched_aside
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Mean
 
@@ -32,7 +32,7 @@ class _Comparison:
     Attributes:
         family, microbatch: how the runs' outputs are read.
         runs: name of the loss → keyword arguments for the model.
-        counted: bool ``[batch, sequence, C]``: targets that every run predicts from what it may see.
+        counted: bool ``[batch, sequence, C]``: the targets that every run predicts from what it may see.
         swap: which samples could be swapped.
         note: what speakers were told apart by.
     """
@@ -107,7 +107,8 @@ def _stages(step: Step, section: str, take: Callable[[], Microbatch | None]) -> 
     losses = {}
     for name, inputs in comparison.runs.items():
         yield name
-        losses[name] = masked_totals(_loss(step, comparison, inputs), comparison.counted)
+        loss, predicted = _loss(step, comparison, inputs)
+        losses[name] = masked_totals(loss, comparison.counted & predicted)
     _emit(step, section, losses, comparison)
     yield _DONE
 
@@ -123,6 +124,10 @@ def _first(step: Step, batches: Iterable[Mapping[str, Any]]) -> Microbatch | Non
 def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Comparison | None:
     """What is to be run; None where nothing can be measured, and the reason is said."""
     family = step.family
+    if family is not None and family.swaps_references and microbatch is not None:
+        inputs = family.coded(microbatch.inputs)
+        if inputs is not microbatch.inputs:
+            microbatch = Microbatch(inputs, family.view(inputs), microbatch.metadata)
     audio = microbatch.view.audio if microbatch is not None and microbatch.view is not None else None
     if family is None or not family.swaps_references or microbatch is None or audio is None:
         can = family is not None and family.swaps_references
@@ -154,11 +159,12 @@ def _why_hopeless(speakers: list[object]) -> str:
 
 def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speakers: list[object]) -> _Comparison:
     swap, inputs = swap_references(audio, speakers), microbatch.inputs
-    targets = shift_labels(audio.labels)
-    predicted = (targets >= 0) & (targets < audio.vocabulary)
+    predicted = (audio.labels >= 0) & (audio.labels < audio.vocabulary)
     # Hidden from all others, a position still carries its own code on: what it predicts is not without the reference.
-    counted = predicted & swap.swapped[:, None, None] & ~audio.reference.unsqueeze(-1)
-    runs = {
+    before = torch.ones_like(audio.reference)
+    before[:, 1:] = audio.reference[:, :-1]
+    counted = predicted & swap.swapped[:, None, None] & ~before.unsqueeze(-1)
+    runs: dict[str, Mapping[str, Any]] = {
         "own": family.swap_reference(inputs, None),
         "swapped": family.swap_reference(inputs, swap.codes),
         "none": family.hide_reference(inputs, audio.reference),
@@ -166,17 +172,40 @@ def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speake
     return _Comparison(family, microbatch, runs, counted, swap, NO_SPEAKERS if None in speakers else "")
 
 
-def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> Tensor:
-    """float32 ``[batch, sequence, C]``, nats, of every target code.
+def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """float32 ``[batch, sequence, C]``, nats, of every code where it stands, and bool ``[C]``: which are predicted.
 
     Raises:
         ValueError: when the model's output holds no logits of the codes.
     """
-    outputs = step.model(**inputs)
-    for stream in streams_of(comparison.family, comparison.microbatch, outputs):
-        if stream.group == "audio" and stream.targets.shape == comparison.counted.shape and stream.rows is None:
-            return token_statistics(stream.logits, stream.targets).nll
-    raise ValueError("the model's output holds no audio logits")
+    losses = torch.zeros_like(comparison.counted, dtype=torch.float32)
+    predicted = [False] * losses.shape[-1]
+    microbatch = comparison.microbatch
+    first = microbatch.view.decoded_from if microbatch.view is not None else 0
+    with watched_aside(comparison.family, microbatch.view) as seen:
+        outputs = step.model(**inputs)
+        for stream in streams_of(comparison.family, {**microbatch.known, **inputs}, outputs, seen):
+            if stream.group == "audio":
+                columns = [int(name.removeprefix("codebook_")) for name in stream.names]
+                _place(losses[:, first:], columns, stream)
+                predicted = [known or k in columns for k, known in enumerate(predicted)]
+    if not any(predicted):
+        raise ValueError("the model's output holds no audio logits")
+    return losses, torch.tensor(predicted, device=losses.device)
+
+
+def _place(losses: Tensor, columns: Sequence[int], stream: Stream) -> None:
+    """Write a stream's losses to where the codes stand that it predicts."""
+    nll = token_statistics(stream.logits, stream.predicted).nll
+    if stream.rows is not None:
+        everywhere = nll.new_zeros(stream.targets.shape)
+        everywhere.flatten(0, 1).index_copy_(0, stream.rows, nll)
+        nll = everywhere
+    nll = nll.reshape(*losses.shape[:2], len(columns))
+    if stream.alignment != "aligned":  # predicted one position earlier
+        nll = torch.cat([torch.zeros_like(nll[:, :1]), nll[:, :-1]], dim=1)
+    first = columns[0]
+    losses[..., first : first + len(columns)] = nll.to(losses.device)
 
 
 def _metrics(losses: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Mean]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import IGNORE_INDEX, AudioView, Stream
+from telemetry.families.base import IGNORE_INDEX, AudioView, Divided, Overruled, Stream
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch, Reading
@@ -68,6 +68,13 @@ class CheckedMean(Metric):
         )
 
 
+class _Pair(Metric):
+    """Two numbers of a step that are compared in words."""
+
+    ops = ("sum", "sum")
+    shown = False
+
+
 @dataclass(frozen=True)
 class _Pass:
     """How the loss of one pass is to be read.
@@ -113,12 +120,13 @@ class OutputInstrument(Instrument):
 
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
+        self._readings: list[Reading] = []
         self._last: tuple[Microbatch, list[_Shown]] | None = None
         self._codebooks: set[str] = set()
 
     def begin(self, step: Step) -> None:
         """Begin with nothing."""
-        self._passes, self._last, self._codebooks = [], None, set()
+        self._passes, self._readings, self._last, self._codebooks = [], [], None, set()
 
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
@@ -143,11 +151,14 @@ class OutputInstrument(Instrument):
             self._codebooks.update(stream.names if stream.group == "audio" else ())
         self._last = microbatch, shown
         self._passes.append(_pass(microbatch, reading, shares))
+        self._readings.append(Reading(divided=reading.divided, overruled=reading.overruled))
 
     def finish(self, step: Step) -> None:
         """Add the passes' losses up; show the last microbatch's predictions."""
-        passes, last, codebooks = self._passes, self._last, sorted(self._codebooks)
+        passes, readings, last, codebooks = self._passes, self._readings, self._last, sorted(self._codebooks)
         self.begin(step)
+        _say_divided(step, [one for reading in readings for one in reading.divided])
+        _say_overruled(step, [one for reading in readings for one in reading.overruled])
         if passes:
             _compare(step, passes)
             step.recorder.show({}, functools.partial(_say_of_ends, codebooks))
@@ -177,7 +188,7 @@ def _metrics(
             if own != stream.group:
                 yield f"{name}/{own}", Mean(total[k], count[k])
     if stream.eos_id is not None and stats.probe_probability is not None:
-        ends = _by_sequence(stream.predicted, stream) == stream.eos_id
+        ends = _by_sequence(stream.predicted == stream.eos_id if stream.ends is None else stream.ends, stream)
         total, count = masked_totals(_by_sequence(stats.probe_probability, stream), ends)
         yield "eos/probability", Mean(total.sum(), count.sum())
     if stream.group == "audio":
@@ -187,7 +198,8 @@ def _metrics(
 def _codebook_use(stream: Stream, stats: TokenStats) -> Iterator[tuple[str, Metric]]:
     predicted = _by_sequence(stats.prediction, stream)
     counts = histogram_of_ids(predicted, _supervised(stream), stream.logits.shape[-1])
-    counts = _without(counts, {one for one in (stream.bos_id, stream.eos_id) if one is not None})
+    special = (stream.bos_id, stream.eos_id if stream.ends is None else None)
+    counts = _without(counts, {one for one in special if one is not None})
     for k, name in enumerate(stream.names):
         yield f"{name}/used_fraction", UsedFraction(counts[k])
         yield f"{name}/perplexity", Perplexity(counts[k])
@@ -227,7 +239,7 @@ def _without(counts: Tensor, ids: set[int]) -> Tensor:
 
 def _supervised_ends(audio: AudioView) -> Mean:
     """Of every codebook of every target clip, how many have the first EOS there, and with a label."""
-    is_end = (audio.codes == audio.eos_id) & audio.target.unsqueeze(-1)
+    is_end = audio.is_end & audio.target.unsqueeze(-1)
     repeated = torch.zeros_like(is_end)
     repeated[:, 1:] = is_end[:, :-1] & ~audio.starts[:, 1:].unsqueeze(-1)
     taught = is_end & ~repeated & (audio.labels == audio.eos_id)
@@ -296,6 +308,49 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
             recorder.say_once(f"fault:{TOTAL}", "%s is withheld: %s", TOTAL, fault)
 
     recorder.show({}, say)
+
+
+def _say_divided(step: Step, divided: Sequence[Divided]) -> None:
+    """Say which parts of the loss are not divided by their own tokens, in a step of all ranks."""
+    recorder, names = step.recorder, list(dict.fromkeys(one.name for one in divided))
+    shared = step.world_size if step.tokens_across_ranks else 1
+    for name in names:
+        own = [one for one in divided if one.name == name]
+        for one in own:
+            recorder.metric(f"outputs/divided/{name}", _Pair(one.tokens, 0))
+        recorder.metric(f"outputs/divided/{name}", _Pair(0, own[-1].by / shared))
+
+    def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+        for name in names:
+            tokens, by = (round(float(one)) for one in _merged(emit, f"outputs/divided/{name}"))
+            if tokens != by:
+                said = "the trainer divides the loss of %s by %d, where %d of its tokens are supervised in the step"
+                recorder.say_once(
+                    f"divided:{name}", f"{said}: it is %.4g times its mean", name, by, tokens, tokens / by
+                )
+
+    if names:
+        recorder.show({}, say)
+
+
+def _say_overruled(step: Step, overruled: Sequence[Overruled]) -> None:
+    recorder, said = step.recorder, {one.asked: one.done for one in overruled}
+    for one in overruled:
+        recorder.metric(f"outputs/overruled/{one.asked}", _Pair(one.asks, one.does))
+
+    def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
+        for asked, done in said.items():
+            asks, does = (round(float(one)) for one in _merged(emit, f"outputs/overruled/{asked}"))
+            if asks:
+                recorder.say_once(f"overruled:{asked}", "%s, but %s", asked.format(asks), done.format(does))
+
+    if said:
+        recorder.show({}, say)
+
+
+def _merged(emit: Emitter, tag: str) -> Sequence[Any]:
+    pair = emit.merged(tag)
+    return (0, 0) if pair is None else pair.components
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from telemetry.families.base import IGNORE_INDEX, Family, Stream
 from telemetry.instruments.base import LastMicrobatchInstrument, Step, probed_layers
 from telemetry.measures.gradients import cosine
-from telemetry.probes.forward import Microbatch, streams_of
+from telemetry.probes.forward import Microbatch, streams_of, watched_aside
 from telemetry.probes.quiet import set_aside
 from telemetry.probes.sharding import forwards_are_collective
 from telemetry.records import Mean
@@ -69,10 +67,10 @@ def _cosine(
         As :func:`telemetry.measures.gradients.cosine`: not measured where nothing is supervised of a modality. None
         where the batch has not both, or the model computes no logits of one.
     """
-    with set_aside(model), torch.enable_grad(), _kept(family) as modules:
+    with set_aside(model), torch.enable_grad(), watched_aside(family, microbatch.view) as seen:
         outputs = model(**microbatch.inputs)
         losses: dict[str, Tensor] = {}
-        for stream in streams_of(family, microbatch, outputs, modules):
+        for stream in streams_of(family, microbatch.known, outputs, seen):
             losses[stream.group] = losses.get(stream.group, torch.zeros(())) + _sum_of_means(stream)
         if losses.keys() != {"text", "audio"}:
             return None
@@ -81,22 +79,6 @@ def _cosine(
             for group in ("text", "audio")
         )
     return cosine(text, audio)
-
-
-@contextlib.contextmanager
-def _kept(family: Family) -> Iterator[dict[str, Any]]:
-    """What the modules that a family watches give inside, by name."""
-    modules: dict[str, Any] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _module, _args, output: modules.__setitem__(name, output)
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in family.watched().items()]
-    try:
-        yield modules
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sum_of_means(stream: Stream) -> Tensor:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from telemetry.families.base import Absent, BatchView, Declared, Family, LossPart, Seen, Stream, output
+from telemetry.families.base import (
+    Absent,
+    BatchView,
+    Declared,
+    Divided,
+    Family,
+    LossPart,
+    Overruled,
+    Seen,
+    Stream,
+    output,
+)
 from telemetry.once import Once
 from telemetry.probes.batches import PreparedBatch
-from telemetry.probes.watch import Watch
+from telemetry.probes.watch import Watch, named_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +76,8 @@ class Reading:
     Attributes:
         streams: what it has predicted; every one fits together.
         parts: what else its loss consists of.
+        divided: parts of its loss that the trainer has divided by what it has counted.
+        overruled: what its batch asks for and the model does otherwise.
         absent: what of it cannot be read, and why.
         loss: as the model returned it, 0-d; None where it returned none.
         watched: whether the pass was watched: one that was handed over may round its logits otherwise than its loss.
@@ -72,6 +85,8 @@ class Reading:
 
     streams: Sequence[Stream] = ()
     parts: Sequence[LossPart] = ()
+    divided: Sequence[Divided] = ()
+    overruled: Sequence[Overruled] = ()
     absent: Sequence[Absent] = ()
     loss: Tensor | None = None
     watched: bool = True
@@ -81,6 +96,7 @@ class Reading:
 class _Pass:
     microbatch: Microbatch
     modules: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 class PassReader:
@@ -127,6 +143,7 @@ class PassReader:
             watch.passes(self, self._begin, self._end)
             watched = self._attempt("name modules to watch", self._family.watched, {})
             for name, module in watched.items():
+                watch.before(self, module, functools.partial(self._note, name, module))
                 watch.after(self, module, functools.partial(self._keep, name))
 
     def forget(self) -> None:
@@ -152,6 +169,10 @@ class PassReader:
         self._pass = _Pass(Microbatch(inputs, view, metadata, beside))
         self._inputs(self._pass.microbatch)
 
+    def _note(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self._pass is not None:
+            self._pass.given.setdefault(name, []).append(named_arguments(module, args, kwargs))
+
     def _keep(self, name: str, output: Any) -> None:
         if self._pass is not None:
             self._pass.modules[name] = output
@@ -165,7 +186,7 @@ class PassReader:
         microbatch, family = ended.microbatch, self._family
         inputs, view = microbatch.known, microbatch.view
         loss = model_loss(microbatch.inputs, outputs)
-        seen = Seen(view, ended.modules) if watched else Seen(view, missing=NOT_SHOWN)
+        seen = Seen(view, ended.modules, ended.given) if watched else Seen(view, missing=NOT_SHOWN)
         failed = Absent("text", f"family {family.name} cannot read what the model returned")
         found = self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
         declared = [self._checked(one) for one in found]
@@ -175,6 +196,8 @@ class PassReader:
             parts=[
                 one for one in declared if isinstance(one, LossPart) and (loss is not None or not microbatch.withheld)
             ],
+            divided=[one for one in declared if isinstance(one, Divided)],
+            overruled=[one for one in declared if isinstance(one, Overruled)],
             absent=[one for one in declared if isinstance(one, Absent)],
             loss=loss,
             watched=watched,
@@ -215,10 +238,29 @@ def model_loss(inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:
     return loss.detach().clone()  # the Trainer scales its loss in place
 
 
-def streams_of(
-    family: Family, microbatch: Microbatch, outputs: Any, modules: Mapping[str, Any] = MappingProxyType({})
-) -> Iterator[Stream]:
-    """Return the streams of a pass that is run aside, with what watched modules gave; nothing is said of the rest."""
-    for declared in family.streams(microbatch.known, outputs, Seen(microbatch.view, modules)):
+@contextlib.contextmanager
+def watched_aside(family: Family, view: BatchView | None) -> Iterator[Seen]:
+    """What a family is given of a pass that is run aside, inside, as soon as its modules have run."""
+    seen = Seen(view, {}, {})
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.given.setdefault(name, []).append(named_arguments(module, args, kwargs))  # type: ignore[attr-defined]
+            seen.modules[name] = output  # type: ignore[index]
+
+        return hook
+
+    watched = family.watched().items()
+    handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in watched]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def streams_of(family: Family, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterator[Stream]:
+    """Return the streams of a pass that is run aside; nothing is said of the rest."""
+    for declared in family.streams(inputs, outputs, seen):
         if isinstance(declared, Stream) and not declared.fault():
             yield declared

@@ -37,6 +37,15 @@ class _Hook:
         return _nothing
 
 
+def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments by name, as the signature of a module's forward pass names those that were given by position."""
+    if not args:
+        return kwargs
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class Watch:
     """Watches a model from :meth:`open` to :meth:`close`.
 
@@ -118,17 +127,9 @@ class Watch:
         if self._running or not torch.is_grad_enabled():
             return
         self._running = True
-        inputs = self._named(args, kwargs)
+        inputs = named_arguments(self._model, args, kwargs)
         for owner, begin in self._begin:
             self._call(owner, begin, inputs)
-
-    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Arguments by name, as the signature of the model's forward pass names those that were given by position."""
-        if not args:
-            return kwargs
-        parameters = inspect.signature(self._model.forward).parameters.values()
-        names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         self._over(output)

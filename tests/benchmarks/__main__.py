@@ -53,6 +53,14 @@ def _step_time(console: Console, arguments: argparse.Namespace) -> None:
     show(console, title, columns, step_time.report(arguments.pairs))
 
 
+def _families(console: Console, arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import families
+
+    title = f"Training step of other speech models, {families.describe()}"
+    columns = ("due", "due step, s", "step around it, s", "ratio", "quartiles")
+    show(console, title, columns, families.report(arguments.pairs))
+
+
 def _memory(console: Console, _arguments: argparse.Namespace) -> None:
     from tests.benchmarks import memory, step_time
 
@@ -103,6 +111,7 @@ BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "off_due": _off_due,
     "hand_over": _hand_over,
     "step_time": _step_time,
+    "families": _families,
     "memory": _memory,
     "attention_probe": _attention_probe,
     "gradient_sweep": _gradient_sweep,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from rank_faults import FAULTS
 from rank_scenarios import Batch, Outcome, Scenario
-from support import models
+from support import models, speech_models
 from support.programs import Keeper
 from support.steps import OF_HIGGS, Steps, make_trainer, quiet_arguments
 from torch import Tensor, nn
@@ -56,7 +56,18 @@ def own_rank() -> int:
 
 def make_model(scenario: Scenario) -> Any:
     """The same weights every time, with logits that are far from uniform."""
+    return MODELS[scenario.model](scenario)
+
+
+def _higgs(scenario: Scenario) -> Any:
     return models.higgs(models.higgs_config(train_tokenizer(), dropout=scenario.dropout), OF_HIGGS["seed"], 0.2)
+
+
+MODELS: dict[str, Callable[[Scenario], Any]] = {
+    "higgs": _higgs,
+    "csm": lambda _scenario: speech_models.csm(),
+    "dia": lambda _scenario: speech_models.dia(),
+}
 
 
 def train(
@@ -74,7 +85,8 @@ def train(
     if scenario.sharded:
         optimizer = _train_sharded(model, scenario, output, callbacks, processor, evaluation, arguments)
     else:
-        data = (scenario.batches, _alone, output, callbacks, OrderedTrainer, evaluation, processor)
+        kind = OrderedTrainer if scenario.model == "higgs" else speech_models.OrderedTrainer
+        data = (scenario.batches, _alone, output, callbacks, kind, evaluation, processor)
         made = make_trainer(model, *data, **arguments)
         made.train()
         optimizer = made.optimizer

@@ -28,6 +28,7 @@ class Scenario:
         steps: optimizer steps; the batches are gone through again where they do not last.
         accumulation: microbatches of a rank in an optimizer step.
         dropout: of the attention.
+        model: the name of one of :data:`rank_program.MODELS`.
         telemetry: whether everything is measured at every step, or telemetry is not there at all.
         sharded: a plain loop over a model under ``fully_shard`` (FSDP2) instead of the Trainer.
         fault: name of one of :data:`rank_faults.FAULTS`.
@@ -40,6 +41,7 @@ class Scenario:
     steps: int
     accumulation: int = 1
     dropout: float = 0.0
+    model: str = "higgs"
     telemetry: bool = True
     sharded: bool = False
     fault: str = ""

@@ -10,6 +10,8 @@ import pytest
 import torch
 from rank_program import run
 from rank_scenarios import Batch, Outcome, Scenario, launch
+from support import speech_models
+from support.speech_models import taught
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.records import Scalar, Table
@@ -38,6 +40,30 @@ def scenario(
     )
 
 
+def speaking(model: str, ranks: int) -> Scenario:
+    """A training of another model on the Trainer itself."""
+    return Scenario(
+        name=model,
+        batches=SPEAKING[model],
+        steps=2,
+        accumulation=2 * RANKS // ranks,
+        model=model,
+        options={"zero_shot": {"conditioning_every": 0}},
+        arguments={**PLAIN, "label_names": ["labels"]},
+    )
+
+
+SPEAKING: dict[str, list[Batch]] = {
+    "csm": [
+        speech_models.csm_waveforms([(3, 4, taught(4)), (2, 3, taught(3, 2))], [(5, 2, [-100] * 3), (2, 5, taught(5))]),
+        speech_models.csm_waveforms([(2, 1, taught(1))]),
+        speech_models.csm_waveforms([(6, 6, taught(6, 3))], [(1, 2, taught(2))]),
+        speech_models.csm_waveforms([(4, 3, taught(3))]),
+    ],
+    "dia": [speech_models.dia_batch((4, 2, 3), (6, 0, 4 + 2 * seed), seed=seed) for seed in range(4)],
+}
+
+
 @pytest.fixture(scope="module")
 def batches(make_batch: Callable[..., Batch]) -> dict[int, list[Batch]]:
     """Accumulation → microbatches of one or two samples; in step 2, one without reference and one without a label."""
@@ -61,7 +87,7 @@ def on_ranks(batches: dict[int, list[Batch]], scratch: Callable[[], Path]) -> di
         scenario(2, batches[2], RANKS, sharded, clipping)
         for sharded, clipping in ((True, True), (True, False), (False, False))
     ]
-    return launch([*copied, *others], scratch(), RANKS)
+    return launch([*copied, *others, *(speaking(model, RANKS) for model in SPEAKING)], scratch(), RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +129,19 @@ def test_every_scalar_is_that_of_one_process(
     assert differing(measured(first.backend), expected, 1e-5) == {}
     assert not second.backend.records
     assert {step for _, step in expected} == set(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("model", SPEAKING)
+def test_every_scalar_of_other_speech_models_is_that_of_one_process(
+    on_ranks: dict[str, list[Outcome]], scratch: Callable[[], Path], model: str
+) -> None:
+    first, second = on_ranks[model]
+    expected = measured(run(speaking(model, ranks=1), scratch()).backend)
+    assert differing(measured(first.backend), expected, 1e-5) == {}
+    assert not second.backend.records
+    assert {(tag, 2) for tag in ("outputs/loss/total", "outputs/loss/codebook_1", "outputs/eos/probability")} <= set(
+        expected
+    )
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)

@@ -80,6 +80,7 @@ GROUPS = [
     "audio_embedding",
     "text_head",
     "audio_head",
+    "depth_decoder",
     "norms",
     "lora",
     "other",

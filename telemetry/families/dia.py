@@ -1,0 +1,182 @@
+"""transformers' Dia: an encoder of text bytes, and a decoder of nine codebooks in delay pattern.
+
+``decoder_input_ids`` ``[batch, frames, codebooks]`` (or ``[batch · codebooks, frames]``) begin with a frame of begins;
+``labels`` and logits lie as ``[batch · codebooks, frames]``, and labels were shifted before the model is given them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from telemetry.families.base import (
+    IGNORE_INDEX,
+    NO_LABELS,
+    NO_LOGITS,
+    Absent,
+    AudioView,
+    BatchView,
+    Declared,
+    Divided,
+    Family,
+    FeedForward,
+    Layer,
+    Seen,
+    Stream,
+    codebook_names,
+    output,
+    reads,
+    real_positions,
+)
+from telemetry.families.dia_speech import DiaSpeaker
+
+_GIVEN = ("input_ids", "attention_mask", "decoder_attention_mask", "decoder_position_ids", "encoder_outputs")
+
+
+@reads("DiaForConditionalGeneration")
+class DiaFamily(Family):
+    """Reads ``DiaForConditionalGeneration``.
+
+    Its loss is one mean over the codes of all codebooks. A view holds the encoder's text and then the decoder's audio.
+    What of a sample's audio comes before its first label is the reference.
+    """
+
+    name = "dia"
+    modalities = ("text", "audio")
+    groups = (
+        ("lora_", "lora"),
+        ("encoder.embedding", "text_embedding"),
+        ("decoder.embeddings", "audio_embedding"),
+        ("logits_dense", "audio_head"),
+        ("norm", "norms"),
+        ("attention", "shared_attention"),
+        ("encoder.layers", "text_ffn"),
+        ("decoder.layers", "audio_ffn"),
+    )
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._config = model.config
+        self._codebooks = int(self._config.decoder_config.num_channels)
+        self.speaker = DiaSpeaker(model, self.view)
+
+    def group_of(self, parameter_name: str) -> str:
+        """As the list says, but the encoder's own attention sees text alone."""
+        group = super().group_of(parameter_name)
+        return "other" if group == "shared_attention" and "encoder.layers" in parameter_name else group
+
+    def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
+        """All codebooks."""
+        logits, labels, items = output(outputs, "logits"), inputs.get("labels"), inputs.get("num_items_in_batch")
+        if logits is None:
+            yield Absent("audio", NO_LOGITS, in_loss=labels is not None)
+        elif not isinstance(labels, Tensor):
+            yield Absent("audio", NO_LABELS, in_loss=False)
+        else:
+            own = (labels != IGNORE_INDEX).sum()
+            decoder = self._config.decoder_config
+            yield Stream(
+                codebook_names(self._codebooks),
+                self._by_frame(logits),
+                self._by_frame(labels.reshape(logits.shape[:-1])),
+                "audio",
+                "given_shifted",
+                denominator=own if items is None else items,
+                bos_id=decoder.bos_token_id,
+                eos_id=decoder.eos_token_id,
+            )
+            if items is not None:
+                yield Divided("audio", own, items)
+
+    def _by_frame(self, values: Tensor) -> Tensor:
+        """``[batch · codebooks, frames, ...]`` as ``[batch, frames, codebooks, ...]``."""
+        return values.unflatten(0, (-1, self._codebooks)).transpose(1, 2)
+
+    def layers(self) -> Sequence[Layer]:
+        """Every layer of the decoder, with its self-attention and its feed-forward network."""
+        return [
+            Layer(index, one.self_attention, {"audio_ffn": FeedForward(one.mlp, one.mlp, one.pre_mlp_norm)})
+            for index, one in enumerate(self.model.model.decoder.layers)
+        ]
+
+    def served(self, view: BatchView) -> Mapping[str, Tensor]:
+        """The decoder's network is given every position of the decoder."""
+        served = torch.zeros_like(view.real)
+        served[:, view.decoded_from :] = True
+        return {"audio_ffn": served}
+
+    def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
+        """The text, and after it the audio with codes and unshifted labels."""
+        ids, frames = inputs.get("input_ids"), inputs.get("decoder_input_ids")
+        if not isinstance(ids, Tensor) or not isinstance(frames, Tensor):
+            return None
+        codes = (self._by_frame(frames) if frames.dim() == 2 else frames).long()
+        given = real_positions({"attention_mask": inputs.get("decoder_attention_mask")}, codes[..., 0])
+        text = real_positions(inputs, ids)
+        audio = torch.cat([torch.zeros_like(text), given], dim=1)
+        return BatchView(
+            input_ids=torch.cat([ids, ids.new_zeros(codes.shape[:2])], dim=1),
+            real=torch.cat([text, given], dim=1),
+            text=torch.cat([text, torch.zeros_like(given)], dim=1),
+            text_labels=None,
+            vocabulary=self._config.encoder_config.vocab_size,
+            audio=self._audio_view(inputs.get("labels"), codes, audio, ids.shape[1]),
+            decoded_from=ids.shape[1],
+        )
+
+    def _audio_view(self, given: Any, codes: Tensor, is_audio: Tensor, text: int) -> AudioView:
+        decoder = self._config.decoder_config
+        labels = torch.full_like(codes, IGNORE_INDEX)
+        if isinstance(given, Tensor):  # the last label is that of a frame that the decoder is not given
+            labels[:, 1:] = self._by_frame(given.reshape(-1, codes.shape[1]))[:, :-1]
+        room = codes.new_zeros(codes.shape[0], text, codes.shape[2])
+        codes = torch.cat([room, codes], dim=1)
+        labels = torch.cat([torch.full_like(room, IGNORE_INDEX), labels], dim=1)
+        labels = labels.masked_fill(~is_audio.unsqueeze(-1), IGNORE_INDEX)
+        is_code = (codes < self._first_special) & is_audio.unsqueeze(-1)
+        unlabelled = is_code & (labels == IGNORE_INDEX)
+        begun = (labels != IGNORE_INDEX).any(dim=-1).long().cumsum(dim=1) > 0
+        reference = is_audio & ~begun & (unlabelled.any(dim=-1) & ~begun).any(dim=1, keepdim=True)
+        count = is_audio.sum(dim=1)
+        return AudioView(
+            codes=codes.masked_fill(~is_audio.unsqueeze(-1), 0),
+            labels=labels,
+            reference=reference,
+            target=is_audio & ~reference,
+            starts=is_audio & (is_audio.long().cumsum(dim=1) == 1),
+            vocabulary=decoder.vocab_size,
+            bos_id=decoder.bos_token_id,
+            eos_id=decoder.eos_token_id,
+            frames=count,
+            placeholders=count,
+            delay=tuple(self._config.delay_pattern),
+            reference_codes=unlabelled & reference.any(dim=1)[:, None, None],
+        )
+
+    @property
+    def _first_special(self) -> int:
+        decoder = self._config.decoder_config
+        return int(min(decoder.bos_token_id, decoder.eos_token_id, decoder.pad_token_id))
+
+    def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
+        """A batch with other codes for its decoder."""
+        given = {name: inputs[name] for name in _GIVEN if inputs.get(name) is not None} | {"use_cache": False}
+        frames = inputs["decoder_input_ids"]
+        if codes is not None:
+            frames = codes[:, inputs["input_ids"].shape[1] :]
+        return given | {"decoder_input_ids": frames}
+
+    def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
+        """A batch with positions of the decoder masked, which stay where they are.
+
+        Of a reference's later codebooks, what the delay pattern moves into the target's first frames stays visible.
+        """
+        hidden = positions[:, inputs["input_ids"].shape[1] :]
+        mask = inputs.get("decoder_attention_mask")
+        mask = torch.ones_like(hidden, dtype=torch.long) if mask is None else mask
+        counted = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        own = {"decoder_position_ids": counted} | self.swap_reference(inputs, None)
+        return own | {"decoder_attention_mask": mask.masked_fill(hidden, 0)}
