@@ -305,9 +305,11 @@ class Session:
             self.recorder.discard()
             step = self._make_step(number, of)
             seen: Iterable[Mapping[str, Any]] = EvaluationBatches(batches, self.setting.device)
-            for instrument in looking:
-                self._guard(instrument, instrument.evaluation, step, seen)
-            self.recorder.flush(number, own_state=False)
+            clock = StepClock()
+            with clock.running():
+                for instrument in looking:
+                    self._guard(instrument, instrument.evaluation, step, seen)
+            self.recorder.flush(number, clock, own_state=False)
 
     def log(self, number: int, logs: Mapping[str, Any]) -> None:
         """Record numbers that a trainer logs, once however many doors hear of them.

@@ -78,6 +78,11 @@ class Home:
         self._lost_elsewhere = 0  # on other ranks, when they last said it
         self._lost_shown = 0
 
+    @property
+    def computed(self) -> float:
+        """Processor seconds of the thread in the background."""
+        return self._worker.computed
+
     def begin(self, step: int) -> None:
         """The run goes on from a step."""
         self._last = Job(step, time.time(), Measured())

@@ -53,6 +53,13 @@ def _step_time(console: Console, arguments: argparse.Namespace) -> None:
     show(console, title, columns, step_time.report(arguments.pairs))
 
 
+def _overhead(console: Console, arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import overhead
+
+    columns = ("model", "due", "ms a step without", "with", "its share by that", "share recorded", "ratio")
+    show(console, "What telemetry costs, and what it says of that", columns, overhead.report(arguments.pairs))
+
+
 def _memory(console: Console, _arguments: argparse.Namespace) -> None:
     from tests.benchmarks import memory, step_time
 
@@ -103,6 +110,7 @@ BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "off_due": _off_due,
     "hand_over": _hand_over,
     "step_time": _step_time,
+    "overhead": _overhead,
     "memory": _memory,
     "attention_probe": _attention_probe,
     "gradient_sweep": _gradient_sweep,
