@@ -67,7 +67,8 @@ def _report(arguments: argparse.Namespace) -> None:
     except OSError as error:
         _fail(f"cannot make {arguments.output}: {error.strerror}")
     parts = ", ".join(f"{name} {nbytes / 1e6:.1f}" for name, nbytes in written.parts.items())
-    sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:.1f} MB ({parts}); open it in a browser\n")
+    path = str(written.path).encode("utf-8", "backslashreplace").decode()
+    sys.stdout.write(f"{path}: {written.nbytes / 1e6:.1f} MB ({parts}); open it in a browser\n")
 
 
 def _status(arguments: argparse.Namespace) -> None:

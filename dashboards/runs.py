@@ -11,6 +11,7 @@ import bisect
 import html
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.plugins.audio import metadata as audio
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -36,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 SCALARS, TEXT, AUDIO, IMAGES = (kind.PLUGIN_NAME for kind in (scalar, text, audio, image))
 MEDIA = (TEXT, AUDIO, IMAGES)
+
+
+_LAST_TIME = 253402300800.0  # the year 10000, which no calendar here has
+_LAST_STEP = 2**31 - 1  # what a page can hold
+_NAMED = 3  # faults of one kind
 
 
 class NothingToShowError(Exception):
@@ -95,9 +102,9 @@ class Stored:
             OSError: when the file cannot be read.
         """
         try:
-            array = tensor_util.make_ndarray(self._value().tensor)
-        except (TypeError, ValueError) as error:
-            raise DamagedError(f"{self.tag} at step {self.step}: {error}") from error
+            array = _array(self._value().tensor)
+        except Exception as error:
+            raise DamagedError(f"{self.tag} at step {self.step}: {_first_line(error)}") from error
         return np.atleast_1d(array)
 
     def record(self) -> Table | Alert | None:
@@ -111,13 +118,20 @@ class Stored:
         try:
             said = json.loads(SummaryMetadata.PluginData.FromString(data).content)
             if "title" in said:
-                return Alert(self.tag, **said)
-            return Table(self.tag, tuple(said["columns"]), tuple(map(tuple, said["rows"])))
-        except (DecodeError, KeyError, TypeError, ValueError):
+                alert = Alert(self.tag, **said)
+                return alert if all(isinstance(one, str) for one in said.values()) else None
+            table = Table(self.tag, tuple(said["columns"]), tuple(map(tuple, said["rows"])))
+        except (DecodeError, KeyError, TypeError, ValueError, RecursionError):
             return None
+        lines = [table.columns, *table.rows]
+        is_whole = all(len(line) == len(table.columns) and all(isinstance(one, str) for one in line) for line in lines)
+        return table if is_whole else None
 
     def _value(self) -> Summary.Value:
-        return read_event(self.path, self.offset).summary.value[self.index]
+        values = read_event(self.path, self.offset).summary.value
+        if self.index >= len(values):
+            raise DamagedError(f"{self.tag} at step {self.step} is no longer there")
+        return values[self.index]
 
 
 @dataclass
@@ -165,26 +179,43 @@ class Run:
 
     def read(self, path: Path) -> None:
         """Add an event file, newer than those that were added before."""
+        damages: list[str] = []
+        left_out: list[str] = []
         try:
             for offset, event in read_events(path):
-                self._add(event, path, offset)
-        except DamagedError as error:
-            self.faults.append(f"{path.name} is damaged: {error}. What follows it is left out.")
+                if isinstance(event, DamagedError):
+                    damages.append(str(event))
+                else:
+                    left_out += self._add(event, path, offset)
         except OSError as error:
-            self.faults.append(f"{path.name} cannot be read: {error.strerror}.")
+            self.faults.append(f"{_plain_name(path.name)} cannot be read: {error.strerror}.")
+        name = _plain_name(path.name)
+        if damages:
+            self.faults.append(f"{name} is damaged: {_first_of(damages)}. It is left out; what follows it is shown.")
+        if left_out:
+            self.faults.append(f"{name} holds what cannot be shown, and is left out: {_first_of(left_out)}.")
         self.scalars = {tag: series for tag, series in self.scalars.items() if series.steps}
         self.media = {tag: stored for tag, stored in self.media.items() if stored}
 
-    def _add(self, event: Event, path: Path, offset: int) -> None:
-        if self.first_time is None:
-            self.first_time = event.wall_time
-        if self.last_time is not None and event.session_log.status != SessionLog.START:
-            self.longest_pause = max(self.longest_pause, event.wall_time - self.last_time)
-        self.last_time = event.wall_time
+    def _add(self, event: Event, path: Path, offset: int) -> Iterator[str]:
+        """Add an event; what of it cannot be shown, and why."""
+        if 0 <= event.wall_time < _LAST_TIME:
+            if self.last_time is not None and event.session_log.status != SessionLog.START:
+                self.longest_pause = max(self.longest_pause, event.wall_time - self.last_time)
+            self.first_time = event.wall_time if self.first_time is None else self.first_time
+            self.last_time = event.wall_time
+        else:
+            yield f"the time {event.wall_time:g} at step {event.step}"
+        if not 0 <= event.step <= _LAST_STEP:
+            yield f"step {event.step}"
+            return
         if event.session_log.status == SessionLog.START:
             self._start(event.step)
         for index, value in enumerate(event.summary.value):
-            self._add_value(value, event.step, path, offset, index)
+            try:
+                self._add_value(value, event.step, path, offset, index)
+            except Exception as error:  # noqa: BLE001  (whatever a decoder does with bytes of any provenance)
+                yield f"{value.tag!r} at step {event.step} ({_first_line(error)})"
 
     def _start(self, step: int) -> None:
         self.starts.append(step)
@@ -196,6 +227,8 @@ class Run:
 
     def _add_value(self, value: Summary.Value, step: int, path: Path, offset: int, index: int) -> None:
         which = value.WhichOneof("value")
+        if not value.tag:
+            raise ValueError("a value without a tag")
         if which == "simple_value":
             self._scalar(value.tag, step, value.simple_value)
         if not value.HasField("metadata"):
@@ -206,7 +239,7 @@ class Run:
         if kind == hparams.PLUGIN_NAME:
             self._session(value)
         elif which == "tensor" and kind == SCALARS:
-            self._scalar(value.tag, step, float(tensor_util.make_ndarray(value.tensor)))
+            self._scalar(value.tag, step, float(_array(value.tensor, most=1).item()))
         elif which == "tensor" and kind in MEDIA:
             stored = self.media.setdefault(value.tag, [])
             _drop_from(stored, step + 1)
@@ -239,7 +272,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
         NothingToShowError: when a directory holds no event file, or no run has a value.
     """
     places = list(dict.fromkeys(place for directory in directories for place in _run_directories(directory)))
-    runs = [_read_run(name, place) for name, place in zip(_names(places), places, strict=True)]
+    runs = [_read_run(name, place) for name, place in zip(map(_plain_name, _names(places)), places, strict=True)]
     full = [run for run in runs if run.tags]
     if not full:
         faults = " ".join(fault for run in runs for fault in run.faults)
@@ -275,6 +308,39 @@ def _names(places: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(place) for place in places]
+
+
+def _array(tensor: TensorProto, most: int | None = None) -> np.ndarray:
+    """The values of a tensor, of which there may be at most so many. A stated shape is not believed before that.
+
+    Raises:
+        TypeError, ValueError: when it is no tensor, or has another number of values than its shape.
+    """
+    size = math.prod(dim.size for dim in tensor.tensor_shape.dim)
+    # In one of its fields: as bytes, or one by one.
+    held = max([len(tensor.tensor_content), *(len(field) for _, field in tensor.ListFields() if _is_list(field))])
+    if min((dim.size for dim in tensor.tensor_shape.dim), default=0) < 0 or size > (held if most is None else most):
+        raise ValueError(f"{held} values or bytes, and a shape of {[dim.size for dim in tensor.tensor_shape.dim]}")
+    array: np.ndarray = tensor_util.make_ndarray(tensor)
+    return array
+
+
+def _is_list(field: object) -> bool:
+    return hasattr(field, "__len__") and not isinstance(field, str | bytes)
+
+
+def _first_of(faults: Sequence[str]) -> str:
+    more = f"; and {len(faults) - _NAMED:,} more" if len(faults) > _NAMED else ""
+    return f"{'; '.join(faults[:_NAMED])}{more}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _plain_name(name: str) -> str:
+    """A name of a file or directory, whose bytes need not be UTF-8, as text that can be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _drop_from(stored: list[Stored], step: int) -> None:

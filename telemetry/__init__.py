@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from telemetry.callbacks.trainer import StrategicCallback
     from telemetry.families.base import Family, LossPart, Stream, reads
     from telemetry.instruments.base import Instrument, Step
-    from telemetry.logs import setup_logging
+    from telemetry.logs import printable, setup_logging
     from telemetry.loop import Telemetry
     from telemetry.sound import SoundPolicy
 
@@ -48,6 +48,7 @@ _HOMES = {
     "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.questions",
     "backends_for": "telemetry.backends.registry",
     "launch_command": "telemetry.backends.tensorboard",
+    "printable": "telemetry.logs",
     "reads": "telemetry.families.base",
     "setup_logging": "telemetry.logs",
 }
@@ -74,6 +75,7 @@ __all__ = [
     "ZeroShotVerificationLoggerCallback",
     "backends_for",
     "launch_command",
+    "printable",
     "reads",
     "setup_logging",
 ]

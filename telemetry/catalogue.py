@@ -655,7 +655,12 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "telemetry/step_seconds", "Time telemetry took of the training thread on this step.", "seconds", better="lower"
     ),
-    Entry("telemetry/overhead_fraction", "That time as a share of the step.", better="lower"),
+    Entry(
+        "telemetry/overhead_fraction",
+        "What telemetry costs as a share of the time since the last due step: its time on the training thread, and "
+        "what the training thread waits for telemetry's own threads (at most what they compute).",
+        better="lower",
+    ),
     Entry("telemetry/queue_depth", "Steps waiting to be written.", "steps", better="lower"),
     Entry("telemetry/absent", "What could not be measured so far, and why.", kind="table"),
     _count("telemetry/dropped_records", "Records lost so far.", "records"),

@@ -185,7 +185,7 @@ QUESTIONS: tuple[Question, ...] = (
     _question("eval", Chart("Loss at evaluation", ("eval/loss",))),
     _question(
         "telemetry",
-        Chart("Share of the step that telemetry takes", ("telemetry/overhead_fraction",)),
+        Chart("Share of the time that telemetry costs", ("telemetry/overhead_fraction",)),
         Chart("Time that telemetry takes of the training thread", ("telemetry/step_seconds",)),
         Chart("Steps waiting, records lost", ("telemetry/queue_depth", "telemetry/dropped_records")),
     ),

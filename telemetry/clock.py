@@ -1,32 +1,101 @@
-"""What telemetry takes of the training thread on one step."""
+"""What telemetry costs: of the training thread on one step, and of training altogether."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_SMOOTHED = 8  # due steps over which what the background does is set against what the training thread waits
 
 
 class StepClock:
     """Runs from its making to the end of the step.
 
     Attributes:
+        began: when it was made: seconds, and the training thread's processor seconds.
         spent: seconds that telemetry has taken so far.
+        computed: processor seconds of them; while telemetry waits it takes none.
     """
 
     def __init__(self) -> None:
         self.spent = 0.0
-        self._began = time.perf_counter()
+        self.computed = 0.0
+        self.began = time.perf_counter(), time.thread_time()
+        self._running = False
 
     def step_seconds(self) -> float:
         """Seconds since the step began."""
-        return time.perf_counter() - self._began
+        return time.perf_counter() - self.began[0]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Count the time inside."""
-        began = time.perf_counter()
+        """Count the time inside, once where it is counted already."""
+        if self._running:
+            yield
+            return
+        self._running = True
+        began = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
-            self.spent += time.perf_counter() - began
+            self.spent += time.perf_counter() - began[0]
+            self.computed += time.thread_time() - began[1]
+            self._running = False
+
+
+class _Period(NamedTuple):
+    """Seconds from one due step to the next: in all; that the training thread waited; that the background computed."""
+
+    seconds: float
+    waited: float
+    computed: float
+
+
+class Overhead:
+    """The share of the time that telemetry costs a training, from due step to due step.
+
+    It costs what it takes of the training thread. And its own threads make the training thread wait: for the
+    interpreter, or for a core. That is at most what they computed, and at most what the training thread waited outside
+    of telemetry, where it waits for a device and for data too: the lesser of the two.
+
+    Args:
+        background: processor seconds that telemetry's own threads have taken so far.
+    """
+
+    def __init__(self, background: Callable[[], float]) -> None:
+        self._background = background
+        self._before: tuple[float, float, float] | None = None
+        self._thread = 0
+        self._owed = (0.0, 0.0)
+        self._periods: deque[_Period] = deque(maxlen=_SMOOTHED)
+
+    def owe(self, clock: StepClock) -> None:
+        """Count what telemetry took beside the due step that comes next."""
+        self._owed = self._owed[0] + clock.spent, self._owed[1] + clock.computed
+
+    def share(self, clock: StepClock) -> float:
+        """Return the share since the last due step, 0 to 1; of the first, since it began.
+
+        Args:
+            clock: what telemetry has taken of the due step.
+        """
+        now = time.perf_counter(), time.thread_time(), self._background()
+        before, self._before = self._before, now
+        thread, self._thread = self._thread, threading.get_ident()
+        if before is None or thread != self._thread:  # another thread's processor seconds are no measure of this one's
+            before, self._owed = (*clock.began, now[2]), (0.0, 0.0)
+        seconds, computed, background = (new - old for new, old in zip(now, before, strict=True))
+        spent = clock.spent + self._owed[0]
+        outside = max(0.0, seconds - spent)
+        own = max(0.0, computed - clock.computed - self._owed[1])
+        self._owed = (0.0, 0.0)
+        self._periods.append(_Period(seconds, max(0.0, outside - own), background))
+        # A job of the background may be counted a step after it was waited for.
+        total, waited, computed = (sum(part) for part in zip(*self._periods, strict=True))
+        if total <= 0 or seconds <= 0:
+            return 1.0
+        return min(1.0, spent / seconds + min(waited, computed) / total)

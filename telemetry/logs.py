@@ -5,13 +5,36 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import unicodedata
 
 from tqdm import tqdm
+
+from telemetry.redaction import redact
 
 LOGGERS = ("telemetry", "trainer", "transformers")
 """The loggers that :func:`setup_logging` sets up."""
 
+_JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # scripts and emoji are written with them
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's categories of what steers a terminal, or the order of characters
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """Spell out every character that could steer a terminal or turn the order of others around.
+
+    Args:
+        text: of any provenance.
+        kept: control characters that are meant.
+    """
+    if text.isprintable():
+        return text
+    meant = kept + _JOINERS
+    return "".join(one if one in meant or unicodedata.category(one) not in _UNSEEN else _spelled(one) for one in text)
+
+
+def _spelled(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class RankFilter(logging.Filter):
@@ -36,11 +59,11 @@ class RankFilter(logging.Filter):
 
 
 class _StderrHandler(logging.Handler):
-    """Writes above the progress bars, to what ``sys.stderr`` is at the time."""
+    """Writes above the progress bars, to what ``sys.stderr`` is at the time: no secrets, nothing that steers it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(printable(redact(self.format(record))), file=sys.stderr)
             sys.stderr.flush()
         except RecursionError:
             raise

@@ -22,7 +22,7 @@ from telemetry.delivery.recorder import MAX_FAILURES, Recorder
 from telemetry.delivery.reduction import GATHER_SECONDS, RankGather
 from telemetry.delivery.word import RankWord
 from telemetry.families import Family, find_family
-from telemetry.health import RULES, HealthMonitor, check_findings, rules_of
+from telemetry.health import HealthMonitor, check_findings, rules_of
 from telemetry.instruments.base import Instrument, Step
 from telemetry.once import Once
 from telemetry.probes.batches import EvaluationBatches, is_stream
@@ -86,8 +86,8 @@ class Door:
         self.sound = sound
         self.instruments = [*instruments]
         self.alert_to = alert_addresses(alert_to)
-        self.rules = rules_of(health_rules)
-        self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on, self.rules)
+        self.health_rules = health_rules
+        self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on, rules_of(health_rules))
         self.stopped = ""
         self._session: Session | None = None
         self._gradients_seen = False
@@ -215,7 +215,8 @@ class Session:
             gather = RankGather.join()
             backends = self._backends()
             own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
-            self._monitor = HealthMonitor(next((door.rules for door in self._doors if door.rules is not RULES), RULES))
+            given = next((door.health_rules for door in self._doors if door.health_rules), None)
+            self._monitor = HealthMonitor(rules_of(given))
             self._recorder = Recorder(own, gather, judge=self._monitor, sound=self.sound, rank=self.setting.rank)
             shared = gather is not None and any(map(is_on_every_rank, backends))
             self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
@@ -362,9 +363,11 @@ class Session:
             self.recorder.discard()
             step = self._make_step(number, of)
             seen: Iterable[Mapping[str, Any]] = EvaluationBatches(batches, self.setting.device)
-            for instrument in looking:
-                self._guard(instrument, instrument.evaluation, step, seen)
-            self.recorder.flush(number, own_state=False, told=made.put)
+            clock = StepClock()
+            with clock.running():
+                for instrument in looking:
+                    self._guard(instrument, instrument.evaluation, step, seen)
+            self.recorder.flush(number, clock, own_state=False, told=made.put)
             sent = True
         if not wait:
             return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import BinaryIO
 
@@ -11,12 +12,15 @@ HEADER = struct.Struct("<QI")
 """The number of bytes of a record's data, and the checksum of that number."""
 
 _CHECKSUM = struct.Struct("<I")
+LONGEST = 2**31 - 1
+"""Bytes of a record's data: no event can be longer."""
+
 OVERHEAD = HEADER.size + _CHECKSUM.size
 """Bytes of a record besides its data."""
 
 
 class DamagedError(Exception):
-    """A record that is not what was written. Nothing after it can be found."""
+    """A record that is not what was written."""
 
 
 def pack(data: bytes) -> bytes:
@@ -29,20 +33,29 @@ def read_record(file: BinaryIO) -> bytes | None:
     """The data of the record at a file's position, or None where there is no whole one (yet).
 
     Raises:
-        DamagedError: when the record does not fit its checksums.
+        DamagedError: when the record does not fit its checksums, or is longer than any can be.
         OSError: when the file cannot be read.
     """
     offset, header = file.tell(), file.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
     length, _ = HEADER.unpack(header)
-    if header[8:] == _masked_crc(header[:8]):
-        data, checksum = file.read(length), file.read(_CHECKSUM.size)
-        if len(checksum) < _CHECKSUM.size:
+    if is_header(header):
+        if length > LONGEST:
+            raise DamagedError(f"the record at byte {offset} states a length of {length:,} bytes")
+        end = file.seek(0, os.SEEK_END)
+        if end < offset + OVERHEAD + length:  # not asked for: reading makes room for all of it
             return None
+        file.seek(offset + HEADER.size)
+        data, checksum = file.read(length), file.read(_CHECKSUM.size)
         if checksum == _masked_crc(data):
             return data
     raise DamagedError(f"the record at byte {offset} does not fit its checksum")
+
+
+def is_header(data: bytes) -> bool:
+    """Whether these bytes begin a record: a length, and its checksum."""
+    return data[8:] == _masked_crc(data[:8])
 
 
 def _masked_crc(data: bytes) -> bytes:

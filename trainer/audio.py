@@ -15,6 +15,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from telemetry import printable
+
 AudioPath: TypeAlias = str | os.PathLike[str]
 
 _BLOCK_BYTES = 1 << 20
@@ -25,6 +27,9 @@ _UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's SF_COUNT_MAX: a stream whose header 
 
 class AudioError(ValueError):
     """An audio file that cannot be used. The message names the file and what is wrong with it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), kept="")
 
 
 class AudioMissingError(AudioError):

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
+from telemetry import printable
 from trainer.audio import AudioError, AudioInfo, AudioMissingError, check_audio
 from trainer.sample_schema import Fault, MessageFields, MiscFields, Role, TextFields, kind_of, validate
 
@@ -139,8 +140,8 @@ class Problem:
             parts.append(f"sample {self.sample_position}{f' ({self.sample_id!r})' if self.sample_id else ''}")
         if self.field:
             parts.append(self.field)
-        text = f"{': '.join(parts)}: {self.what}. {self.mend}"
-        return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair would break the log
+        # What a data file holds must not steer a terminal; half a surrogate pair would break the log.
+        return printable(f"{': '.join(parts)}: {self.what}. {self.mend}", kept="")
 
 
 class DataFileError(ValueError):
@@ -156,7 +157,7 @@ class DataFileError(ValueError):
 
     def __str__(self) -> str:
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
-        return f"{self.problems[0].path} cannot be used: {count}\n{_listing(self.problems)}"
+        return f"{printable(str(self.problems[0].path), kept='')} cannot be used: {count}\n{_listing(self.problems)}"
 
 
 def load_samples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.audio import content_key, read_audio
-from trainer.codec import codec_sampling_rate, encode_waveform
+from trainer.codec import codec_num_codebooks, codec_sampling_rate, encode_waveform
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,14 @@ def default_cache_dir() -> Path:
     return Path(constants.HF_HOME) / "strategic_telemetry" / "audio_codes"
 
 
+class _UnusableError(Exception):
+    """Codes that are not those that were written. The message says why."""
+
+
 class CodeCache:
     """Codes of audio files, keyed by the file's content and the codec's weights.
+
+    What is read is checked: its checksum, which is of this clip and this codec, its shape, its kind and its range.
 
     Args:
         codec: encodes what is not there yet.
@@ -39,7 +45,8 @@ class CodeCache:
 
     def __init__(self, codec: Any, directory: Path | None = None) -> None:
         self._codec = codec
-        self._directory = (directory or default_cache_dir()) / codec_key(codec)
+        self._key = codec_key(codec)
+        self._directory = (directory or default_cache_dir()) / self._key
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def encode(self, paths: Iterable[Path]) -> dict[Path, Tensor]:
@@ -49,15 +56,17 @@ class CodeCache:
         """
         files = {path: self._directory / f"{content_key(path)}.safetensors" for path in dict.fromkeys(paths)}
         state = PartialState()
-        codes = _read(files)
+        codes = self._read(files)
         missing = [path for path in files if path not in codes]
         self._fill(missing[state.process_index :: state.num_processes], files, show=state.is_main_process)
         state.wait_for_everyone()
-        codes |= _read({path: files[path] for path in missing})
+        codes |= self._read({path: files[path] for path in missing})
         # Ranks on other machines may not share the directory.
         elsewhere = [path for path in missing if path not in codes]
         self._fill(elsewhere, files, show=state.is_local_main_process)
-        codes |= _read({path: files[path] for path in elsewhere})
+        codes |= self._read({path: files[path] for path in elsewhere})
+        if lost := [path for path in files if path not in codes]:
+            raise OSError(f"{self._directory} does not give back what was just written there: the codes of {lost[0]}")
         if state.is_main_process:
             logger.info("%d clips: %d encoded now, the others were in %s", len(files), len(missing), self._directory)
         return {path: codes[path] for path in files}
@@ -68,22 +77,45 @@ class CodeCache:
         rate = codec_sampling_rate(self._codec)
         for path in tqdm(paths, desc="encoding audio", unit="clip", disable=not show, dynamic_ncols=True):
             codes = encode_waveform(self._codec, read_audio(path, rate))
-            partial = files[path].with_suffix(f".{os.getpid()}.partial")
-            save_file({"codes": codes.to(torch.int32).contiguous()}, str(partial))
-            partial.replace(files[path])
+            held = codes.to(torch.int32).contiguous()
+            # Other processes, on other machines too, may be about to write the same clip.
+            partial = files[path].with_suffix(f".{uuid.uuid4().hex}.partial")
+            try:
+                save_file({"codes": held, "checksum": self._checksum(held, files[path])}, str(partial))
+                partial.replace(files[path])
+            finally:
+                partial.unlink(missing_ok=True)
 
+    def _read(self, files: Mapping[Path, Path]) -> dict[Path, Tensor]:
+        """The codes that are there; a file that cannot be used (a full disk, a flipped bit) counts as not there."""
+        codes = {}
+        for path, file in files.items():
+            try:
+                codes[path] = self._checked(load_file(str(file)), file)
+            except FileNotFoundError:
+                continue
+            except (SafetensorError, KeyError, OSError, ValueError, _UnusableError) as error:
+                logger.warning("encoding %s again: its cached codes in %s are unreadable (%s)", path, file, error)
+        return codes
 
-def _read(files: Mapping[Path, Path]) -> dict[Path, Tensor]:
-    """The codes that are there; a file that cannot be read (a full disk, a copy cut short) counts as not there."""
-    codes = {}
-    for path, file in files.items():
-        try:
-            codes[path] = load_file(str(file))["codes"].long()
-        except FileNotFoundError:
-            continue
-        except (SafetensorError, KeyError) as error:
-            logger.warning("encoding %s again: its cached codes in %s are unreadable (%s)", path, file, error)
-    return codes
+    def _checked(self, held: Mapping[str, Tensor], file: Path) -> Tensor:
+        codes = held["codes"]
+        books, size = codec_num_codebooks(self._codec), int(self._codec.config.codebook_size)
+        if codes.dtype != torch.int32 or codes.dim() != 2 or codes.shape[0] != books or codes.shape[1] == 0:
+            raise _UnusableError(f"{codes.dtype} of shape {list(codes.shape)}, not int32 of [{books}, frames]")
+        if int(codes.min()) < 0 or int(codes.max()) >= size:
+            raise _UnusableError(f"codes from {int(codes.min())} to {int(codes.max())}, in codebooks of {size}")
+        if "checksum" not in held:
+            raise _UnusableError("written without a checksum")
+        if not torch.equal(held["checksum"], self._checksum(codes, file)):
+            raise _UnusableError("they do not fit their checksum")
+        return codes.long()
+
+    def _checksum(self, codes: Tensor, file: Path) -> Tensor:
+        """Of codes, for a clip and a codec."""
+        digest = hashlib.sha256(f"{self._key} {file.stem} {list(codes.shape)} ".encode())
+        digest.update(codes.numpy().tobytes())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def codec_key(codec: Any) -> str:

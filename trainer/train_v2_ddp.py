@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from telemetry import printable
 from trainer.arguments import FineTuningArguments, ScriptArguments, parse_arguments
 from trainer.chatml import Sample, load_samples
 from trainer.code_cache import CodeCache
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = build_trainer(arguments)
         resume = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     summarize(trainer, script, training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
@@ -18,6 +19,12 @@ from telemetry.tfrecord import DamagedError
 AUDIO_BYTES = 4 * 2**20
 IMAGE_BYTES = 2 * 2**20
 TEXT_BYTES = 2**20
+LONGEST_CLIP = 2**25
+"""Samples of all channels. A few bytes of FLAC can state days of silence."""
+
+LARGEST_PICTURE = 2**26
+"""Pixels. A few bytes of PNG can state more than a browser has room for."""
+
 STEPS_OF_A_TEXT = 5
 ALERTS = 200
 
@@ -131,7 +138,7 @@ def _are_alerts(stored: Sequence[Stored]) -> bool:
     for one in reversed(stored):
         try:
             return isinstance(one.record(), Alert)
-        except (DamagedError, OSError, ValueError):
+        except (DamagedError, OSError):
             continue
     return False
 
@@ -151,7 +158,7 @@ def _shelf(
         for number, stored in together:
             try:
                 content, nbytes = decode(stored)
-            except (DamagedError, OSError, ValueError, soundfile.SoundFileError):
+            except Exception:  # noqa: BLE001  (whatever a decoder does with bytes of any provenance)
                 unreadable += 1
                 continue
             if nbytes <= room:
@@ -202,7 +209,10 @@ def _sound(stored: Stored) -> tuple[Sound, int]:
 
 
 def _clip(data: bytes, label: bytes) -> ClipView | None:
-    samples, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        if sound.frames * sound.channels > LONGEST_CLIP:
+            raise ValueError(f"{sound.frames:,} samples in {sound.channels} channels")
+        samples, rate = sound.read(dtype="int16", always_2d=True), sound.samplerate
     if not len(samples):
         return None
     stream = io.BytesIO()
@@ -212,11 +222,15 @@ def _clip(data: bytes, label: bytes) -> ClipView | None:
 
 
 def _picture(stored: Stored) -> tuple[Picture, int]:
-    width, height, *pictures = (_bytes(part) for part in stored.load().ravel())
-    if not pictures or not pictures[0].startswith(b"\x89PNG"):
+    _width, _height, *pictures = (_bytes(part) for part in stored.load().ravel())
+    if not pictures or pictures[0][:8] != b"\x89PNG\r\n\x1a\n" or pictures[0][12:16] != b"IHDR":
         raise ValueError("no PNG")
+    # What the picture itself states: that is the room that a browser makes.
+    width, height = struct.unpack_from(">II", pictures[0], 16)
+    if not 0 < width * height <= LARGEST_PICTURE:
+        raise ValueError(f"a picture of {width} × {height}")
     source = data_uri("image/png", pictures[0])
-    return Picture(int(width), int(height), source), len(source)
+    return Picture(width, height, source), len(source)
 
 
 def _bytes(part: object) -> bytes:

@@ -135,7 +135,11 @@ def thin(values: np.ndarray, most: int) -> np.ndarray:
 
 def natural(tag: str) -> list[tuple[int, int | str]]:
     """A key that sorts layer_2 before layer_10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", tag) if part]
+    return [
+        (0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part)
+        for part in re.split(r"([0-9]+)", tag)
+        if part
+    ]
 
 
 def section_charts(section: str, tags: Sequence[str], every: Sequence[str]) -> tuple[list[Chart], list[Chart]]:

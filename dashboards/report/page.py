@@ -114,6 +114,7 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
         script_hashes=hashes, style=Markup(_asset("report.css")), checks=CHECKS, configuration=configuration(runs),
         versions=dict(_versions()), made=datetime.now(timezone.utc),
     )  # fmt: skip
+    page = page.encode("utf-8", "backslashreplace").decode()  # names of directories are bytes of any kind
     parts = {
         "scalars": sum(map(len, arrays.encoded)),
         "audio": media.sounds.nbytes,

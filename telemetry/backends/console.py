@@ -23,6 +23,7 @@ from rich.tree import Tree
 
 from telemetry.backends.base import Run, without_the_trainers
 from telemetry.catalogue import SECTIONS
+from telemetry.logs import printable
 from telemetry.records import Alert, Audio, Cell, Image, Record, Scalar, Table
 
 _LOGGER = logging.getLogger("telemetry.console")
@@ -35,7 +36,7 @@ _NAMED = 12
 _CELL_CHARACTERS = 200
 _TEXT_CHARACTERS = 2000
 _GAP = 2  # blank columns between numbers
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_NUMBERS = 400  # of a section
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -45,8 +46,8 @@ class ConsoleBackend:
 
     A tree of the sections in the catalogue's order, each with the question that it answers; numbers in aligned grids,
     non-finite ones marked with ``!`` and named in the headline; tables (their first rows), alerts, and a line for each
-    clip and image. As wide as the terminal, or 120 columns where stderr is none, without colours
-    or cursor movements, so that log files stay readable.
+    clip and image. Of a section's numbers the first 400 are shown, and how many more there are. As wide as the
+    terminal, or 120 columns where stderr is none, without colours or cursor movements, so that log files stay readable.
 
     A write that holds nothing but scalars that the Trainer logs is not shown: the Trainer prints those.
     A scalar's note is shown with the first write that carries it. Nothing shows unless the logger lets INFO through
@@ -87,7 +88,9 @@ class ConsoleBackend:
         """The parts of one section: alerts first, then numbers, then everything else in the order of writing."""
         yield from (_alert(alert) for alert in _of_kind(records, Alert))
         scalars = _of_kind(records, Scalar)
-        yield from _grids(scalars, width)
+        yield from _grids(scalars[:_NUMBERS], width)
+        if (more := len(scalars) - _NUMBERS) > 0:
+            yield _plain(f"… {_counted(more, 'more number')}")
         for note in dict.fromkeys(scalar.note for scalar in scalars if scalar.note):
             if note not in self._notes:
                 self._notes.add(note)
@@ -109,7 +112,7 @@ def _terminal_width() -> int:
 
 def _plain(text: str) -> RichText:
     """Text as it is: no markup, control characters spelled out so that they cannot move the cursor."""
-    return RichText(text.encode("utf-8", "backslashreplace").decode().translate(_CONTROL), overflow="fold")
+    return RichText(printable(text), overflow="fold")
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -151,13 +154,19 @@ def _grids(scalars: Sequence[Scalar], width: int) -> Iterator[RenderableType]:
 
 def _related(rows: Mapping[str, Mapping[str, str]]) -> list[Mapping[str, Mapping[str, str]]]:
     """Rows that share a column, directly or through others, belong in one grid. Order of first appearance."""
-    grids: list[Mapping[str, Mapping[str, str]]] = []
-    for name, cells in rows.items():
-        joined = [grid for grid in grids if any(cells.keys() & others.keys() for others in grid.values())]
-        place = grids.index(joined[0]) if joined else len(grids)
-        grids[place:] = [grid for grid in grids[place:] if grid not in joined]
-        grids.insert(place, {row: held for grid in [*joined, {name: cells}] for row, held in grid.items()})
-    return grids
+    grids: dict[int, dict[str, Mapping[str, str]]] = {}
+    grid_of: dict[str, int] = {}  # by column
+    columns: dict[int, list[str]] = {}
+    for number, (name, cells) in enumerate(rows.items()):
+        first, *others = sorted({grid_of[column] for column in cells if column in grid_of}) or [number]
+        for other in others:
+            grids[first] |= grids.pop(other)
+            columns[first] += columns[other]
+            grid_of |= dict.fromkeys(columns.pop(other), first)
+        grids.setdefault(first, {})[name] = cells
+        columns.setdefault(first, []).extend(column for column in cells if column not in grid_of)
+        grid_of |= dict.fromkeys(cells, first)
+    return list(grids.values())
 
 
 def _grid(rows: Mapping[str, Mapping[str, str]], columns: Sequence[str], width: int) -> Iterator[RenderableType]:

@@ -19,6 +19,7 @@ from telemetry.delivery.transfer import Transfer
 from telemetry.delivery.worker import Worker
 from telemetry.once import Once
 from telemetry.records import Alert, Audio, Cell, Image, Max, Metric, Record, Scalar, Sum, Table
+from telemetry.redaction import redact
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,11 @@ class Home:
         self._lost_elsewhere = 0  # on other ranks, when they last said it
         self._lost_shown = 0
 
+    @property
+    def computed(self) -> float:
+        """Processor seconds of the thread in the background."""
+        return self._worker.computed
+
     def begin(self, step: int) -> None:
         """The run goes on from a step."""
         self._last = Job(step, time.time(), Measured())
@@ -98,6 +104,7 @@ class Home:
 
     def absent(self, tag: str, reason: str) -> None:
         """Say once for this run why a tag has no value, in the log and in the table ``telemetry/absent``."""
+        reason = redact(reason)  # it may quote an exception
         self._absences.setdefault(tag, reason)
         self.say_once(f"absent:{tag}", "no %s: %s", tag, reason, level=logging.INFO)
 
@@ -256,7 +263,7 @@ class Home:
         return [Scalar(f"rank_{self._rank}/{tag}", value) for tag, value in values.items() if value is not None]
 
     def _deliver(self, job: Job, records: Sequence[Record], own: Sequence[Scalar]) -> None:
-        records = self.sound.allowed(records) if self.shows else []
+        records = [_without_secrets(one) for one in self.sound.allowed(records)] if self.shows else []
         with self._written:
             self._last = Job(job.step, job.at, Measured())
         for lane in self._lanes:
@@ -268,6 +275,13 @@ class Home:
 def _finite(metric: Metric) -> bool:
     value = metric.result() if metric.shown else None
     return value is None or math.isfinite(value)
+
+
+def _without_secrets(record: Record) -> Record:
+    """An alert, which may quote an exception or a log; any other record as it is."""
+    if not isinstance(record, Alert):
+        return record
+    return replace(record, title=redact(record.title), text=redact(record.text))
 
 
 def _without_media(table: Table) -> Table:

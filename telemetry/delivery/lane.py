@@ -60,6 +60,11 @@ class Lane:
         """Steps that the backend has not begun to write."""
         return self._worker.waiting
 
+    @property
+    def computed(self) -> float:
+        """Processor seconds that the backend has taken on its thread."""
+        return self._worker.computed
+
     def open(self, run: Run) -> None:
         """Have the backend opened."""
         self._run = run

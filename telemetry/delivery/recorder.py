@@ -21,7 +21,7 @@ from torch import Tensor
 
 from telemetry import shutdown
 from telemetry.backends.base import Backend, Run
-from telemetry.clock import StepClock
+from telemetry.clock import Overhead, StepClock
 from telemetry.delivery.home import Home, Judge
 from telemetry.delivery.lane import MAX_FAILURES, Lane
 from telemetry.delivery.losses import Losses
@@ -66,6 +66,7 @@ class Recorder:
         self._losses = Losses()
         self._lanes = [Lane(backend, self._losses, max_queue_bytes) for backend in backends]
         self._home = Home(self._lanes, self._losses, gather, judge, sound or SoundPolicy(), rank, max_queue_bytes)
+        self._overhead = Overhead(lambda: self._home.computed + sum(lane.computed for lane in self._lanes))
         self._step = Measured()
         self._closed = False
         self._closing = threading.Lock()
@@ -140,19 +141,21 @@ class Recorder:
 
         Args:
             step: the optimizer step.
-            clock: what telemetry has taken of it so far.
+            clock: what telemetry has taken of it so far, or of what stands between steps.
             own_state: whether to add how telemetry itself is doing: once a step.
             told: called in the background with what is about to be written, on ranks other than 0 with nothing.
         """
         collected, self._step = self._step, Measured()
-        began = time.perf_counter()
-        transfer = Transfer(collected.tensors())
-        collected = collected.emptied()
-        if clock is not None:
-            clock.spent += time.perf_counter() - began
+        with StepClock().running() if clock is None else clock.running():
+            transfer = Transfer(collected.tensors())
+            collected = collected.emptied()
+        if clock is not None and own_state:
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
-            collected.metrics["telemetry/overhead_fraction"] = Max(clock.spent / max(clock.step_seconds(), clock.spent))
-        self._home.put(Job(step, time.time(), collected, transfer, due=own_state, told=told))
+            collected.metrics["telemetry/overhead_fraction"] = Max(self._overhead.share(clock))
+            clock = StepClock()  # what follows is of the next
+        with (clock := clock or StepClock()).running():
+            self._home.put(Job(step, time.time(), collected, transfer, due=own_state, told=told))
+        self._overhead.owe(clock)
 
     def write(self, step: int, records: Sequence[Record]) -> None:
         """Write finished records past the step that is being collected."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -21,6 +22,9 @@ class Worker:
         on_drop: told how many records were dropped.
         idle: called on the thread after a job, when no other waits, and again for as long as it returns True; must not
             raise.
+
+    Attributes:
+        computed: processor seconds that its thread has taken, when it last ended a job.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Worker:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._held = 0
+        self.computed = 0.0
         self._busy = False
         self._closed = False
 
@@ -107,3 +112,4 @@ class Worker:
                 more = self._idle is not None
             elif self._idle is not None:
                 more = self._idle()
+            self.computed = time.thread_time()

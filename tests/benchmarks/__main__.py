@@ -61,6 +61,13 @@ def _families(console: Console, arguments: argparse.Namespace) -> None:
     show(console, title, columns, families.report(arguments.pairs))
 
 
+def _overhead(console: Console, arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import overhead
+
+    columns = ("model", "due", "ms a step without", "with", "its share by that", "share recorded", "ratio")
+    show(console, "What telemetry costs, and what it says of that", columns, overhead.report(arguments.pairs))
+
+
 def _memory(console: Console, _arguments: argparse.Namespace) -> None:
     from tests.benchmarks import memory, step_time
 
@@ -112,6 +119,7 @@ BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "hand_over": _hand_over,
     "step_time": _step_time,
     "families": _families,
+    "overhead": _overhead,
     "memory": _memory,
     "attention_probe": _attention_probe,
     "gradient_sweep": _gradient_sweep,

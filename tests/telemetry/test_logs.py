@@ -12,7 +12,7 @@ import pytest
 from _pytest.logging import LogCaptureHandler
 from tqdm import tqdm
 
-from telemetry.logs import LOGGERS, RankFilter, setup_logging
+from telemetry.logs import LOGGERS, RankFilter, printable, setup_logging
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -168,3 +168,24 @@ def test_a_process_of_rank_0_shows_what_the_levels_let_pass(rank: str | None) ->
 def test_a_process_of_another_rank_shows_warnings() -> None:
     names = ("telemetry.delivery.recorder", "trainer", "transformers.trainer")
     assert run("1") == [*(f"WARNING {name}: [rank 1] warning of {name}" for name in names), "warning of another"]
+
+
+def test_lines_show_no_secrets_and_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(rank=0)
+    key = "hf_" + "a1B2" * 6
+    try:
+        raise ValueError(f"no answer from https://me:{key}@host\x1b]0;owned\x07\u202e")
+    except ValueError:
+        logging.getLogger("telemetry").exception("could not open %s", "a\x9b2J.wav")
+    said = capsys.readouterr().err
+    assert key not in said
+    assert "https://<redacted>@host\\x1b]0;owned\\x07\\u202e" in said
+    assert "could not open a\\x9b2J.wav\nTraceback" in said
+
+
+def test_printable_text_stays_and_the_rest_is_spelled_out() -> None:
+    for text in ("", "plain", "نحن نحب", "می\u200cروم", "👩\u200d🔬", "全角\u3000空白", "a\nb\tc", "1\u00a0000"):
+        assert printable(text) == text
+    assert printable("\n\r\x1b\x85\u202e\u2028\ud800\U000e0001", kept="") == (
+        r"\x0a\x0d\x1b\x85\u202e\u2028\ud800\U000e0001"
+    )

@@ -668,3 +668,16 @@ def test_bytes_of_any_kind_are_read_or_refused(clips: Path, data: bytes, extensi
     file.write_bytes(data)
 
     loads_or_says_why(file)
+
+
+def test_what_a_data_file_holds_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "t\x1b[2J.json"
+    url = "a\x1b[2J\x1b]0;owned\x07\nerror: all is well\u202e.wav"
+    answer = {"role": "assistant", "content": [{"type": "audio", "audio_url": url}, {"type": "\x9b", "text": "\x9b2J"}]}
+    message = [{"role": "user", "content": "x"}, answer]
+    file.write_text(json.dumps([{"messages": message, "start_index": 1, "misc": {"sample_id": "\x1b"}, "\x1b": 1}]))
+    with pytest.raises(DataFileError) as raised:
+        load(file)
+    assert all(line.isprintable() for line in str(raised.value).splitlines())
+    assert len(str(raised.value).splitlines()) == 1 + len(raised.value.problems)
+    assert r"a\x1b[2J\x1b]0;owned\x07\x0aerror: all is well\u202e.wav" in str(raised.value)

@@ -6,7 +6,9 @@ import itertools
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import soundfile
 import soxr
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import HiggsAudioV2Processor
 
@@ -409,6 +411,18 @@ def test_a_codec_is_known_wherever_it_is(demo: Demonstration, tmp_path: Path) ->
     assert len(keys) == 1
 
 
+def flip_a_bit(file: Path, at: int, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= bit
+    file.write_bytes(data)
+
+
+def rewrite(file: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """Write other codes with the checksum of those that were there."""
+    held = load_file(file)
+    save_file({**held, "codes": change(held["codes"])}, file)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -416,8 +430,22 @@ def test_a_codec_is_known_wherever_it_is(demo: Demonstration, tmp_path: Path) ->
         lambda file: file.write_bytes(file.read_bytes()[:-5]),
         lambda file: file.write_bytes(b"\xff" * 200),
         lambda file: save_file({"other": torch.zeros(2)}, file),
+        lambda file: flip_a_bit(file, -36, 0x01),  # another code of the codebook
+        lambda file: flip_a_bit(file, -35, 0x10),  # none of it
+        lambda file: flip_a_bit(file, -33, 0x80),  # a negative one
+        lambda file: flip_a_bit(file, -1, 0x01),  # of the checksum
+        lambda file: flip_a_bit(file, 0, 0x04),  # of the header
+        lambda file: rewrite(file, lambda codes: codes.float() * float("nan")),
+        lambda file: rewrite(file, lambda codes: codes.long()),
+        lambda file: rewrite(file, lambda codes: codes[:-1]),
+        lambda file: rewrite(file, lambda codes: codes[:, :0]),
+        lambda file: rewrite(file, lambda codes: codes.T.contiguous()),
+        lambda file: rewrite(file, lambda codes: codes[0]),
+        lambda file: rewrite(file, lambda codes: codes.flip(1).contiguous()),
+        lambda file: save_file({"codes": load_file(file)["codes"]}, file),  # without a checksum
+        lambda file: shutil.copy(cached_files(file.parent.parent)[1], file),  # of another clip
+        lambda file: (file.unlink(), file.symlink_to(file.parent)),
     ],
-    ids=["empty", "cut short", "garbage", "without codes"],
 )
 def test_a_damaged_cache_file_is_made_anew(
     damage: Callable[[Path], Any],
@@ -466,3 +494,24 @@ def test_a_failing_encoder_leaves_no_torn_file(
 
 def test_the_cache_is_where_hf_home_says(hf_home: Path) -> None:
     assert default_cache_dir() == hf_home / "strategic_telemetry" / "audio_codes"
+
+
+def test_two_that_fill_one_cache_at_once_do_each_other_no_harm(
+    own_clips: list[Path], processor: HiggsAudioV2Processor, encoder: CountingEncoder, tmp_path: Path
+) -> None:
+    """Both write every clip: neither begins to write before the other has found it missing."""
+    expected = CodeCache(processor.audio_tokenizer, tmp_path / "other").encode(own_clips)
+    caches = [CodeCache(processor.audio_tokenizer, tmp_path / "cache") for _ in range(2)]
+    both_look = threading.Barrier(2)
+
+    class Waiting(CountingEncoder):
+        def __call__(self, codec: Any, samples: np.ndarray) -> Tensor:
+            both_look.wait(60)
+            return super().__call__(codec, samples)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        Waiting(patch)
+        found = list(pool.map(lambda cache: cache.encode(own_clips), caches))
+    for codes in (*found, caches[0].encode(own_clips)):
+        assert_same_codes(codes, expected)
+    assert [file.suffix for file in (tmp_path / "cache").rglob("*.*")] == [".safetensors"] * len(own_clips)

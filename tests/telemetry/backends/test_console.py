@@ -3,7 +3,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from telemetry.backends.base import Run
-from telemetry.backends.console import ConsoleBackend
+from telemetry.backends.console import ConsoleBackend, _related
 from telemetry.catalogue import SECTIONS
 from telemetry.records import Alert, Audio, Clip, Image, Record, Scalar, Table
 
@@ -247,3 +249,48 @@ def test_any_record_shows_at_any_width(caplog: pytest.LogCaptureFixture, records
         text = shown(caplog, records)
     assert text.startswith("s")
     assert columns < 20 or all(cell_len(row) <= columns for row in text.splitlines())
+
+
+@pytest.mark.parametrize("number", [1000, 5000])
+def test_a_big_section_is_cut_and_says_so_in_time_that_grows_with_its_numbers(
+    caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    scalars = [Scalar(f"custom/group_{i % 50}/name_{i}/v{i}", 1.0) for i in range(number)]
+    began = time.thread_time()
+    text = shown(caplog, scalars)
+    assert time.thread_time() - began < 1.0
+    assert f"step 1 · {number:,} records" in text
+    assert text.count("name_") == 400
+    assert f"… {number - 400:,} more numbers" in text
+
+
+def test_rows_that_share_columns_through_others_share_a_grid_whatever_their_number() -> None:
+    def slow(rows: dict[str, dict[str, str]]) -> set[frozenset[str]]:
+        grids = [({name}, set(cells)) for name, cells in rows.items()]
+        while pair := next(((a, b) for a in grids for b in grids if a is not b and a[1] & b[1]), None):
+            grids = [grid for grid in grids if grid not in pair] + [(pair[0][0] | pair[1][0], pair[0][1] | pair[1][1])]
+        return {frozenset(names) for names, _ in grids}
+
+    for seed in range(20):
+        chance = random.Random(seed)
+        rows = {f"r{i}": {f"c{chance.randrange(30)}": "1" for _ in range(chance.randint(1, 3))} for i in range(25)}
+        grids = _related(rows)
+        assert {frozenset(grid) for grid in grids} == slow(rows)
+        firsts = [list(rows).index(next(iter(grid))) for grid in grids]
+        assert firsts == sorted(firsts)
+        assert {name: cells for grid in grids for name, cells in grid.items()} == rows
+
+
+@pytest.mark.parametrize("steering", ["\x1b[2J", "\x9b2J", "\x07", "\u202e", "\u2066", "\u2028", "\ud800", "\r"])
+def test_nothing_of_any_provenance_steers_the_terminal(caplog: pytest.LogCaptureFixture, steering: str) -> None:
+    text = f"a{steering}b"
+    records = [
+        Alert(f"x/{text}", text, text),
+        Table(f"y/{text}", (text,), ((text,),)),
+        Scalar(f"z/{text}/{text}", 1.0, note=text),
+        Audio(f"w/{text}", (Clip(np.zeros(2, np.float32), 8000, text),)),
+        Image(f"v/{text}", np.zeros((2, 2, 3), np.uint8), text),
+    ]
+    message = shown(caplog, records)
+    assert steering not in message
+    assert message.isprintable() or all(one.isprintable() or one in "\n" for one in message)

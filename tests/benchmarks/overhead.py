@@ -1,0 +1,79 @@
+"""Whether ``telemetry/overhead_fraction`` is what telemetry costs: against the same training without it, in turn."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from telemetry import StrategicTelemetry, TensorBoardBackend
+from telemetry.backends.memory import MemoryBackend
+
+STEPS = 60
+WARM_UP = 10
+EVERY = (1, 10)
+SIZES = {"small": (64, 2, 16), "larger": (256, 4, 64)}  # hidden size, layers, positions
+
+
+class Steps(TrainerCallback):
+    """When every step began."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, on average, after the warm-up."""
+        return (self.times[-1] - self.times[WARM_UP]) / (len(self.times) - 1 - WARM_UP)
+
+
+def report(pairs: int) -> list[tuple[str, ...]]:
+    """Rows of model, due steps, seconds without and with telemetry, its share by that, the share recorded, ratio."""
+    rows = []
+    for (name, size), every in itertools.product(SIZES.items(), EVERY):
+        found = [_pair(size, every) for _ in range(pairs)]
+        plain, watched, recorded = (statistics.median(column) for column in zip(*found, strict=True))
+        paired = statistics.median(1 - one[0] / one[1] for one in found)
+        times = f"{1000 * plain:.1f}", f"{1000 * watched:.1f}"
+        rows.append((name, f"every {every}", *times, f"{paired:.3f}", f"{recorded:.3f}", f"{recorded / paired:.2f}"))
+    return rows
+
+
+def _pair(size: tuple[int, int, int], every: int) -> tuple[float, float, float]:
+    plain = _train(size, []).seconds
+    memory = MemoryBackend()
+    watched = _train(size, [StrategicTelemetry(logging_steps=every, backends=[TensorBoardBackend(), memory])]).seconds
+    recorded = memory.scalars("telemetry/overhead_fraction")
+    return plain, watched, statistics.fmean(share for step, share in recorded.items() if step > WARM_UP)
+
+
+def _train(size: tuple[int, int, int], callbacks: list[TrainerCallback]) -> Steps:
+    hidden, layers, positions = size
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=4, vocab_size=256, max_position_embeddings=128,
+        )
+    )  # fmt: skip
+    data = [{"input_ids": (ids := torch.randint(0, 256, (positions,))), "labels": ids} for _ in range(8)]
+    steps = Steps()
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            output_dir=directory, max_steps=STEPS,
+            per_device_train_batch_size=2, logging_strategy="no", save_strategy="no", report_to="none",
+            disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[*callbacks, steps])  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return steps
