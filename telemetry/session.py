@@ -123,6 +123,7 @@ class Session:
         self._failures: Counter[object] = Counter()
         self._turns: Counter[Instrument] = Counter()
         self._recorder: Recorder | None = None
+        self._meeting: tuple[RankGather | None, str] | None = None
         self._lockstep: Lockstep | None = None
         self._sound: SoundPolicy | None = None
         self._watch = Watch(model, self._measure, usable=not setting.compiled)
@@ -183,14 +184,25 @@ class Session:
     def recorder(self) -> Recorder:
         """Opened at its first use, when all doors have joined and brought their backends."""
         if self._recorder is None:
-            gather = RankGather.join()
+            gather, launch_id = self._met()
             backends = self._backends()
             own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
+            run = self._run(launch_id if any(map(is_on_every_rank, backends)) else "")
             self._recorder = Recorder(own, gather, judge=HealthMonitor(), sound=self.sound, rank=self.setting.rank)
-            shared = gather is not None and any(map(is_on_every_rank, backends))
-            self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
-            _ = self.lockstep  # every rank comes by here
+            self._recorder.open(run)
         return self._recorder
+
+    def _met(self) -> tuple[RankGather | None, str]:
+        """How ranks are brought together, and the launch's name: they meet once, before anything that one may fail at.
+
+        A rank that failed between two meetings, or came to one again, would have the others wait for it.
+        """
+        if self._meeting is None:
+            self._meeting = None, ""
+            gather = RankGather.join()
+            self._meeting = gather, gather.launch_id() if gather is not None else ""
+            _ = self.lockstep
+        return self._meeting
 
     @property
     def lockstep(self) -> Lockstep:
