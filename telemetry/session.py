@@ -146,6 +146,9 @@ class Session:
             training: names this training of the model: another one closes what an interrupted one has left.
             setting: makes what is known of the run.
         """
+        for other in list(cls._by_model.values()):
+            if not other.setting.is_running():
+                other.close()
         session = cls._by_model.get(model)
         if session is not None and session._training is not training:
             session.close()
@@ -174,6 +177,12 @@ class Session:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed."""
+        model = self._model()
+        return model is not None and self._by_model.get(model) is self
 
     @property
     def sound(self) -> SoundPolicy:
@@ -424,7 +433,7 @@ class Session:
         setting = self.setting
         chosen = next((door.logging_dir for door in self._doors if door.logging_dir), None)
         return Run(
-            logging_dir=Path(chosen or setting.logging_dir),
+            logging_dir=Path(chosen or setting.logging_dir) / setting.within,
             starting_step=setting.starting_step,
             name=setting.name,
             config=setting.config(),

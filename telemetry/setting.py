@@ -38,6 +38,8 @@ class Setting:
         progress: whether progress bars are wanted.
         tokens_across_ranks: whether losses that are divided by a count of tokens are divided by that of all ranks.
         processor: decodes token ids, itself or by its ``tokenizer``.
+        within: the part of whatever logging directory that is this run's own, where a search makes several.
+        is_running: whether the training is still under way; False once it was left without its end being told.
     """
 
     output_dir: Path
@@ -54,6 +56,8 @@ class Setting:
     progress: bool = True
     tokens_across_ranks: bool = True
     processor: Any = None
+    within: str = ""
+    is_running: Callable[[], bool] = lambda: True
 
 
 def default_logging_dir(output_dir: Path) -> Path:

@@ -55,6 +55,7 @@ class Backend(Protocol):
     - ``abandon()``: called on another thread when :meth:`close` or what comes before it takes too long. Let go of
       whatever keeps the process from ending.
     - ``step_time: float | None``: before :meth:`write` set to when the step ended, in seconds since the epoch.
+    - ``newest_step: int``: set to the step that is handed over, which may be written much later.
     - ``every_rank: bool``: see :func:`is_on_every_rank`.
     """
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from telemetry import shutdown
 from telemetry.backends.base import Run, without_the_trainers
@@ -24,13 +24,14 @@ MAX_SENT = 4  # steps whose tables and sounds are kept for a client's process th
 SLOW_SECONDS = 5.0  # of a table: the next ones then let all numbers go first. The very first takes 3 s anywhere
 AWAY_SECONDS = 30.0  # before they are tried again: each try may keep numbers from the disk for 20 s
 ALERT_SECONDS = 600.0
+ROOM_SECONDS = 0.05  # before a joined run is asked again whether it has gone on
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Media:
-    """What is no number of a step."""
+    """What is no number of a step, or the numbers of one that has no row yet."""
 
     step: int
     records: Sequence[Record]
@@ -54,6 +55,7 @@ class WandbBackend:
 
     Attributes:
         dropped_records: records that were lost after :meth:`write` had taken them.
+        newest_step: of the steps that were handed over so far, written or waiting.
     """
 
     name = "wandb"
@@ -66,6 +68,7 @@ class WandbBackend:
     def _begin(self) -> None:
         """As new: one backend serves the trainings of a Trainer one after the other."""
         self.dropped_records = 0
+        self.newest_step = 0
         self._client: WandbClient | None = None
         self._values: Values | None = None
         self._held: deque[_Media] = deque()
@@ -115,11 +118,16 @@ class WandbBackend:
             raise RuntimeError("write() before open()")
         if self._given_up:
             raise RuntimeError("W&B was given up")
+        self._go_on(client)
         if not self._trainer_logs:
             records = without_the_trainers(records)
-        numbers = {record.tag: record.value for record in records if isinstance(record, Scalar)}
+        scalars = [record for record in records if isinstance(record, Scalar)]
+        numbers = _numbers(scalars)
         if numbers and not client.has(step, numbers):
-            self._tell(client, lambda: client.log(step, numbers, numbers))
+            if client.has_room(step, self.newest_step):
+                self._tell(client, lambda: client.log(step, numbers, numbers))
+            else:
+                self._hold(_Media(step, scalars))
         for record in records:
             if isinstance(record, Alert):
                 self._alert(client, record)
@@ -137,8 +145,14 @@ class WandbBackend:
         client = self._client
         if client is None or not self._held:
             return False
+        self._go_on(client)
+        if not last and time.monotonic() < self._away_until:
+            return False
+        if not last and not client.has_room(self._held[0].step, self.newest_step):
+            time.sleep(ROOM_SECONDS)
+            return True
         if not last:
-            return time.monotonic() >= self._away_until and self._send_first(client) and bool(self._held)
+            return self._send_first(client) and bool(self._held)
         self._gone = self._is_gone(client)
         while self._held and not self._gone:
             if not self._send_first(client):
@@ -170,6 +184,16 @@ class WandbBackend:
         logger.warning("W&B did not take everything before training ended")
         _say_how_to_send(self._client)
 
+    def _go_on(self, client: WandbClient) -> None:
+        """See that there is a run, should somebody have finished it."""
+        if not client.was_ended:
+            return
+        assert self._values is not None
+        self._values.begin_tables_again()
+        self._sent.clear()
+        said = "the W&B run was finished while training goes on: telemetry goes on in run %s"
+        logger.warning(said, client.go_on())
+
     def _tell(self, client: WandbClient, action: Callable[[], object]) -> None:
         """Tell the client something, if its process has died another one."""
         try:
@@ -197,7 +221,7 @@ class WandbBackend:
         tags = [record.tag for record in media.records]
         began = time.monotonic()
         try:
-            if not client.has(media.step, tags) and (values := self._values.shows(media.step, media.records)):
+            if not client.has(media.step, tags) and (values := self._shown(media)):
                 self._sent.append((client.log(media.step, values, tags), media))
         except Exception as error:  # noqa: BLE001  (whatever the client makes of a server that is away)
             self._values.begin_tables_again()
@@ -213,6 +237,10 @@ class WandbBackend:
         if self._took > SLOW_SECONDS and not client.answers():  # the client's own copy may reach the disk even so
             self._away_until = time.monotonic() + AWAY_SECONDS
         return time.monotonic() >= self._away_until
+
+    def _shown(self, media: _Media) -> dict[str, Any]:
+        assert self._values is not None
+        return _numbers(media.records) | self._values.shows(media.step, media.records)
 
     def _alert(self, client: WandbClient, alert: Alert) -> None:
         """One alert of a tag and title in ten minutes: what is wrong at one due step is mostly wrong at the next."""
@@ -255,6 +283,10 @@ class WandbBackend:
         self.dropped_records += records
         if records:
             self._once.say("dropped", "records were lost on their way to W&B")
+
+
+def _numbers(records: Sequence[Record]) -> dict[str, Any]:
+    return {record.tag: record.value for record in records if isinstance(record, Scalar)}
 
 
 def _say_how_to_send(client: WandbClient) -> None:

@@ -43,6 +43,7 @@ class FakeClient:
         self.sync_command = "wandb sync HERE"
         self.is_offline = False
         self.answering = True
+        self.was_ended = False
 
     def __call__(self, _run: Run, _shared: bool) -> FakeClient:
         return self
@@ -57,6 +58,9 @@ class FakeClient:
 
     def is_alive(self) -> bool:
         return self.alive
+
+    def has_room(self, _step: int, _newest: int) -> bool:
+        return True
 
     def answers(self) -> bool:
         return self.answering
