@@ -36,6 +36,7 @@ class FakeClient:
         self.opening.set()
         self.errors: list[Exception] = []
         self.fails_on_tables = False
+        self.cannot_take: dict[str, Exception] = {}
         self.alive = True
         self.reopened = 0
         self.first_lost = math.inf
@@ -69,6 +70,8 @@ class FakeClient:
         return False
 
     def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> int:
+        if values.keys() & self.cannot_take.keys():
+            raise self.cannot_take[next(iter(values.keys() & self.cannot_take.keys()))]
         if not self.alive or (self.fails_on_tables and "t" in values):
             raise ConnectionResetError("gone") if not self.alive else RuntimeError("the server is away")
         self.rows.append((step, dict(values)))
@@ -210,6 +213,29 @@ def test_tables_that_are_never_taken_are_counted(
     assert client.rows[-1] == (30, {"telemetry/dropped_records": 30.0})
     assert telemetry_log.text.count("records were lost on their way to W&B") == 1
     assert (client.finished, client.abandoned) == ((True, False) if answering else (False, True))
+
+
+@pytest.mark.parametrize("error", [ValueError("too long"), RuntimeError("no reason given")], ids=["said", "not said"])
+def test_a_table_that_can_never_be_taken_is_the_only_thing_lost(
+    error: Exception,
+    client: FakeClient,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    telemetry_log: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(telemetry.backends.wandb.backend, "AWAY_SECONDS", 0.0)
+    client.cannot_take = {"bad": error}
+    for step in range(1, 13):
+        bad = [Table("bad", ("v",), ((step,),))] if step in (1, 7) else []
+        recorder.write(step, [*rows(step), *bad])
+        settle(recorder)
+    recorder.close()
+    assert client.numbers() == [(step, step) for step in range(1, 13)]
+    assert sorted(client.tables()) == list(range(1, 13))
+    assert recorder.dropped_records == 2
+    assert client.rows[-1] == (12, {"telemetry/dropped_records": 2.0})
+    assert client.finished
+    assert telemetry_log.text.count("W&B cannot take bad of step 1") == 1
 
 
 @pytest.mark.parametrize("dies_with", ["numbers", "tables"])
