@@ -22,8 +22,9 @@ class TrackioBackend(Shown):
     """Shows records in Trackio: ``trackio show --project PROJECT`` opens them.
 
     Joins the run that is active where training begins (the user's, or that of the Trainer's own callback), whose end is
-    its owner's, or opens one and finishes it. Runs of its own are kept under ``TRACKIO_DIR``, in the project ``TRACKIO_PROJECT`` (``huggingface`` by default). A run that is
-    resumed is one of its own, in the group of the first: Trackio takes no step back.
+    its owner's, or opens one and finishes it. Runs of its own are kept under ``TRACKIO_DIR``, in the project
+    ``TRACKIO_PROJECT`` (``huggingface`` by default). One that is resumed is a run of its own, in the group of the
+    first: Trackio takes no step back.
 
     Args:
         trainer_logs: whether to show ``train/``, ``eval/`` and ``test/``; False where the Trainer's own callback does.
