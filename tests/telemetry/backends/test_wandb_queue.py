@@ -505,3 +505,20 @@ shutdown.close_before_others()
     root = Path(telemetry.backends.wandb.backend.__file__).parents[3]
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert ended.stdout.split() == ["telemetry", "client"]
+
+
+def test_of_two_runs_at_once_the_first_keeps_its_rows(tmp_path: Path, telemetry_log: pytest.LogCaptureFixture) -> None:
+    first = AttemptsFile(tmp_path, "id1", "voices", resumed=False)
+    first.add(1, 0, 7)
+    Attempts.forget(tmp_path)  # as a fresh run does
+    second = AttemptsFile(tmp_path, "id2", "voices", resumed=False)
+    second.add(5, 5, 7)
+    first.add(2, 1, 7)
+    second.close()
+    first.close()
+    found = Attempts.read(tmp_path)
+    assert found is not None
+    assert (found.run_id, found.rows) == ("id1", {0: (1, 7), 1: (2, 7)})
+    assert telemetry_log.text.count("another run is under way in the directory") == 1
+    Attempts.forget(tmp_path)
+    assert Attempts.read(tmp_path) is None
