@@ -374,10 +374,14 @@ def _trial(state: TrainerState, runs: Path) -> str:
 
     A name that an earlier trial has had is numbered.
     """
-    tried = ", ".join(f"{name}={value}" for name, value in (state.trial_params or {}).items())
+    tried = ", ".join(f"{name}={_brief(value)}" for name, value in (state.trial_params or {}).items())
     name = re.sub(r"[^\w=,.+ -]", "_", state.trial_name or tried or "trial")[:MAX_NAME]
     number = next(number for number in itertools.count(1) if not (runs / _numbered(name, number)).exists())
     return _numbered(name, number)
+
+
+def _brief(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _numbered(name: str, number: int) -> str:
