@@ -149,6 +149,7 @@ class Session:
         self._failures: Counter[object] = Counter()
         self._turns: Counter[Instrument] = Counter()
         self._recorder: Recorder | None = None
+        self._meeting: tuple[RankGather | None, str] | None = None
         self._lockstep: Lockstep | None = None
         self._monitor = HealthMonitor()
         self._word = RankWord()
@@ -174,6 +175,9 @@ class Session:
             training: names this training of the model: another one closes what an interrupted one has left.
             setting: makes what is known of the run.
         """
+        for other in list(cls._by_model.values()):
+            if not other.setting.is_running():
+                other.close()
         session = cls._by_model.get(model)
         if session is not None and session._training is not training:
             session.close()
@@ -204,6 +208,12 @@ class Session:
             self._recorder = None
 
     @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed."""
+        model = self._model()
+        return model is not None and self._by_model.get(model) is self
+
+    @property
     def sound(self) -> SoundPolicy:
         """What may be heard of this run, by the first door that says it."""
         return self._sound or SoundPolicy()
@@ -212,17 +222,28 @@ class Session:
     def recorder(self) -> Recorder:
         """Opened at its first use, when all doors have joined and brought their backends."""
         if self._recorder is None:
-            gather = RankGather.join()
+            gather, launch_id = self._met()
             backends = self._backends()
             own = [one for one in backends if self.setting.rank == 0 or (gather is not None and is_on_every_rank(one))]
             given = next((door.health_rules for door in self._doors if door.health_rules), None)
             self._monitor = HealthMonitor(rules_of(given))
+            run = self._run(launch_id if any(map(is_on_every_rank, backends)) else "")
             self._recorder = Recorder(own, gather, judge=self._monitor, sound=self.sound, rank=self.setting.rank)
-            shared = gather is not None and any(map(is_on_every_rank, backends))
-            self._recorder.open(self._run(gather.launch_id() if gather is not None and shared else ""))
-            _ = self.lockstep  # every rank comes by here
+            self._recorder.open(run)
             self._word = RankWord(alone=self.setting.world_size == 1, together=gather is not None)
         return self._recorder
+
+    def _met(self) -> tuple[RankGather | None, str]:
+        """How ranks are brought together, and the launch's name: they meet once, before anything that one may fail at.
+
+        A rank that failed between two meetings, or came to one again, would have the others wait for it.
+        """
+        if self._meeting is None:
+            self._meeting = None, ""
+            gather = RankGather.join()
+            self._meeting = gather, gather.launch_id() if gather is not None else ""
+            _ = self.lockstep
+        return self._meeting
 
     @property
     def lockstep(self) -> Lockstep:
@@ -482,7 +503,7 @@ class Session:
         setting = self.setting
         chosen = next((door.logging_dir for door in self._doors if door.logging_dir), None)
         return Run(
-            logging_dir=Path(chosen or setting.logging_dir),
+            logging_dir=Path(chosen or setting.logging_dir) / setting.within,
             starting_step=setting.starting_step,
             name=setting.name,
             config=setting.config(),

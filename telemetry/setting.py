@@ -42,6 +42,8 @@ class Setting:
         processor: decodes token ids, itself or by its ``tokenizer``.
         show_batches: begins to call a function with every batch that the trainer prepares, and the names of its labels;
             returns what ends that.
+        within: the part of whatever logging directory that is this run's own, where a search makes several.
+        is_running: whether the training is still under way; False once it was left without its end being told.
     """
 
     output_dir: Path
@@ -59,6 +61,8 @@ class Setting:
     tokens_across_ranks: bool = True
     processor: Any = None
     show_batches: Callable[[Callable[[Any, Any], None]], Callable[[], None]] = lambda _see: _nothing
+    within: str = ""
+    is_running: Callable[[], bool] = lambda: True
 
 
 def _nothing() -> None:

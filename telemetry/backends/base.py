@@ -56,6 +56,7 @@ class Backend(Protocol):
       whatever keeps the process from ending.
     - ``saved(directory: Path)``: a checkpoint has been saved, after what was recorded until then has been written.
     - ``step_time: float | None``: before :meth:`write` set to when the step ended, in seconds since the epoch.
+    - ``newest_step: int``: set to the step that is handed over, which may be written much later.
     - ``every_rank: bool``: see :func:`is_on_every_rank`.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +13,18 @@ from telemetry.backends.encoding import Shown, encode_png, encode_wav
 from telemetry.records import Alert, Audio, Cell, Clip, Image, Record, Scalar, Table
 
 DEFAULT_PROJECT = "huggingface"  # as transformers' own callback
+AXIS = "train/global_step"
+
+logger = logging.getLogger(__name__)
 
 
 class TrackioBackend(Shown):
     """Shows records in Trackio: ``trackio show --project PROJECT`` opens them.
 
-    They are kept under ``TRACKIO_DIR``, in the project ``TRACKIO_PROJECT`` (``huggingface`` by default). A run that is
-    resumed is one of its own, in the group of the first: Trackio takes no step back.
+    Joins the run that is active where training begins (the user's, or that of the Trainer's own callback), whose end is
+    its owner's, or opens one and finishes it. Runs of its own are kept under ``TRACKIO_DIR``, in the project
+    ``TRACKIO_PROJECT`` (``huggingface`` by default). One that is resumed is a run of its own, in the group of the
+    first: Trackio takes no step back.
 
     Args:
         trainer_logs: whether to show ``train/``, ``eval/`` and ``test/``; False where the Trainer's own callback does.
@@ -30,9 +36,10 @@ class TrackioBackend(Shown):
         super().__init__("Trackio")
         self._trainer_logs = trainer_logs
         self._run: Any = None
+        self._owned = True
 
     def open(self, run: Run) -> None:
-        """Begin a run.
+        """Begin a run, or join the one that is active.
 
         Raises:
             ImportError: when Trackio is not installed.
@@ -41,6 +48,14 @@ class TrackioBackend(Shown):
             raise ImportError("Trackio is not installed: pip install trackio")
         import trackio
 
+        active = trackio.context_vars.current_run.get()
+        self._owned = active is None
+        if active is not None:
+            self._run = active
+            for key, value in run.config.items():
+                active.config.setdefault(key, value)
+            logger.info("telemetry goes to the Trackio run that is active: %s", active.name)
+            return
         name = run.name or "run"
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT") or DEFAULT_PROJECT,
@@ -62,15 +77,15 @@ class TrackioBackend(Shown):
             records = without_the_trainers(records)
         others = [record for record in records if not isinstance(record, Alert)]
         values = {tag: value for made in self.made(others, _values) for tag, value in made.items()}
-        if values:
-            self._run.log(values, step=step)
+        if values:  # rows of a joined run that are not ours are numbered in their own way: what all share is the axis
+            self._run.log(values if self._owned else {**values, AXIS: step}, step=step)
         for record in records:
             if isinstance(record, Alert):
                 self._alert(step, record)
 
     def close(self) -> None:
         """Write out what is left."""
-        if self._run is not None:
+        if self._run is not None and self._owned:
             self._run.finish()
 
     def _alert(self, step: int, alert: Alert) -> None:

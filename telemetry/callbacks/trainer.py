@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
+import re
+import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +34,8 @@ from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Door, Session
 from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
 from telemetry.sound import SoundPolicy
+
+MAX_NAME = 120  # characters of a trial's name, which is a directory's too
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +103,16 @@ class StrategicCallback(Door, TrainerCallback):
     ) -> None:
         super().__init__(logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on, health_rules)
         self._once = Once(logger)
+        self._around: list[Session] = []
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
         if self.question:
             self.instruments += QUESTIONS[self.question](**options)
         elif options:
             raise TypeError(f"{type(self).__name__} got unexpected keyword arguments {sorted(options)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_around": []}
 
     @property
     def session(self) -> Session:
@@ -118,7 +128,9 @@ class StrategicCallback(Door, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._session = None  # a training that ended in an exception may have left it
+        if self._session is not None:  # another training's, inside of which this one runs, or that was interrupted
+            self._around.append(self._session)
+            self._session = None
         self.stopped = ""
         self._judge_by_ear(args)
         self._join(args, state, **kwargs)
@@ -262,6 +274,9 @@ class StrategicCallback(Door, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._leave()
+        while self._around and self._session is None:
+            around = self._around.pop()
+            self._session = around if around.is_open else None
 
     def _judge_by_ear(self, args: TrainingArguments) -> None:
         """See that the best checkpoint is the one that sounds best, where a number of the clips chooses it.
@@ -301,7 +316,7 @@ class StrategicCallback(Door, TrainerCallback):
         if model is None:
             return
         loaders = {"train": train_dataloader, "eval": eval_dataloader}
-        setting = functools.partial(_setting, args, state, model, processing_class, loaders)
+        setting = functools.partial(_setting, args, state, model, processing_class, loaders, self.logging_dir)
         self._session = Session.join(self, model, state, setting)
 
     # -- what a subclass may override ---------------------------------------------------------------------------------
@@ -395,16 +410,24 @@ def _judged_by_ear(args: TrainingArguments) -> str | None:
 
 
 def _setting(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, processor: Any, loaders: Mapping[str, Any]
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    processor: Any,
+    loaders: Mapping[str, Any],
+    chosen: Path | None,
 ) -> Setting:
-    """What a Trainer says of the run."""
+    """What a Trainer says of the run; ``chosen``: where files are to go."""
     output_dir = local_directory(args.output_dir or ".", "output_dir")
+    logging_dir = default_logging_dir(output_dir)
+    within = _trial(state, chosen or logging_dir) if state.is_hyper_param_search else ""
+    name = within or getattr(args, "run_name", None) or output_dir.name
     return Setting(
-        output_dir=output_dir,
-        logging_dir=default_logging_dir(output_dir),
+        output_dir=output_dir / within,
+        logging_dir=logging_dir,
         default_backends=lambda: default_backends(args.report_to or ()),
         config=lambda: run_config(args.to_sanitized_dict(), model, loaders),
-        name=redact(getattr(args, "run_name", None) or output_dir.name),
+        name=redact(name),
         starting_step=state.global_step,
         rank=args.process_index,
         world_size=args.world_size,
@@ -415,4 +438,40 @@ def _setting(
         tokens_across_ranks=bool(args.average_tokens_across_devices),
         processor=processor,
         show_batches=PreparedBatches(calling_trainer(model)),
+        within=within,
+        is_running=functools.partial(_is_running, state) if _is_running(state) else lambda: True,
     )
+
+
+def _trial(state: TrainerState, runs: Path) -> str:
+    """The name of a trial of a hyperparameter search, which is a run of its own: the search's, or else what it tries.
+
+    A name that an earlier trial has had is numbered.
+    """
+    tried = ", ".join(f"{name}={_brief(value)}" for name, value in (state.trial_params or {}).items())
+    name = re.sub(r"[^\w=,.+ -]", "_", state.trial_name or tried or "trial")[:MAX_NAME]
+    number = next(number for number in itertools.count(1) if not (runs / _numbered(name, number)).exists())
+    return _numbered(name, number)
+
+
+def _brief(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} ({number})"
+
+
+def _is_running(state: TrainerState) -> bool:
+    """Whether some thread is inside of a method of the Trainer whose state this is.
+
+    What ends a training otherwise than by its end (Ctrl-C, an exception, a trial that is pruned) tells no callback.
+    """
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            owner = at.f_locals.get("self") if "self" in at.f_code.co_varnames else None
+            if getattr(owner, "__dict__", {}).get("state") is state:
+                return True
+            at = at.f_back
+    return False

@@ -98,6 +98,11 @@ class Home:
         """Wait until the lanes have all steps, at most so long. Returns whether they have."""
         return self._worker.drain(seconds)
 
+    def go_alone(self) -> None:
+        """Wait for other ranks no longer: what is left is of this rank alone."""
+        if self._gather is not None:
+            self._gather.give_up()
+
     def close(self) -> None:
         """Take no more steps; those that wait are lost."""
         self._count(self._worker.close())

@@ -72,6 +72,8 @@ class Lane:
 
     def put(self, step: int, at: float, records: Sequence[Record]) -> None:
         """Have the records of a step written that was handed over at ``at``, in seconds since the epoch."""
+        if hasattr(self._backend, "newest_step"):
+            self._backend.newest_step = step
         self._worker.put(Job(step, at, Measured(records=list(records))))
 
     def saved(self, directory: Path) -> None:

@@ -35,9 +35,10 @@ __all__ = ["MAX_FAILURES", "Build", "Emitter", "Recorder"]
 
 MAX_QUEUE_BYTES = 256 * 2**20
 DRAIN_SECONDS = 30.0
-# Of the time that closing may take: what the way home may take of it, for the backends need the rest; and when a
-# backend that has not ended is given up, so that the others can still be told what was lost.
-HOME_SHARE, LANES_SHARE = 0.5, 0.9
+# Of the time that closing may take: when other ranks are waited for no longer, and this one's own numbers are taken;
+# what the way home may take of it, for the backends need the rest; and when a backend that has not ended is given up,
+# so that the others can still be told what was lost.
+RANKS_SHARE, HOME_SHARE, LANES_SHARE = 0.4, 0.5, 0.9
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,8 @@ class Recorder:
         def left(share: float) -> float:
             return max(0.0, began + share * seconds - time.monotonic())
 
+        if not self._home.drain(left(RANKS_SHARE)):
+            self._home.go_alone()
         if not self._home.drain(left(HOME_SHARE)):
             logger.warning("telemetry could not bring everything home within %.0f s", HOME_SHARE * seconds)
         self._home.close()

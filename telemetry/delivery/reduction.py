@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,6 +21,7 @@ from telemetry.records import Metric, Table
 logger = logging.getLogger(__name__)
 
 GATHER_SECONDS = 120.0
+FIRST_POLL, LAST_POLL = 0.0002, 0.02  # seconds between two looks at whether a collective is over
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class RankGather:
     """Two collectives a step on a gloo group of its own: sizes, then bytes. Ranks may have measured different tags.
 
     Use :meth:`join` on the training thread of every rank, and :meth:`gather` from one thread on every rank, for the
-    same steps in the same order.
+    same steps in the same order. It never waits inside of a collective: a thread that is in one when the interpreter
+    ends takes the process down with it ("terminate called").
     """
 
     def __init__(self, group: Any, rank: int, world_size: int) -> None:
         self._group = group
         self._rank = rank
         self._world_size = world_size
+        self._given_up = threading.Event()
 
     @classmethod
     def join(cls) -> RankGather | None:
@@ -77,12 +81,11 @@ class RankGather:
         """Every rank's share, in the order of ranks, on rank 0; None on the others.
 
         Raises:
-            RuntimeError: when a rank is gone, does not come in time, or is at another step.
+            RuntimeError: when a rank is gone, does not come in time, or is at another step, or after :meth:`give_up`.
         """
-        shares: list[Any] | None = [None] * self._world_size if self._rank == 0 else None
         # Arrays in the tensors' places: a pickled tensor carries the whole buffer that it is a view of.
         sent = _converted(share, lambda part: part.numpy() if isinstance(part, Tensor) else part)
-        dist.gather_object(sent, shares, dst=0, group=self._group)
+        shares = self._gathered(sent)
         if shares is None:
             return None
         steps = {other.step for other in shares}
@@ -93,11 +96,39 @@ class RankGather:
             for other in shares
         ]
 
+    def give_up(self) -> None:
+        """Have a gather that is under way end, and every later one: the time for it is over. Any thread may call it."""
+        self._given_up.set()
+
     def launch_id(self) -> str:
         """Letters and digits of rank 0's choosing, the same on every rank. Call it on every rank at once."""
         chosen: list[Any] = [secrets.token_hex(4)]
         dist.broadcast_object_list(chosen, src=0, group=self._group)
         return str(chosen[0])
+
+    def _gathered(self, sent: Share) -> list[Any] | None:
+        """As ``dist.gather_object``, which cannot be given up."""
+        data, size = dist.distributed_c10d._object_to_tensor(sent, torch.device("cpu"), self._group)
+        sizes = [torch.zeros_like(size) for _ in range(self._world_size)]
+        self._finish(dist.all_gather(sizes, size, group=self._group, async_op=True))
+        longest = int(max(sizes))
+        data.resize_(longest)
+        parts = [torch.empty_like(data) for _ in sizes] if self._rank == 0 else None
+        self._finish(dist.gather(data, parts, dst=0, group=self._group, async_op=True))
+        if parts is None:
+            return None
+        return [
+            dist.distributed_c10d._tensor_to_object(part, int(of), self._group)
+            for part, of in zip(parts, sizes, strict=True)
+        ]
+
+    def _finish(self, work: Any) -> None:
+        pause = FIRST_POLL
+        while not work.is_completed():
+            if self._given_up.wait(pause):
+                raise RuntimeError("not every rank came before the end")
+            pause = min(2 * pause, LAST_POLL)
+        work.wait()  # raises what went wrong
 
 
 def merge(shares: Sequence[Share]) -> tuple[dict[str, Metric], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import threading
 import time
 from collections import deque
@@ -63,8 +65,10 @@ class Worker:
             if self._held > self._max_bytes:
                 self._make_room()
             if self._thread is None:
-                # A daemon: nothing here keeps the process from ending.
-                self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+                # A daemon: nothing here keeps the process from ending. In the context of who began: some clients keep
+                # there which run is active.
+                target = functools.partial(contextvars.copy_context().run, self._run)
+                self._thread = threading.Thread(target=target, name="telemetry", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 

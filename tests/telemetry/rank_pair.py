@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -21,6 +22,8 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.delivery.reduction import RankGather
 from telemetry.records import Max, Mean, Scalar, Sum, Table
+from telemetry.session import Session
+from telemetry.setting import Setting
 
 STEPS = 3
 
@@ -127,8 +130,37 @@ def other_steps(rank: int) -> None:
     say(backend)
 
 
+def ends_before_the_other(rank: int) -> None:
+    """Rank 1 has its numbers when rank 0 has ended only, which was not to wait for them any longer."""
+    store = dist.distributed_c10d._get_default_store()
+    backend = MemoryBackend()
+    recorder = recorder_of(rank, backend)
+    if rank == 1:
+        recorder.defer({"any": torch.zeros(1)}, lambda *_: store.wait(["over"], timedelta(seconds=50)))
+    for step in (1, 2):
+        measure(recorder, rank, step)
+    recorder.close(2.0 if rank == 0 else 5.0)
+    if rank == 0:
+        say(backend)
+        store.set("over", "")
+
+
+def recorder_fails(rank: int) -> None:
+    """On rank 1, as often as it is asked for."""
+    setting = Setting(
+        Path("nowhere"), Path("nowhere"), lambda: [MemoryBackend()], lambda: {"any": 1 // (1 - rank)}, rank=rank
+    )
+    session = Session(torch.nn.Linear(1, 1), setting)
+    for _ in range(3):
+        with contextlib.suppress(ZeroDivisionError):
+            print(type(session.recorder).__name__)
+    session.close()
+    print("meetings", next(ranks._sessions), flush=True)
+
+
 SCENARIOS: dict[str, Callable[[int], Any]] = {
-    function.__name__: function for function in (together, nonfinite, alone, late, dies, other_steps)
+    function.__name__: function
+    for function in (together, nonfinite, alone, late, dies, other_steps, ends_before_the_other, recorder_fails)
 }
 
 if __name__ == "__main__":

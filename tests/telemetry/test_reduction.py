@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import socket
 import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.programs import BRIEF_FORK
+from support.programs import BRIEF_FORK, FORK
+from torch import Tensor
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.delivery import reduction
@@ -97,12 +99,21 @@ def test_merging_leaves_every_share_as_it_was() -> None:
 def test_a_rank_sends_its_values_and_not_the_buffer_that_brought_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host values are views of one buffer that holds everything a step had to bring: here 8 MB for pictures."""
     sent: list[bytes] = []
+    over = SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
 
-    def gather_object(share: Share, shares: list[Any], **_: Any) -> None:
-        sent.append(pickle.dumps(share))
-        shares[:] = [pickle.loads(sent[0])] * 2
+    def all_gather(sizes: list[Tensor], size: Tensor, **_: Any) -> Any:
+        for one in sizes:
+            one.copy_(size)
+        return over
 
-    monkeypatch.setattr(reduction.dist, "gather_object", gather_object)
+    def gather(data: Tensor, parts: list[Tensor], **_: Any) -> Any:
+        sent.append(data.numpy().tobytes())
+        for part in parts:
+            part.copy_(data)
+        return over
+
+    monkeypatch.setattr(reduction.dist, "all_gather", all_gather)
+    monkeypatch.setattr(reduction.dist, "gather", gather)
     backend = MemoryBackend()
     recorder = Recorder([backend], RankGather(None, rank=0, world_size=2))
     vectors = [torch.rand(100, dtype=torch.float64) for _ in range(50)]
@@ -129,14 +140,14 @@ def test_a_single_process_needs_no_gather() -> None:
 class Ended:
     """What the two processes of a scenario printed, said and returned."""
 
-    def __init__(self, scenario: str) -> None:
+    def __init__(self, scenario: str, fork: Sequence[str] = BRIEF_FORK) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             store = f"127.0.0.1:{probe.getsockname()[1]}"
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
         processes = [
             subprocess.Popen(
-                [*BRIEF_FORK, str(PROGRAM), scenario, str(rank), store],
+                [*fork, str(PROGRAM), scenario, str(rank), store],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -237,3 +248,20 @@ def test_ranks_at_different_steps_are_not_added_up() -> None:
     assert ended.codes == [0, 0], ended.errors
     assert ended.scalars() == joined(of_both(1), of_rank_0(2))
     assert "ranks are at different steps: [2, 12]" in ended.errors[0]
+
+
+def test_a_rank_that_ends_first_shows_its_own_numbers_and_its_process_ends_well() -> None:
+    """What still comes of the other, in the interpreter's last moments, finds nobody in a collective."""
+    ended = Ended("ends_before_the_other", FORK)
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.scalars() == of_rank_0(1, 2)
+    said = "ranks can no longer be brought together (not every rank came before the end): from step 1 on"
+    assert ended.errors[0].count(said) == 1
+    assert "terminate" not in "".join(ended.errors)
+
+
+def test_a_rank_whose_recorder_fails_meets_the_others_once() -> None:
+    """Each meeting more would take 20 s, of a step of its own, and leave later trainings' meetings out of step."""
+    ended = Ended("recorder_fails")
+    assert ended.codes == [0, 0], ended.errors
+    assert ended.lines == [["Recorder"] * 3 + ["meetings 1"], ["meetings 1"]]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from telemetry.backends.base import Run
-from telemetry.backends.tensorboard.event_file import EventFile
+from telemetry.backends.tensorboard.event_file import EventFile, InUseError
 from telemetry.backends.tensorboard.hparams import session_end, session_start
 from telemetry.backends.tensorboard.layout import Layout
 from telemetry.backends.tensorboard.summaries import Summaries
@@ -20,10 +24,14 @@ from telemetry.records import Record, Scalar
 _SAMPLES = "scalars=100000,text=1000,audio=200,images=200"
 
 
+logger = logging.getLogger(__name__)
+
+
 class TensorBoardBackend:
     """Shows records in TensorBoard.
 
-    A resumed run supersedes what an earlier attempt left in the same directory after the checkpoint's step. A step is
+    A resumed run supersedes what an earlier attempt left in the same directory after the checkpoint's step; a run that
+    finds another at work there goes to a directory of its own inside, ``run-2``. A step is
     in the file when :meth:`write` returns, unless the disk refuses it: that is counted, logged once, and tried again
     with the next step. So is a file that was deleted: the next step is in a new one.
 
@@ -60,7 +68,7 @@ class TensorBoardBackend:
         """
         # Records of the checkpoint's own step are kept: the first step of this attempt is the one after.
         first_step = run.starting_step + 1 if run.starting_step > 0 else 0
-        self._file = EventFile(Path(run.logging_dir), first_step, [session_start(run.config, time.time())])
+        self._file = _file_of_its_own(Path(run.logging_dir), first_step, [session_start(run.config, time.time())])
         self.path = self._file.path
         self._step = run.starting_step
 
@@ -93,6 +101,18 @@ class TensorBoardBackend:
         if self._file is not None:
             self._file.append(self._step, [session_end(time.time())])
             self._file.close()
+
+
+def _file_of_its_own(directory: Path, *beginning: Any) -> EventFile:
+    """Two runs in one directory would be shown as one, of which readers take the later."""
+    for number in itertools.count(1):
+        within = directory if number == 1 else directory / f"run-{number}"
+        with contextlib.suppress(InUseError):
+            file = EventFile(within, *beginning)
+            if number > 1:
+                logger.warning("another run is writing to %s: this one goes to %s", directory, within)
+            return file
+    raise AssertionError("unreachable")
 
 
 def launch_command(logging_dir: str | Path) -> str:

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from telemetry import tfrecord
+from telemetry.backends.locks import is_locked, lock, unlock
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"tfevents\.(\d+)")
+
+_files: weakref.WeakSet[EventFile] = weakref.WeakSet()
+
+
+class InUseError(Exception):
+    """Another run writes to the directory."""
 
 
 class EventFile:
@@ -36,11 +44,15 @@ class EventFile:
     In a forked child every method does nothing, so that a copy of the writer (in a data loader's worker) cannot
     disturb the file.
 
+    While it writes, it holds a lock on the file, which ends with the process: so another run sees that the directory is
+    in use, and one that goes on where a process was killed that it is not.
+
     Attributes:
         path: where the file is.
         lost_steps: events that could not be written.
 
     Raises:
+        InUseError: when another run writes to the directory.
         OSError: when the directory or the file cannot be made.
     """
 
@@ -52,7 +64,9 @@ class EventFile:
         self._owner = os.getpid()
         self._size = 0
         self._failing = False
-        self._descriptor: int | None = self._made()
+        self._descriptor: int | None = None
+        self._descriptor = self._made()
+        _files.add(self)
         self._beginning = b"".join(
             (
                 self._record(file_version="brain.Event:2"),
@@ -78,12 +92,32 @@ class EventFile:
     def close(self) -> None:
         """Let go of the file. What was appended is in it already."""
         if self._descriptor is not None and self._owner == os.getpid():
+            unlock(self._descriptor)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close the descriptor in this process, be it the writer's or a copy of it."""
+        if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def _made(self) -> int:
+        """The file, empty and locked; there for others when it has been locked."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        before = self.path.with_name(f".{self.path.name.replace('tfevents', 'begun')}")
+        descriptor = os.open(before, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        try:
+            lock(descriptor)
+            before.rename(self.path)
+            if self._descriptor is None and any(map(is_locked, _others(self.path))):
+                self.path.unlink()
+                raise InUseError(f"another run writes to {self.path.parent}")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        finally:
+            before.unlink(missing_ok=True)
+        return descriptor
 
     def _make_again(self) -> None:
         """Begin the file anew, for later steps: someone has deleted it."""
@@ -125,6 +159,21 @@ class EventFile:
             os.ftruncate(self._descriptor, self._size)
             raise
         self._size += len(data)
+
+
+def _others(path: Path) -> list[Path]:
+    """Event files of runs that have begun before this one's."""
+    return [other for other in path.parent.iterdir() if _NAME.search(other.name) and other.name < path.name]
+
+
+def _let_go_in_child() -> None:
+    """A lock is the descriptor's, which a forked child has too: it might outlive the run."""
+    for file in list(_files):
+        file.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class _Clock:

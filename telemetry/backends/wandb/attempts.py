@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from telemetry.backends.locks import is_locked, lock, unlock
+
 FILE = "wandb_run.jsonl"
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,9 @@ class Attempts:
 
     @staticmethod
     def forget(directory: Path) -> None:
-        """A fresh run begins in the directory: what the file says is of another."""
+        """A fresh run begins in the directory: what the file says is of another, which may be under way."""
+        if is_locked(directory / FILE):
+            return
         with contextlib.suppress(OSError):
             (directory / FILE).unlink()
 
@@ -87,7 +91,12 @@ class AttemptsFile:
         self._file: IO[str] | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = (directory / FILE).open("a" if resumed else "w", encoding="utf-8", buffering=1)
+            self._file = (directory / FILE).open("a", encoding="utf-8", buffering=1)
+            if not lock(self._file.fileno()):
+                self._file.close()
+                raise OSError("another run is under way in the directory")
+            if not resumed:
+                self._file.truncate(0)
         except OSError as error:
             self._fail(error)
         if not resumed:
@@ -102,6 +111,7 @@ class AttemptsFile:
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
+            unlock(self._file.fileno())
             self._file.close()
             self._file = None
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,12 +40,19 @@ MAX_RECENT = 256  # rows that are kept for a client's process that dies with wha
 
 logger = logging.getLogger(__name__)
 
+_opened: weakref.WeakSet[Any] = weakref.WeakSet()  # runs that are no user's to be joined: a training's each
+
 
 class WandbClient:
     """The run that a backend writes to. All methods belong to one thread.
 
-    Joins the run that is already active in the process, which stays its owner's to finish. Opens one otherwise: online
-    where there is a key and the server answers, offline where not.
+    Joins the run that is already active in the process, which stays its owner's to finish. Opens one otherwise, or
+    where the active one is another training's: online where there is a key and the server answers, offline where not.
+
+    A row of a joined run is its owner's too, who may number rows by the training's steps (``wandb.log(..., step=)``):
+    the client drops what comes with a number that is past. So a step takes one row there, the one that is open or the
+    next, and none whose number is ahead of training (:meth:`has_room`). Where the Trainer's own callback writes there
+    too, which closes each of its rows and so gives whatever stands in them its step, ours are closed at once as well.
 
     Args:
         run: the training run.
@@ -54,6 +62,9 @@ class WandbClient:
     def __init__(self, run: Run, shared: bool) -> None:
         self._run = run
         self._shared = shared
+        self._is_guest = False
+        self._taken = (-1, -1)  # the row of a joined run that was written last, and the step it is of
+        self._ahead: int | None = None  # how far rows were ahead of steps when the first was written
         self._wandb_run: Any = None
         self._attempts: AttemptsFile | None = None
         self._owned = True
@@ -84,7 +95,11 @@ class WandbClient:
         """
         if self._run.output_dir is not None and self._run.rank == 0 and self._run.starting_step == 0:
             Attempts.forget(self._run.output_dir)
-        if wandb.run is not None:
+        self._meet()
+
+    def _meet(self) -> None:
+        """Join the run that is active, or open one."""
+        if wandb.run is not None and wandb.run not in _opened:
             self._join(wandb.run)
         else:
             self._open_own()
@@ -110,6 +125,30 @@ class WandbClient:
         for step, values in lost:
             self.log(step, values, values)
         return first_lost
+
+    @property
+    def was_ended(self) -> bool:
+        """Whether somebody else has finished the run."""
+        return bool(getattr(self._wandb_run, "_is_finished", False))
+
+    def go_on(self) -> str:
+        """Go on after somebody else has finished the run: in the one that is active now, or else in one of our own.
+
+        That is the same run where a server has it; of two parts on disk, one would overwrite the other.
+
+        Returns:
+            The id of the run.
+        """
+        ended = self._wandb_run
+        self._defined.clear()
+        self._recent.clear()
+        self._taken, self._ahead = (-1, -1), None
+        if (wandb.run is not None and wandb.run not in _opened) or ended.offline:
+            self._meet()
+        else:
+            self._begin(self._init("", id=ended.id, project=ended.project, resume="allow"))
+            self._wandb_run.define_metric(AXIS)
+        return str(self._wandb_run.id)
 
     def answers(self) -> bool:
         """Whether the server can be reached, if the run needs it."""
@@ -144,13 +183,30 @@ class WandbClient:
             if tag not in self._defined:
                 self._defined.add(tag)
                 self._define(tag, isinstance(value, float))
-        self._wandb_run.log({**values, AXIS: step})
+        if self._is_guest:
+            self._log_as_guest(step, {**values, AXIS: step})
+        else:
+            self._wandb_run.log({**values, AXIS: step})
         if all(isinstance(value, float) for value in values.values()):
             self._recent.append((self._next_row, step, values))  # not before: who logs a row that failed does so again
         if self._attempts is not None:
             self._attempts.add(step, self._next_row, digest(tags))
         self._next_row += 1
         return self._next_row - 1
+
+    def has_room(self, step: int, newest: int) -> bool:
+        """Whether a row of a step can be written without one that is ahead of training.
+
+        Args:
+            step: the row's.
+            newest: the step that training has come to.
+        """
+        if not self._is_guest:
+            return True
+        row = self._wandb_run.step
+        if self._ahead is None:
+            self._ahead = max(0, row - newest)
+        return self._row_for(step, row) <= max(row, newest + self._ahead)
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Notify people."""
@@ -174,8 +230,27 @@ class WandbClient:
                 unregister()
             time.sleep(2 * FLUSH_SECONDS)
 
+    def _row_for(self, step: int, row: int) -> int:
+        """The open row, unless it holds another step."""
+        taken, of = self._taken
+        return row + 1 if row == taken and step != of else row
+
+    def _log_as_guest(self, step: int, values: Mapping[str, Any]) -> None:
+        is_open = self._wandb_run.step
+        row = self._row_for(step, is_open)
+        if row == is_open:
+            self._wandb_run.log(values, commit=False)
+        else:
+            self._wandb_run.log(values, step=row)
+            if self._wandb_run.step > row:  # its owner was quicker: the client may have dropped it
+                self._wandb_run.log(values, commit=False)
+        # Its owner may have gone on just before: then it is in the row that is open now.
+        self._taken = max(row, self._wandb_run.step), step
+
     def _join(self, active: Any) -> None:
         self._wandb_run, self._owned = active, False
+        closes_rows = "wandb" in str(self._run.config.get("report_to"))
+        self._is_guest = not closes_rows and active.settings.mode != "shared"
         active.config.update(_config(self._run.config), allow_val_change=True)
         logger.info("telemetry goes to the W&B run that is active: %s", active.url or active.id)
 
@@ -230,7 +305,8 @@ class WandbClient:
         self._had = earlier.rows_after(self._had_before - 1, self._next_row)
 
     def _begin(self, wandb_run: Any) -> None:
-        self._wandb_run = wandb_run
+        self._wandb_run, self._owned, self._is_guest = wandb_run, True, False
+        _opened.add(wandb_run)
         self._next_row = wandb_run.starting_step
         shutdown.close_before_others()
         wandb_run.define_metric("*", step_metric=AXIS)
@@ -240,6 +316,8 @@ class WandbClient:
         Path(directory).mkdir(parents=True, exist_ok=True)
         if not os.environ.get("WANDB_NAME") and self._run.name:
             arguments["name"] = self._run.name
+        if wandb.run is not None:  # of another training in this process
+            arguments["reinit"] = "create_new"
         shared = self._shared and not mode
         chosen: Any = "shared" if shared else mode or None
         return wandb.init(mode=chosen, dir=directory, settings=self._settings(shared), **arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -85,10 +85,10 @@ class Tables:
         known.append(GrowingTable(key, table.columns))
         return known[-1]
 
-    def begin_again(self) -> None:
-        """As :meth:`GrowingTable.begin_again`, for all."""
-        for known in self._by_tag.values():
-            for growing in known:
+    def begin_again(self, tags: Iterable[str] | None = None) -> None:
+        """As :meth:`GrowingTable.begin_again`, for those of some tags, or all."""
+        for tag in self._by_tag if tags is None else tags:
+            for growing in self._by_tag.get(tag, ()):
                 growing.begin_again()
 
 

@@ -26,14 +26,17 @@ class Values(Shown):
 
     def shows(self, step: int, records: Sequence[Record]) -> dict[str, Any]:
         """Tag → value of what is not a number."""
-        in_tables = _media_of_tables(records)
-        shown = [one for one in records if not isinstance(one, Scalar | Alert) and one.tag not in in_tables]
-        values = self.made(shown, lambda record: self._value(step, record))
+        values = self.made(self.parts(records), lambda record: self._value(step, record))
         return {tag: value for made in values for tag, value in made.items()}
 
-    def begin_tables_again(self) -> None:
-        """Have every table begin again: what was made last was not taken."""
-        self._tables.begin_again()
+    def parts(self, records: Sequence[Record]) -> list[Table | Audio | Image]:
+        """What is shown under a tag of its own, and is no number."""
+        in_tables = _media_of_tables(records)
+        return [one for one in records if not isinstance(one, Scalar | Alert) and one.tag not in in_tables]
+
+    def begin_tables_again(self, tags: Iterable[str] | None = None) -> None:
+        """Have the tables of some tags begin again, or all: what was made last was not taken."""
+        self._tables.begin_again(tags)
 
     def _value(self, step: int, record: Table | Audio | Image) -> Mapping[str, Any]:
         if isinstance(record, Table):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import io
 import logging
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from telemetry.backends.base import Run
 from telemetry.backends.encoding import encode_png, encode_wav
+from telemetry.backends.locks import is_locked
 from telemetry.backends.tensorboard import TensorBoardBackend, launch_command
 from telemetry.backends.tensorboard.hparams import flatten
 from telemetry.backends.tensorboard.markdown import MAX_CELL, MAX_ROWS, escape, table_markdown, table_texts
@@ -772,3 +775,59 @@ def test_nothing_is_logged_when_all_is_well(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.DEBUG, logger="telemetry"):
         record_steps(tmp_path, losses(1, 3))
     assert caplog.records == []
+
+
+def test_a_run_that_finds_another_at_work_has_a_directory_of_its_own(
+    tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    """While the other is at work, and no longer: what goes on after it does so there."""
+    first, second, third, resumed = (TensorBoardBackend() for _ in range(4))
+    for backend in (first, second, third):
+        backend.open(Run(tmp_path))
+        backend.write(1, [Scalar("x", 1.0)])
+    assert [made.path.parent for made in (first, second, third) if made.path] == [
+        tmp_path, tmp_path / "run-2", tmp_path / "run-3"
+    ]  # fmt: skip
+    said = f"another run is writing to {tmp_path}: this one goes to {tmp_path / 'run-2'}"
+    assert telemetry_log.text.count(said) == 1
+    first.close()
+    resumed.open(Run(tmp_path, starting_step=1))
+    assert resumed.path is not None
+    assert resumed.path.parent == tmp_path
+    for backend in (second, third, resumed):
+        backend.close()
+
+
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_directory(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    run = os.fork()
+    if run == 0:
+        backend = TensorBoardBackend()
+        backend.open(Run(tmp_path))
+        worker = os.fork()
+        if worker == 0:
+            os.write(writer, b"%d" % os.getpid())
+            signal.pause()
+        signal.pause()
+    worker = int(os.read(reader, 20))
+    try:
+        assert [path for path in tmp_path.iterdir() if is_locked(path)]
+        os.kill(run, signal.SIGKILL)
+        os.waitpid(run, 0)
+        assert not [path for path in tmp_path.iterdir() if is_locked(path)]
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("telemetry.backends.locks.fcntl.flock", refuse)
+    for backend in (TensorBoardBackend(), TensorBoardBackend()):
+        backend.open(Run(tmp_path))
+        assert backend.path is not None
+        assert backend.path.parent == tmp_path
+        backend.close()

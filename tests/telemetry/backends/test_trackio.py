@@ -72,3 +72,18 @@ def test_media_and_tables(database: Path) -> None:
 def test_alerts(database: Path) -> None:
     alerts = rows(database, "select title, text, level, step from alerts where run_name = 'voices' order by step")
     assert alerts == [("no end of stream", f"at step {step}", "error", step) for step in (1, 2, 3)]
+
+
+def test_a_run_of_the_users_is_joined_and_left_open(database: Path) -> None:
+    found = rows(database.with_name("mine.db"), "select run_name, step, metrics from metrics")
+    values = [(step, json.loads(metrics)) for name, step, metrics in found if name == "guests"]
+    own = [(step, held) for step, held in values if "outputs/loss/total" in held]
+    assert own == [(step, {"outputs/loss/total": 1 / step, "train/global_step": step}) for step in (1, 2, 3)]
+    assert [held["user"] for _, held in values if "user" in held] == [0, 1, 2, 3, 4]
+    ((config,),) = rows(database.with_name("mine.db"), "select config from configs where run_name = 'guests'")
+    assert json.loads(config)["own"] == 1
+
+
+def test_a_run_that_its_owner_ends_first_has_everything(database: Path) -> None:
+    found = rows(database.with_name("mine.db"), "select metrics from metrics where run_name = 'ended'")
+    assert [json.loads(metrics)["outputs/loss/total"] for (metrics,) in found] == [1.0, 0.5]

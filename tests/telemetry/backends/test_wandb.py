@@ -293,6 +293,33 @@ def test_a_run_of_the_users_is_joined_and_left_alone(ran: Ran) -> None:
     assert run.config["lr"] == 0.1
 
 
+def test_rows_of_the_owner_are_kept_in_a_run_that_is_joined(ran: Ran) -> None:
+    run, steps = ran.run("rows_of_the_owner"), list(range(1, STEPS + 1))
+    assert [row["_step"] for row in run.history()] == [*steps, STEPS + 1]
+    assert [row["mine"] for row in run.history()] == [*steps, STEPS + 1]
+    assert [row["late"] for row in run.history() if "late" in row] == steps
+    for tag in ("x", "train/of"):
+        assert run.points(tag) == [(step, step) for step in steps]
+    assert run.tables("t")[-1].rows == [[step, step] for step in steps]
+    assert run.exit_code == 0
+
+
+def test_trainings_at_once_are_runs_of_their_own(ran: Ran) -> None:
+    assert sorted([step for step, _ in run.points("x")] for run in ran.runs("each_its_own")) == [
+        [1, 2, 3],
+        [1, 2, 3, 4],
+    ]
+    assert [run.exit_code for run in ran.runs("each_its_own")] == [0, 0]
+
+
+def test_a_run_that_the_user_finishes_in_between_goes_on(ran: Ran) -> None:
+    run = ran.run("finished_in_between")
+    assert run.points("x") == [(1, 1), (2, 2), (3, 3)]
+    assert [row for table in run.tables("t") for row in table.rows][-1] == [3, 3]
+    assert run.exit_code == 0
+    assert ran.said("finished_in_between").count("was finished while training goes on") == 1
+
+
 def test_two_ranks_are_one_run(ran: Ran) -> None:
     run = ran.run("two_ranks")
     assert run.clients == [""]

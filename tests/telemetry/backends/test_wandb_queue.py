@@ -36,6 +36,7 @@ class FakeClient:
         self.opening.set()
         self.errors: list[Exception] = []
         self.fails_on_tables = False
+        self.cannot_take: dict[str, Exception] = {}
         self.alive = True
         self.reopened = 0
         self.first_lost = math.inf
@@ -43,6 +44,7 @@ class FakeClient:
         self.sync_command = "wandb sync HERE"
         self.is_offline = False
         self.answering = True
+        self.was_ended = False
 
     def __call__(self, _run: Run, _shared: bool) -> FakeClient:
         return self
@@ -58,6 +60,9 @@ class FakeClient:
     def is_alive(self) -> bool:
         return self.alive
 
+    def has_room(self, _step: int, _newest: int) -> bool:
+        return True
+
     def answers(self) -> bool:
         return self.answering
 
@@ -65,6 +70,8 @@ class FakeClient:
         return False
 
     def log(self, step: int, values: Mapping[str, Any], tags: Iterable[str]) -> int:
+        if values.keys() & self.cannot_take.keys():
+            raise self.cannot_take[next(iter(values.keys() & self.cannot_take.keys()))]
         if not self.alive or (self.fails_on_tables and "t" in values):
             raise ConnectionResetError("gone") if not self.alive else RuntimeError("the server is away")
         self.rows.append((step, dict(values)))
@@ -206,6 +213,29 @@ def test_tables_that_are_never_taken_are_counted(
     assert client.rows[-1] == (30, {"telemetry/dropped_records": 30.0})
     assert telemetry_log.text.count("records were lost on their way to W&B") == 1
     assert (client.finished, client.abandoned) == ((True, False) if answering else (False, True))
+
+
+@pytest.mark.parametrize("error", [ValueError("too long"), RuntimeError("no reason given")], ids=["said", "not said"])
+def test_a_table_that_can_never_be_taken_is_the_only_thing_lost(
+    error: Exception,
+    client: FakeClient,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    telemetry_log: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(telemetry.backends.wandb.backend, "AWAY_SECONDS", 0.0)
+    client.cannot_take = {"bad": error}
+    for step in range(1, 13):
+        bad = [Table("bad", ("v",), ((step,),))] if step in (1, 7) else []
+        recorder.write(step, [*rows(step), *bad])
+        settle(recorder)
+    recorder.close()
+    assert client.numbers() == [(step, step) for step in range(1, 13)]
+    assert sorted(client.tables()) == list(range(1, 13))
+    assert recorder.dropped_records == 2
+    assert client.rows[-1] == (12, {"telemetry/dropped_records": 2.0})
+    assert client.finished
+    assert telemetry_log.text.count("W&B cannot take bad of step 1") == 1
 
 
 @pytest.mark.parametrize("dies_with", ["numbers", "tables"])
@@ -475,3 +505,20 @@ shutdown.close_before_others()
     root = Path(telemetry.backends.wandb.backend.__file__).parents[3]
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert ended.stdout.split() == ["telemetry", "client"]
+
+
+def test_of_two_runs_at_once_the_first_keeps_its_rows(tmp_path: Path, telemetry_log: pytest.LogCaptureFixture) -> None:
+    first = AttemptsFile(tmp_path, "id1", "voices", resumed=False)
+    first.add(1, 0, 7)
+    Attempts.forget(tmp_path)  # as a fresh run does
+    second = AttemptsFile(tmp_path, "id2", "voices", resumed=False)
+    second.add(5, 5, 7)
+    first.add(2, 1, 7)
+    second.close()
+    first.close()
+    found = Attempts.read(tmp_path)
+    assert found is not None
+    assert (found.run_id, found.rows) == ("id1", {0: (1, 7), 1: (2, 7)})
+    assert telemetry_log.text.count("another run is under way in the directory") == 1
+    Attempts.forget(tmp_path)
+    assert Attempts.read(tmp_path) is None

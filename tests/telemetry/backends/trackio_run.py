@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import trackio
 
 from telemetry import TrackioBackend
 from telemetry.backends.base import Run
@@ -40,6 +41,36 @@ def attempt(directory: Path, start: int) -> None:
     assert backend.unshown_records == len(STEPS[start:])
 
 
+def joined(directory: Path) -> None:
+    """The user's own run, with rows of the user's before, between and after telemetry's; the user ends it."""
+    run = trackio.init("mine", "guests", embed=False, auto_log_cpu=False, config={"own": 1})
+    trackio.log({"user": 0.0})
+    recorder = Recorder([TrackioBackend()])
+    recorder.open(Run(directory / "logs", 0, "voices", {"lr": 0.1}))
+    for step in STEPS:
+        recorder.write(step, [Scalar("outputs/loss/total", 1 / step)])
+        assert recorder.drain()
+        trackio.log({"user": float(step)}, step=step)
+    recorder.close()
+    assert trackio.context_vars.current_run.get() is run
+    trackio.log({"user": 4.0})
+    trackio.finish()
+
+
+def ended_early(directory: Path) -> None:
+    """The Trainer's own callback ends its run before telemetry has written everything."""
+    trackio.init("mine", "ended", embed=False, auto_log_cpu=False)
+    recorder = Recorder([TrackioBackend()])
+    recorder.open(Run(directory / "logs"))
+    recorder.write(1, [Scalar("outputs/loss/total", 1.0)])
+    assert recorder.drain()
+    trackio.finish()
+    recorder.write(2, [Scalar("outputs/loss/total", 0.5)])
+    recorder.close()
+
+
 if __name__ == "__main__":
     attempt(Path(sys.argv[1]), 0)
     attempt(Path(sys.argv[1]), CHECKPOINT)
+    joined(Path(sys.argv[1]))
+    ended_early(Path(sys.argv[1]))

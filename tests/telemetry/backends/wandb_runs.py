@@ -179,6 +179,46 @@ def joined(directory: Path) -> None:
     run.finish()
 
 
+def rows_of_the_owner(directory: Path) -> None:
+    """The user numbers rows by training's steps, before and after telemetry's of the step, and after training."""
+    run = wandb.init(project="rows_of_the_owner", dir=str(directory))
+    recorder = opened(directory, [WandbBackend()])
+    for step in range(1, STEPS + 1):
+        run.log({"mine": step}, step=step)
+        recorder.write(step, [Scalar("x", float(step)), Table("t", ("step",), ((step,),))])
+        recorder.write(step, [Scalar("train/of", float(step))])
+        assert recorder.drain(PATIENCE)
+        run.log({"late": step}, step=step)
+    recorder.close()
+    run.log({"mine": STEPS + 1}, step=STEPS + 1)
+    run.finish()
+
+
+def each_its_own(directory: Path) -> None:
+    """A training inside of another."""
+    outer, inner = opened(directory / "outer", [WandbBackend()]), opened(directory / "inner", [WandbBackend()])
+    for recorder, steps in ((outer, (1, 2)), (inner, (1, 2, 3)), (outer, (3,))):
+        for step in steps:
+            recorder.write(step, [Scalar("x", float(step))])
+            assert recorder.drain(PATIENCE)
+    inner.close()
+    outer.write(4, [Scalar("x", 4.0)])
+    outer.close()
+
+
+def finished_in_between(directory: Path) -> None:
+    """By the user, who had begun it."""
+    wandb.init(project="finished_in_between", dir=str(directory))
+    recorder = opened(directory, [WandbBackend()])
+    for step in (1, 2, 3):
+        recorder.write(step, [Scalar("x", float(step)), Table("t", ("step",), ((step,),))])
+        assert recorder.drain(PATIENCE)
+        if step == 2:
+            wandb.finish()
+    recorder.close()
+    assert wandb.run is None
+
+
 def two_ranks(directory: Path) -> None:
     """A training on two ranks, of which one reports."""
     on_two_ranks(directory, every_rank=False)
@@ -226,6 +266,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     crashed_and_resumed,
     crashed_and_not_rewound,
     joined,
+    rows_of_the_owner,
+    each_its_own,
+    finished_in_between,
     two_ranks,
     two_ranks_that_write,
 )
