@@ -47,7 +47,11 @@ class CausalLMFamily(Family):
     """
 
     name = "causal_lm"
-    groups = (("lora_", "lora"), ("lm_head", "text_head"), *DECODER_GROUPS)
+    groups = (
+        *(("lora_", "lora"), ("ia3_", "lora"), ("prompt_encoder", "lora")),  # what PEFT adds, whatever it is added to
+        ("lm_head", "text_head"),
+        *DECODER_GROUPS,
+    )
 
     @classmethod
     def find(cls, model: nn.Module) -> CausalLMFamily | None:

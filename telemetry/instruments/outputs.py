@@ -83,7 +83,7 @@ class CheckedMean(Metric):
             return PARTIAL if unread else PART_SAMPLED if sampled else ""
         return (
             f"family {family} reads a loss of {read / wrong:.7g} where the model returned {returned / wrong:.7g}: it "
-            "misreads the model, or the loss is more than the cross-entropy of what it declares"
+            "misreads the model, or the loss is more than the cross-entropy of what it declares, or at a temperature"
         )
 
 
