@@ -30,9 +30,9 @@ from telemetry.families.base import (
     output,
     real_positions,
 )
-from telemetry.families.fused import SAMPLE, decoder_of, even_rows, head_fault, last_hidden_state, logits_of
+from telemetry.families.fused import SAMPLE, decoders_of, even_rows, head_fault, last_hidden_state, logits_of
 
-_MODEL, _DECODER = "model", "decoder"
+_MODEL = "model"
 # Of the code of a forward pass that hands the trainer's count on to its loss; the last three are fused losses.
 _COUNTING = {
     "loss_function", "num_items_in_batch", "LigerForCausalLMLoss", "lce_maybe_trainable_lm_head", "apply_lce",
@@ -69,8 +69,7 @@ class CausalLMFamily(Family):
 
     def watched(self) -> Mapping[str, nn.Module]:
         """The model itself, whose labels a wrapper may have lengthened, and where it ends before its head."""
-        decoder = None if self._encodes else decoder_of(self.model)
-        return {_MODEL: self.model, **({} if decoder is None else {_DECODER: decoder})}
+        return {_MODEL: self.model, **self._decoders}
 
     def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
         """The text, from the logits that the loss takes: after scaling and capping.
@@ -98,20 +97,30 @@ class CausalLMFamily(Family):
 
     def _computed_again(self, labels: Tensor, alignment: Alignment, seen: Seen) -> Stream | Absent:
         """The text from logits that the model computed none of: all rows, or of many an even sample."""
-        decoder_gave = seen.modules.get(_DECODER)
-        hidden, fault = last_hidden_state(decoder_gave), head_fault(self.model)
+        name, decoder = next(((name, one) for name, one in self._decoders.items() if name in seen.modules), ("", None))
+        if decoder is None:
+            return Absent("text", seen.missing)
+        given = seen.modules[name]
+        hidden, fault = last_hidden_state(given), head_fault(self.model, decoder)
         if hidden is None or fault:
-            return Absent("text", seen.missing if hidden is None else fault)
+            return Absent("text", fault or seen.missing)
         if hidden.shape[:2] != labels.shape:
-            given, expected = tuple(hidden.shape[:2]), tuple(labels.shape)
-            return Absent("text", f"the loss is fused, and the decoder gives {given} positions for {expected} labels")
+            positions, expected = tuple(hidden.shape[:2]), tuple(labels.shape)
+            return Absent(
+                "text", f"the loss is fused, and the decoder gives {positions} positions for {expected} labels"
+            )
         stream = Stream("text", hidden, labels, "text", alignment)
         rows, each = None, hidden.new_ones((), dtype=torch.float32)
         if labels.numel() > SAMPLE:
             rows, each = even_rows(stream.targets != IGNORE_INDEX, SAMPLE)
             hidden = hidden.flatten(0, 1)[rows][None]
-        logits = logits_of(self.model, decoder_gave, hidden, seen.autocast)
+        logits = logits_of(self.model, decoder, given, hidden, seen.autocast)
         return replace(stream, logits=logits if rows is None else logits[0], rows=rows, each=each)
+
+    @functools.cached_property
+    def _decoders(self) -> Mapping[str, nn.Module]:
+        """What may give the last hidden state, the outermost first."""
+        return {} if self._encodes else {f"decoder_{at}": one for at, one in enumerate(decoders_of(self.model))}
 
     @property
     def _alignment(self) -> Alignment:

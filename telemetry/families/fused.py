@@ -13,10 +13,11 @@ SAMPLE = 1024  # rows: logits of so many are small beside what a step keeps of i
 SPREAD = "its loss is fused with a head that does not lie on this rank as a whole"
 
 
-def decoder_of(model: nn.Module) -> nn.Module | None:
-    """Return the part of a model of transformers that gives the last hidden state; None for a model without."""
-    decoder = getattr(model, "base_model", None)
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+def decoders_of(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model of transformers that may give the last hidden state, the outermost first."""
+    get_decoder = getattr(model, "get_decoder", None)
+    found = [getattr(model, "base_model", None), get_decoder() if callable(get_decoder) else None]
+    return list(dict.fromkeys(one for one in found if isinstance(one, nn.Module) and one is not model))
 
 
 def last_hidden_state(given: Any) -> Tensor | None:
@@ -25,9 +26,9 @@ def last_hidden_state(given: Any) -> Tensor | None:
     return hidden if isinstance(hidden, Tensor) and hidden.dim() == 3 else None
 
 
-def head_fault(model: nn.Module) -> str:
+def head_fault(model: nn.Module, decoder: nn.Module) -> str:
     """Say why what follows a model's decoder cannot be run again; "" where it can."""
-    heads = [module for child in _after_decoder(model) for module in child.modules()]
+    heads = [module for child in _beside(model, decoder) for module in child.modules()]
     if any(isinstance(head, nn.Dropout) and head.p and head.training for head in heads):
         return "its loss is fused with a head that draws at random (dropout)"
     parameters = [one for head in heads for one in head.parameters(recurse=False)]
@@ -36,11 +37,13 @@ def head_fault(model: nn.Module) -> str:
     return SPREAD if spread or any(hasattr(head, "_fsdp_wrapped_module") for head in heads) else ""
 
 
-def _after_decoder(model: nn.Module) -> list[nn.Module]:
-    return [child for child in model.children() if child is not decoder_of(model)]
+def _beside(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    return [child for child in model.children() if all(part is not decoder for part in child.modules())]
 
 
-def logits_of(model: nn.Module, given: Any, hidden: Tensor, autocast: Mapping[str, torch.dtype]) -> Tensor:
+def logits_of(
+    model: nn.Module, decoder: nn.Module, given: Any, hidden: Tensor, autocast: Mapping[str, torch.dtype]
+) -> Tensor:
     """Return the logits that a model makes of its last hidden state, scaled and capped as its own code has it.
 
     Its class's forward pass is run without labels on a twin that shares all tensors: with no hook on it, nothing in
@@ -49,15 +52,15 @@ def logits_of(model: nn.Module, given: Any, hidden: Tensor, autocast: Mapping[st
 
     Args:
         model: of transformers.
-        given: what its decoder gave.
+        decoder: what gives its last hidden state.
+        given: what that gave.
         hidden: ``[batch, positions, hidden]``, of some positions.
         autocast: by type of device, what the pass has computed in.
     """
-    device = next((one.device for head in _after_decoder(model) for one in head.parameters()), hidden.device)
+    device = next((one.device for head in _beside(model, decoder) for one in head.parameters()), hidden.device)
     hidden = hidden.to(device, non_blocking=True)
     again: Any = (hidden,) if isinstance(given, tuple) else type(given)(last_hidden_state=hidden)
-    decoder: Any = decoder_of(model)
-    stand_in = _bare(decoder)
+    stand_in: Any = _bare(decoder)
     stand_in.forward = lambda *_args, **_options: again
     dtype = autocast.get(device.type)
     # Without its cache of weights: one that is filled without gradients would leave the pass around it without some.

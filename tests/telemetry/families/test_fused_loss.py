@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
         **{"output_router_logits": True, "router_aux_loss_coef": 0.1},
     },
+    "OPT": {"dropout": 0.0, "ffn_dim": 24},
     "GPT2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 
