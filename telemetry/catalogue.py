@@ -212,8 +212,8 @@ CATALOGUE: tuple[Entry, ...] = (
         "nats",
         reduction="as outputs/loss/model",
         better="lower",
-        absent="a part of it could not be read, or of some of its tokens only (a fused loss), or it differs from the loss "
-        "that the model returned",
+        absent="a part of it could not be read, or from a sample of its tokens only (a fused loss), or it differs from"
+        " the loss that the model returned",
     ),
     Entry(
         "outputs/loss/model",

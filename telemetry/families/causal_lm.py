@@ -115,6 +115,8 @@ class CausalLMFamily(Family):
             rows, each = even_rows(stream.targets != IGNORE_INDEX, SAMPLE)
             hidden = hidden.flatten(0, 1)[rows][None]
         logits = logits_of(self.model, decoder, given, hidden, seen.autocast)
+        if logits is None:
+            return Absent("text", NO_LOGITS)
         return replace(stream, logits=logits if rows is None else logits[0], rows=rows, each=each)
 
     @functools.cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,12 +43,13 @@ def _beside(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
 
 def logits_of(
     model: nn.Module, decoder: nn.Module, given: Any, hidden: Tensor, autocast: Mapping[str, torch.dtype]
-) -> Tensor:
+) -> Tensor | None:
     """Return the logits that a model makes of its last hidden state, scaled and capped as its own code has it.
 
     Its class's forward pass is run without labels on a twin that shares all tensors: with no hook on it, nothing in
     training mode, and a decoder that gives what it has given. So nothing is drawn, nothing of the model changes, and
-    what replaces the forward pass of one model (a patch with a fused loss) is left out.
+    what replaces the forward pass of one model (a patch with a fused loss) is left out. Where a class of one's own
+    gives no logits, the class that it derives from does.
 
     Args:
         model: of transformers.
@@ -56,16 +57,32 @@ def logits_of(
         given: what that gave.
         hidden: ``[batch, positions, hidden]``, of some positions.
         autocast: by type of device, what the pass has computed in.
+
+    Returns:
+        None where no class of the model's gives logits without labels.
     """
     device = next((one.device for head in _beside(model, decoder) for one in head.parameters()), hidden.device)
     hidden = hidden.to(device, non_blocking=True)
     again: Any = (hidden,) if isinstance(given, tuple) else type(given)(last_hidden_state=hidden)
     stand_in: Any = _bare(decoder)
     stand_in.forward = lambda *_args, **_options: again
-    dtype = autocast.get(device.type)
+    twin, dtype = _twin(model, {decoder: stand_in}), autocast.get(device.type)
     # Without its cache of weights: one that is filled without gradients would leave the pass around it without some.
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
-        return _twin(model, {decoder: stand_in})(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        for kind in type(model).__mro__[: type(model).__mro__.index(nn.Module)]:
+            if "forward" in vars(kind) and (logits := _tried(vars(kind)["forward"], twin, hidden)) is not None:
+                return logits
+    return None
+
+
+def _tried(forward: Callable[..., Any], twin: nn.Module, hidden: Tensor) -> Tensor | None:
+    try:
+        logits = getattr(forward(twin, inputs_embeds=hidden, use_cache=False, return_dict=True), "logits", None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001  (a forward pass that cannot do without labels, or without token ids)
+        return None
+    return logits if isinstance(logits, Tensor) and logits.shape[:-1] == hidden.shape[:-1] else None
 
 
 def even_rows(supervised: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -86,10 +86,11 @@ class Run:
         """Every scalar of ``outputs/``, worked out with the model as it was, without any fused loss."""
         model, outputs, losses = plain(self.snapshots.models[step]), Outputs(), []
         for inputs in self.passes.of_step[step]:
-            labels = inputs["labels"].tolist()
             given: dict[str, Any] = {n: value for n, value in inputs.items() if n not in ("labels", "fused_lm_head")}
             with torch.no_grad():
                 logits = model(**given).logits
+            virtual = logits.shape[1] - inputs["labels"].shape[1]  # of a learned prompt
+            labels = torch.nn.functional.pad(inputs["labels"], (virtual, 0), value=IGNORED).tolist()
             for counted in (outputs, own := Outputs()):
                 counted.add_text(labels, logits)
             losses.append(own.values()["outputs/loss/text"])
