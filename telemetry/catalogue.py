@@ -212,7 +212,8 @@ CATALOGUE: tuple[Entry, ...] = (
         "nats",
         reduction="as outputs/loss/model",
         better="lower",
-        absent="a part of it could not be read, or it differs from the loss that the model returned",
+        absent="a part of it could not be read, or from a sample of its tokens only (a fused loss), or it differs from"
+        " the loss that the model returned",
     ),
     Entry(
         "outputs/loss/model",

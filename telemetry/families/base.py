@@ -163,6 +163,8 @@ class Stream:
             where that is the number of its own supervised tokens in the pass.
         rows: int64 ``[rows]``, where logits ``[rows, ...]`` cover some positions of labels ``[batch, sequence, ...]``
             only: the index into ``batch × sequence`` of each. None where they cover all.
+        each: 0-d, how many supervised tokens each row stands for, where logits were computed again beside a fused
+            loss: more than 1 where there are too many for all. None for the model's own logits.
         bos_id, eos_id: ids of its begin and its end, which are no entries of a codebook; None where it has none.
         ends: bool, the shape of :attr:`predicted`: where an end is to be predicted, for a stream whose ``eos_id`` is
             an entry of its codebook too; None where every ``eos_id`` is an end.
@@ -176,6 +178,7 @@ class Stream:
     weight: float = 1.0
     denominator: Tensor | float | None = None
     rows: Tensor | None = None
+    each: Tensor | None = None
     bos_id: int | None = None
     eos_id: int | None = None
     ends: Tensor | None = None
@@ -284,12 +287,14 @@ class Seen:
         view: the batch, as :meth:`Family.view` has read it.
         modules: outputs of the modules that :meth:`Family.watched` names; without those that have not run.
         given: what those modules were given, by the names of their forward's parameters: one mapping a call.
+        autocast: what those modules computed in by autocast, by type of device; without those where it was off.
         missing: why the output of a module that should have run is not there.
     """
 
     view: BatchView | None = None
     modules: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
     missing: str = NO_LOGITS
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from telemetry.families.base import (
     DECODER_GROUPS,
+    IGNORE_INDEX,
     NO_LABELS,
     NO_LOGITS,
     Absent,
@@ -28,22 +30,35 @@ from telemetry.families.base import (
     output,
     real_positions,
 )
+from telemetry.families.fused import SAMPLE, decoders_of, even_rows, head_fault, last_hidden_state, logits_of
+
+_MODEL = "model"
+# Of the code of a forward pass that hands the trainer's count on to its loss; the last three are fused losses.
+_COUNTING = {
+    "loss_function", "num_items_in_batch", "LigerForCausalLMLoss", "lce_maybe_trainable_lm_head", "apply_lce",
+}  # fmt: skip
 
 
 class CausalLMFamily(Family):
     """Reads models whose output embeddings give text logits, and whose loss is a cross-entropy over them.
 
     Labels are shifted by the loss but in encoder-decoders and masked language models. Experts' router losses are added
-    where the model returns one.
+    where the model returns one. A loss that is fused with the head leaves no logits: they are computed again.
     """
 
     name = "causal_lm"
-    groups = (("lora_", "lora"), ("lm_head", "text_head"), *DECODER_GROUPS)
+    groups = (
+        *(("lora_", "lora"), ("ia3_", "lora"), ("prompt_encoder", "lora")),  # what PEFT adds, whatever it is added to
+        ("lm_head", "text_head"),
+        *DECODER_GROUPS,
+    )
 
     @classmethod
     def find(cls, model: nn.Module) -> CausalLMFamily | None:
         """The family of a model, wrapped or not; None where no module has a text head."""
-        return next((cls(module) for module in model.modules() if cls.fits(module)), None)
+        # One whose class has a head: wrappers (PEFT) pass on what they are asked for.
+        own = (module for module in model.modules() if hasattr(type(module), "get_output_embeddings"))
+        return next((cls(module) for module in own if cls.fits(module)), None)
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
@@ -52,22 +67,62 @@ class CausalLMFamily(Family):
         known = callable(get_head) and isinstance(getattr(config, "vocab_size", None), int)
         return known and isinstance(get_head(), nn.Module)  # type: ignore[misc]
 
+    def watched(self) -> Mapping[str, nn.Module]:
+        """The model itself, whose labels a wrapper may have lengthened, and where it ends before its head."""
+        return {_MODEL: self.model, **self._decoders}
+
     def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
-        """The text, from the logits that the loss takes: after scaling and capping."""
+        """The text, from the logits that the loss takes: after scaling and capping.
+
+        Where the loss is fused with the head, from logits that are computed again of the last hidden state.
+        """
+        for call in seen.given.get(_MODEL, ()):
+            inputs = {**inputs, **{name: value for name, value in call.items() if value is not None}}
         logits, labels = _logits(outputs), inputs.get("labels")
         shifted = inputs.get("shift_labels")
+        alignment = self._alignment
+        if isinstance(shifted, Tensor):
+            labels, alignment = shifted, "given_shifted"
         items = inputs.get("num_items_in_batch") if self._counts else None
-        if logits is None:
-            yield Absent("text", NO_LOGITS, in_loss=labels is not None)
-        elif isinstance(shifted, Tensor):
-            yield Stream("text", logits, shifted, "text", "given_shifted", denominator=items)
-        elif isinstance(labels, Tensor):
-            yield Stream("text", logits, labels, "text", self._alignment, denominator=items)
+        if not isinstance(labels, Tensor):
+            yield Absent("text", NO_LOGITS if logits is None else NO_LABELS, in_loss=False)
+        elif logits is None:
+            again = self._computed_again(labels, alignment, seen)
+            yield replace(again, denominator=items) if isinstance(again, Stream) else again
         else:
-            yield Absent("text", NO_LABELS, in_loss=False)
+            yield Stream("text", logits, labels, "text", alignment, denominator=items)
         router, weight = output(outputs, "aux_loss"), self._router_weight
         if labels is not None and isinstance(router, Tensor) and weight is not None:
             yield LossPart("router", router * weight)
+
+    def _computed_again(self, labels: Tensor, alignment: Alignment, seen: Seen) -> Stream | Absent:
+        """The text from logits that the model computed none of: all rows, or of many an even sample."""
+        name, decoder = next(((name, one) for name, one in self._decoders.items() if name in seen.modules), ("", None))
+        if decoder is None:
+            return Absent("text", seen.missing)
+        given = seen.modules[name]
+        hidden, fault = last_hidden_state(given), head_fault(self.model, decoder)
+        if hidden is None or fault:
+            return Absent("text", fault or seen.missing)
+        if hidden.shape[:2] != labels.shape:
+            positions, expected = tuple(hidden.shape[:2]), tuple(labels.shape)
+            return Absent(
+                "text", f"the loss is fused, and the decoder gives {positions} positions for {expected} labels"
+            )
+        stream = Stream("text", hidden, labels, "text", alignment)
+        rows, each = None, hidden.new_ones((), dtype=torch.float32)
+        if labels.numel() > SAMPLE:
+            rows, each = even_rows(stream.targets != IGNORE_INDEX, SAMPLE)
+            hidden = hidden.flatten(0, 1)[rows][None]
+        logits = logits_of(self.model, decoder, given, hidden, seen.autocast)
+        if logits is None:
+            return Absent("text", NO_LOGITS)
+        return replace(stream, logits=logits if rows is None else logits[0], rows=rows, each=each)
+
+    @functools.cached_property
+    def _decoders(self) -> Mapping[str, nn.Module]:
+        """What may give the last hidden state, the outermost first."""
+        return {} if self._encodes else {f"decoder_{at}": one for at, one in enumerate(decoders_of(self.model))}
 
     @property
     def _alignment(self) -> Alignment:
@@ -83,8 +138,9 @@ class CausalLMFamily(Family):
         """
         forwards = (vars(kind).get("forward") for kind in type(self.model).__mro__)
         codes = (getattr(inspect.unwrap(forward), "__code__", None) for forward in forwards if forward is not None)
-        named = {name for code in codes if code is not None for name in (*code.co_names, *code.co_varnames)}
-        return not named.isdisjoint({"loss_function", "num_items_in_batch"})
+        known = [code for code in codes if code is not None]
+        named = {name for code in known for name in (*code.co_names, *code.co_varnames, *code.co_consts)}
+        return not named.isdisjoint(_COUNTING)
 
     @property
     def _encodes(self) -> bool:
@@ -120,9 +176,13 @@ class CausalLMFamily(Family):
 
 
 def _logits(outputs: Any) -> Tensor | None:
-    """Logits by their name or, of a tuple, the first floats ``[batch, sequence, ...]``: its loss has no dimension."""
+    """Logits by their name or, of a tuple, the first floats ``[batch, sequence, ...]``: its loss has no dimension.
+
+    None where there are none: in their place a fused loss may put something that is empty.
+    """
     if not isinstance(outputs, tuple):
-        return output(outputs, "logits")
+        logits = output(outputs, "logits")
+        return logits if isinstance(logits, Tensor) and logits.numel() else None
     floats = (part for part in outputs if isinstance(part, Tensor) and part.is_floating_point())
     return next((part for part in floats if part.dim() == 3), None)
 

@@ -14,6 +14,7 @@ from telemetry.probes.forward import Microbatch
 from telemetry.records import Max, Mean, Metric, NormRatio, PresentSum
 
 NOT_RUN = "it did not run, or gave no tensor"
+OTHER_POSITIONS = "it is given other positions than those of the batch (virtual tokens of a learned prompt, say)"
 NO_RESIDUAL = "the layer does not show the residual stream that it is added to"
 
 _Network = tuple[int, str]
@@ -34,6 +35,7 @@ class ActivationInstrument(Instrument):
         self._real: Tensor | None = None
         self._rows: dict[tuple[str, int], Tensor] = {}
         self._measured: set[_Network] = set()
+        self._unlike: set[_Network] = set()
         self._values: list[tuple[str, Metric]] = []
         self._residual: dict[_Network, Tensor] = {}  # sums of squares, until what is added to it is known
 
@@ -58,7 +60,9 @@ class ActivationInstrument(Instrument):
         """The due step has ended: hand over what was measured."""
         for layer in self._watched:
             for name, network in layer.feed_forward.items():
-                if (layer.index, name) not in self._measured:
+                if (layer.index, name) in self._unlike:
+                    step.recorder.absent(_prefix((layer.index, name)), OTHER_POSITIONS)
+                elif (layer.index, name) not in self._measured:
                     step.recorder.absent(_prefix((layer.index, name)), NOT_RUN if self._laid_out else NO_POSITIONS)
                 elif network.residual is None:
                     step.recorder.absent(f"{_prefix((layer.index, name))}/residual_share", NO_RESIDUAL)
@@ -70,6 +74,9 @@ class ActivationInstrument(Instrument):
         if self._real is None or name not in self._served:
             return
         network = layer, name
+        if tensor.dim() == 3 and tensor.shape[:2] != self._real.shape:
+            self._unlike.add(network)
+            return
         rows, counts = self._counted(name, tensor)
         if role == "output":
             self._measured.add(network)
@@ -95,6 +102,7 @@ class ActivationInstrument(Instrument):
         self._watched = ()
         self._laid_out = False
         self._measured.clear()
+        self._unlike.clear()
         self._values = []
         self._forget_batch()
 

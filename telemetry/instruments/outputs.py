@@ -14,6 +14,7 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, AudioView, Divided, Overruled, Stream
+from telemetry.families.fused import SAMPLE
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch, Reading
@@ -23,6 +24,11 @@ SHOWN_SAMPLES = 4
 ENDS = 10
 TOTAL, MODEL = "outputs/loss/total", "outputs/loss/model"
 PARTIAL = "a part of it could not be measured"
+PART_SAMPLED = "the loss is fused with the head, and of its many tokens a sample was read"
+SOME = (
+    f"The loss is fused with the head. Logits were computed again: of at most {SAMPLE:,} supervised tokens of a pass, "
+    "an even sample where it has more."
+)
 UNREAD = "no part of the model's loss could be read"
 NO_LOSS = "the model returned no loss"
 ONLY_ENDS = "all that it predicts is begin or end of stream, which are no entries of a codebook"
@@ -49,22 +55,35 @@ class CheckedMean(Metric):
         unread: passes of which a part was not read.
         wrong: passes in which it differs from what the model returned.
         read, returned: sums over those passes of what was read, and of what the model returned.
+        sampled: passes of which a part was read from some of its tokens.
     """
 
-    ops = ("sum",) * 6
+    ops = ("sum",) * 7
+
+    def __init__(
+        self,
+        total: Any,
+        count: Any,
+        unread: Any = 0,
+        wrong: Any = 0,
+        read: Any = 0,
+        returned: Any = 0,
+        sampled: Any = 0,
+    ) -> None:
+        super().__init__(total, count, unread, wrong, read, returned, sampled)
 
     def _result(self, total: np.ndarray, count: np.ndarray, *faults: np.ndarray) -> float | None:  # type: ignore[override]
-        unread, wrong = faults[:2]
-        return float(total) / float(count) if count > 0 and not unread and not wrong else None
+        unread, wrong, _, _, sampled = faults
+        return float(total) / float(count) if count > 0 and not (unread or wrong or sampled) else None
 
     def fault(self, family: str) -> str:
         """Say why there is no mean; "" where there is one. Call it on host copies."""
-        _, _, unread, wrong, read, returned = map(float, self.components)
+        _, _, unread, wrong, read, returned, sampled = map(float, self.components)
         if unread or not wrong:
-            return PARTIAL if unread else ""
+            return PARTIAL if unread else PART_SAMPLED if sampled else ""
         return (
             f"family {family} reads a loss of {read / wrong:.7g} where the model returned {returned / wrong:.7g}: it "
-            "misreads the model, or the loss is more than the cross-entropy of what it declares"
+            "misreads the model, or the loss is more than the cross-entropy of what it declares, or at a temperature"
         )
 
 
@@ -86,6 +105,7 @@ class _Pass:
         rounding: share of it that two right sums may differ by.
         counted: whether the trainer has it divided by the tokens of the whole step, so that passes add up.
         withheld: whether the model was not given all labels that were read, so that its loss is another.
+        sampled: 0-d, whether a part of it was read from some of its tokens; None where all of it was.
     """
 
     tensors: dict[str, Tensor]
@@ -94,20 +114,22 @@ class _Pass:
     rounding: float
     counted: bool
     withheld: bool
+    sampled: Tensor | None = None
 
     def checked(self) -> CheckedMean:
         """Compare what was read with what the model returned, without waiting for either; the count is left out."""
         read, returned = self.read, None if self.withheld else self.tensors.get(MODEL)
         if self.partial or read is None:
-            return CheckedMean(0, 0, self.partial or returned is not None, 0, 0, 0)
+            return CheckedMean(0, 0, self.partial or returned is not None)
+        sampled = torch.zeros_like(read) if self.sampled is None else self.sampled.to(read)
         if returned is None:
-            return CheckedMean(read, 0, 0, 0, 0, 0)
+            return CheckedMean(read, 0, sampled=sampled)
         returned = returned.to(read)
         most = torch.maximum(read.abs(), returned.abs()).clamp(min=_SMALL)
         finite = returned.isfinite()  # of a mean over nothing it is not, say: there is nothing to compare
-        wrong = finite & ~((read - returned).abs() <= self.rounding * most)
+        wrong = finite & ~((read - returned).abs() <= self.rounding * most) & ~sampled.bool()
         total = torch.where(finite, read.where(~wrong, 0.0), returned)
-        return CheckedMean(total, 0, 0, wrong, read.where(wrong, 0.0), returned.where(wrong, 0.0))
+        return CheckedMean(total, 0, 0, wrong, read.where(wrong, 0.0), returned.where(wrong, 0.0), sampled)
 
 
 class OutputInstrument(Instrument):
@@ -144,6 +166,7 @@ class OutputInstrument(Instrument):
         for stream in reading.streams:
             stats = token_statistics(stream.logits, stream.predicted, probe_id=stream.eos_id)
             totals = _totals(stream, stats)
+            note = SOME if stream.each is not None and stream.rows is not None else ""
             for tag, value in _metrics(stream, stats, totals):
                 step.recorder.metric(f"outputs/{tag}", value, note)
             shares.append(_share(stream, *totals["loss"]))
@@ -174,8 +197,9 @@ def _totals(stream: Stream, stats: TokenStats) -> dict[str, tuple[Tensor, Tensor
         "top5": (stats.rank < 5).float(),
         "entropy": stats.entropy,
     }
-    mask = _supervised(stream)
-    return {name: masked_totals(_by_sequence(values, stream), mask) for name, values in columns.items()}
+    mask, each = _supervised(stream), 1 if stream.each is None else stream.each
+    totals = {name: masked_totals(_by_sequence(values, stream), mask) for name, values in columns.items()}
+    return {name: (total * each, count * each) for name, (total, count) in totals.items()}
 
 
 def _metrics(
@@ -265,7 +289,10 @@ def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) ->
     rounding = _FINE
     if reading.loss is not None:
         tensors[MODEL] = reading.loss
-        rounding = _ROUNDING.get(reading.loss.dtype, _FINE)
+        # Logits that were computed again are rounded to a dtype of their own.
+        again = [stream.logits.dtype for stream in reading.streams if stream.each is not None]
+        rounding = max(_ROUNDING.get(dtype, _FINE) for dtype in (reading.loss.dtype, *again))
+    some = [stream.each > 1 for stream in reading.streams if stream.each is not None]
     return _Pass(
         tensors,
         torch.stack([one.to(read[0]) for one in read]).sum() if read else None,
@@ -273,6 +300,7 @@ def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) ->
         rounding=rounding if reading.watched else max(rounding, _COMPILED),
         counted=microbatch.inputs.get("num_items_in_batch") is not None,
         withheld=bool(microbatch.withheld),
+        sampled=torch.stack(some).any() if some else None,
     )
 
 
@@ -297,14 +325,14 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
     for tag in tags:
         recorder.metric(tag, Mean(0, count))
     if read:
-        recorder.metric(TOTAL, CheckedMean(0, count, 0, 0, 0, 0))
+        recorder.metric(TOTAL, CheckedMean(0, count))
 
     def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
         total = emit.merged(TOTAL)
         fault = total.fault(family) if isinstance(total, CheckedMean) else ""
         if fault:
             emit.absent(TOTAL, fault)
-        if fault not in ("", PARTIAL):
+        if fault not in ("", PARTIAL, PART_SAMPLED):
             recorder.say_once(f"fault:{TOTAL}", "%s is withheld: %s", TOTAL, fault)
 
     recorder.show({}, say)
@@ -358,11 +386,18 @@ def _merged(emit: Emitter, tag: str) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class _Shown:
-    """The first samples of a stream: ``tokens`` ``[samples, positions, sequences, 3]``: target, prediction, hit."""
+    """The first samples of a stream.
+
+    Attributes:
+        names, group: its own.
+        tokens: ``[samples, positions, sequences, 3]``: target, prediction, hit.
+        each: 0-d, how many tokens each of them stands for; None where all are shown.
+    """
 
     names: tuple[str, ...]
     group: str
     tokens: Tensor
+    each: Tensor | None
 
     @classmethod
     def of(cls, stream: Stream, stats: TokenStats) -> list[_Shown]:
@@ -375,7 +410,8 @@ class _Shown:
             everywhere = tokens.new_full((*shape, 3), IGNORE_INDEX)
             everywhere.flatten(0, 1).index_copy_(0, stream.rows, tokens)
             tokens = everywhere
-        return [cls(stream.names, stream.group, tokens.reshape(shape[0], -1, len(stream.names), 3)[:SHOWN_SAMPLES])]
+        tokens = tokens.reshape(shape[0], -1, len(stream.names), 3)[:SHOWN_SAMPLES]
+        return [cls(stream.names, stream.group, tokens, stream.each)]
 
 
 def _show(step: Step, microbatch: Microbatch, shown: Sequence[_Shown]) -> None:
@@ -385,7 +421,7 @@ def _show(step: Step, microbatch: Microbatch, shown: Sequence[_Shown]) -> None:
 
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         rows = tuple(
-            (sample, *cells)
+            (sample, cells[0] + _of_some(host.get(f"each {at}")), *cells[1:])
             for row, sample in enumerate(samples)
             for at, names, group in streams
             if row < len(host[at])
@@ -394,7 +430,14 @@ def _show(step: Step, microbatch: Microbatch, shown: Sequence[_Shown]) -> None:
         )
         emit.record(Table("outputs/predictions", COLUMNS, rows))
 
-    step.recorder.show({str(at): one.tokens for at, one in enumerate(shown)}, build)
+    tensors = {str(at): one.tokens for at, one in enumerate(shown)}
+    tensors |= {f"each {at}": one.each for at, one in enumerate(shown) if one.each is not None}
+    step.recorder.show(tensors, build)
+
+
+def _of_some(each: Tensor | None) -> str:
+    """What is said of a stream whose tokens were sampled; nothing of another."""
+    return "" if each is None or each <= 1 else f" (1 of {float(each):.3g})"
 
 
 def _prediction_rows(

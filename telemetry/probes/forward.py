@@ -97,6 +97,7 @@ class _Pass:
     microbatch: Microbatch
     modules: dict[str, Any] = field(default_factory=dict)
     given: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    autocast: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 class PassReader:
@@ -176,6 +177,7 @@ class PassReader:
     def _keep(self, name: str, output: Any) -> None:
         if self._pass is not None:
             self._pass.modules[name] = output
+            self._pass.autocast |= _autocast()
 
     def _end(self, outputs: Any, watched: bool = True) -> None:
         ended, self._pass = self._pass, None
@@ -186,7 +188,9 @@ class PassReader:
         microbatch, family = ended.microbatch, self._family
         inputs, view = microbatch.known, microbatch.view
         loss = model_loss(microbatch.inputs, outputs)
-        seen = Seen(view, ended.modules, ended.given) if watched else Seen(view, missing=NOT_SHOWN)
+        seen = Seen(view, missing=NOT_SHOWN)
+        if watched:
+            seen = Seen(view, ended.modules, ended.given, ended.autocast)
         failed = Absent("text", f"family {family.name} cannot read what the model returned")
         found = self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
         declared = [self._checked(one) for one in found]
@@ -223,6 +227,13 @@ class PassReader:
             said = "family %s cannot %s; training goes on"
             self._once.say(doing, said, self._family.name, doing, level=logging.ERROR, traceback=True)
             return otherwise
+
+
+def _autocast() -> dict[str, torch.dtype]:
+    """What autocast computes in at this moment, by type of device."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = ["cpu", *([] if accelerator is None else [accelerator.type])]
+    return {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 
 def model_loss(inputs: Mapping[str, Any], outputs: Any) -> Tensor | None:

@@ -313,13 +313,29 @@ class FusedLlama(LlamaForCausalLM):
         return CausalLMOutputWithPast(loss=loss)
 
 
-def test_of_a_fused_loss_the_loss_alone_is_shown_and_it_is_said_once(
+def test_of_a_fused_loss_of_ones_own_everything_is_shown(
     llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:
+    """As the class that it derives from has it."""
     backend = MemoryBackend()
-    run = training(
-        FusedLlama(llama.config), tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=3
-    )
+    model = FusedLlama(llama.config)
+    run = training(model, tmp_path, [OutputLoggerCallback(1, [backend])], steps=2)
+    run.trainer.train()
+    for step in (1, 2):
+        of_class = LlamaForCausalLM(llama.config)
+        of_class.load_state_dict(run.snapshots.models[step].state_dict())
+        run.snapshots.models[step] = of_class
+        expected = {tag: value for tag, value in run.expected(step).items() if tag.startswith("outputs")}
+        assert_same(scalars_at(backend, step, "outputs"), expected)
+    assert "Traceback" not in telemetry_log.text
+
+
+def test_of_a_fused_loss_that_cannot_be_read_the_loss_alone_is_shown_and_it_is_said_once(
+    llama: LlamaForCausalLM, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "forward", FusedLlama.forward)
+    backend = MemoryBackend()
+    run = training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=3)
     run.trainer.train()
     assert measured_steps(backend) == {"inputs": {1, 2, 3}, "outputs": {1, 2, 3}, "gradients": {1, 2, 3}}
     assert [tag for tag in backend.tags() if tag.startswith("outputs/")] == ["outputs/loss/model"]

@@ -15,11 +15,12 @@ from support.references import differing, measured_records
 from support.steps import Steps, gradients_of
 from support.waiting import Watch
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import COMPONENTS
 from telemetry.callbacks.trainer import StrategicCallback
-from telemetry.families import HiggsAudioV2Family
+from telemetry.families import HiggsAudioV2Family, causal_lm
 
 
 def watched(callback: StrategicCallback, watch: Watch) -> StrategicCallback:
@@ -68,6 +69,32 @@ def test_reading_a_batch_waits_for_nothing(higgs: Any, voices: Voices) -> None:
             family.view(inputs)
         assert watch.operations
         assert watch.waits == []
+
+
+@pytest.mark.parametrize("sample", [4, 1024])
+def test_reading_a_fused_loss_waits_for_nothing(
+    sample: int, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "SAMPLE", sample)
+    watch, backend, forward, streams = Watch(), MemoryBackend(), llama.forward, causal_lm.CausalLMFamily.streams
+
+    def fused(**inputs: Any) -> Any:
+        with watch.asleep():
+            return CausalLMOutputWithPast(loss=forward(**inputs).loss)
+
+    def read(*args: Any) -> Any:
+        with watch:
+            return list(streams(*args))
+
+    monkeypatch.setattr(causal_lm.CausalLMFamily, "streams", read)
+    llama.forward = fused
+    ids = torch.arange(1, 13).view(2, 6)
+    callback = watched(COMPONENTS["outputs"](1, [backend]), watch)
+    with Steps(llama, [callback], tmp_path, loss=lambda model, batch: model(**batch).loss) as run:
+        run.step([{"input_ids": ids, "labels": ids}])
+    assert backend.scalars("outputs/loss/text")
+    assert watch.operations
+    assert watch.waits == []
 
 
 WAYS_OF_WAITING = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import models
 from support.references import assert_same, scalars_at
 from support.steps import hooks_of
 from support.text_training import training
@@ -202,3 +203,62 @@ def test_a_late_callback_that_would_have_been_refused_ends_no_training(
     assert run.trainer.state.global_step == 4
     assert telemetry_log.text.count("InputLoggerCallback cannot join: TENSORBOARD_LOGGING_DIR=gs://bucket/logs") == 1
     assert hooks_of(llama) == 0
+
+
+def averages() -> Callable[[Any], Any]:
+    """A moving average of the weights, by a copy of the model at every step."""
+    held: list[Any] = []
+
+    def average(model: Any) -> Any:
+        twin = copy.deepcopy(model)
+        for ours, before in zip(twin.parameters(), held[-1].parameters() if held else (), strict=bool(held)):
+            ours.data.lerp_(before.data, 0.9)
+        held.append(twin)
+        return torch.cat([parameter.data.flatten() for parameter in twin.parameters()])
+
+    return average
+
+
+def samples(model: Any) -> Any:
+    return model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=3, do_sample=True)
+
+
+COMPANY: dict[str, Callable[[Callable[[], Any]], Acts]] = {
+    "a moving average": lambda _trainer: Acts("on_pre_optimizer_step", averages()),
+    "one that generates": lambda _trainer: Acts("on_pre_optimizer_step", samples),
+    "one that evaluates": lambda trainer: Acts("on_substep_end", lambda _model: trainer().evaluate()["eval_loss"]),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before telemetry", "after telemetry"])
+@pytest.mark.parametrize("company", COMPANY)
+def test_beside_other_callbacks_training_is_the_same_to_the_bit(company: str, first: bool, tmp_path: Path) -> None:
+    """Parameters, losses in training and in evaluation, the order of the data, random numbers, what it came up with."""
+
+    def left(watched: bool) -> tuple[Any, ...]:
+        backend = MemoryBackend()
+        other = COMPANY[company](lambda: run.trainer)
+        watching = [StrategicTelemetry(logging_steps=1, backends=[backend])] if watched else []
+        torch.manual_seed(1)
+        model = models.make("llama", **models.SMALLER, attention_dropout=0.2)
+        callbacks = [other, *watching] if first else [*watching, other]
+        evaluated = {"eval_strategy": "steps", "eval_steps": 1}
+        run, order = training(model, tmp_path, callbacks, steps=4, **evaluated), []
+
+        def note(_model: Any, _args: Any, inputs: Any) -> None:
+            if torch.is_grad_enabled():
+                order.append(inputs["input_ids"].tolist())
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        run.trainer.train()
+        assert (len(order), len(other.results)) == (8, 4)
+        assert list(backend.scalars("outputs/loss/text")) == ([1, 2, 3, 4] if watched else [])
+        logged = [
+            {name: value for name, value in row.items() if not name.endswith(("time", "per_second"))}
+            for row in run.trainer.state.log_history
+        ]
+        came = [torch.as_tensor(one).tolist() for one in other.results]
+        weights = [parameter.tolist() for parameter in model.parameters()]
+        return weights, logged, order, came, torch.get_rng_state().tolist()
+
+    assert left(watched=True) == left(watched=False)

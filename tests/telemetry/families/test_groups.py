@@ -76,7 +76,7 @@ def test_wrapped_models_are_known(
     assert voice.modalities == ("text", "audio")
     assert isinstance(text, CausalLMFamily)
     assert text.model is llama
-    assert text.watched() == {}
+    assert text.watched() == {"model": llama, "decoder_0": llama.model}
     assert text.modalities == ("text",)
 
 
