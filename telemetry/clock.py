@@ -60,7 +60,8 @@ class Overhead:
 
     It costs what it takes of the training thread. And its own threads make the training thread wait: for the
     interpreter, or for a core. That is at most what they computed, and at most what the training thread waited outside
-    of telemetry, where it waits for a device and for data too: the lesser of the two.
+    of telemetry, where it waits for a device and for data too: the lesser of the two. What hooks slow down around
+    themselves, by caches that they empty, is not in it.
 
     Args:
         background: processor seconds that telemetry's own threads have taken so far.
@@ -93,7 +94,9 @@ class Overhead:
         outside = max(0.0, seconds - spent)
         own = max(0.0, computed - clock.computed - self._owed[1])
         self._owed = (0.0, 0.0)
-        self._periods.append(_Period(seconds, max(0.0, outside - own), background))
+        # On a machine with other work a second of computing takes longer, here as in the background.
+        stretch = clock.spent / clock.computed if 0 < clock.computed < clock.spent else 1.0
+        self._periods.append(_Period(seconds, max(0.0, outside - own), background * stretch))
         # A job of the background may be counted a step after it was waited for.
         total, waited, computed = (sum(part) for part in zip(*self._periods, strict=True))
         if total <= 0 or seconds <= 0:

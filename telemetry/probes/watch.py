@@ -46,6 +46,11 @@ def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _out_of_sight(function: Callable[..., None], *args: Any) -> None:
+    with torch.no_grad(), _disable_current_modes():
+        function(*args)
+
+
 class Watch:
     """Watches a model from :meth:`open` to :meth:`close`.
 
@@ -120,8 +125,7 @@ class Watch:
             self._call(owner, function, *args)
 
     def _call(self, owner: Any, function: Callable[..., None], *args: Any) -> None:
-        with torch.no_grad(), _disable_current_modes():
-            self._guard(owner, function, *args)
+        self._guard(owner, _out_of_sight, function, *args)
 
     def _before(self, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if self._running or not torch.is_grad_enabled():
