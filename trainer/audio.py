@@ -21,6 +21,19 @@ AudioPath: TypeAlias = str | os.PathLike[str]
 
 _BLOCK_BYTES = 1 << 20
 _BLOCK_FRAMES = 1 << 18
+_LOUDEST = 100.0  # 40 dB over full scale: integers that were written as floats
+_CONVERT = "which is not read: convert it to WAV or FLAC (`ffmpeg -i FILE FILE.wav`)"
+_OTHERS = (
+    (4, b"ftyp", f"is MPEG-4 audio (m4a, mp4), {_CONVERT}"),
+    (0, b"\x1a\x45\xdf\xa3", f"is Matroska audio (webm, mkv), {_CONVERT}"),
+    (0, b"\xff\xf1", f"is AAC audio, {_CONVERT}"),
+    (0, b"\xff\xf9", f"is AAC audio, {_CONVERT}"),
+    (0, b"#!amr", f"is AMR audio, {_CONVERT}"),
+    (0, b"\x30\x26\xb2\x75", f"is Windows Media audio, {_CONVERT}"),
+    (0, b"version https://git-lfs", "is a pointer of Git LFS, not the audio itself: get it with `git lfs pull`"),
+    (0, b"<!doctype html", "is a web page, not audio: download the file itself"),
+    (0, b"<html", "is a web page, not audio: download the file itself"),
+)
 _FLOAT_SUBTYPES = frozenset({"FLOAT", "DOUBLE"})
 _UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's SF_COUNT_MAX: a stream whose header does not state its length
 
@@ -67,13 +80,22 @@ def check_audio(path: AudioPath) -> AudioInfo:
     Integer and compressed formats cannot hold non-finite samples: of these only the header is read.
 
     Raises:
-        AudioMissingError, AudioError: as :func:`probe_audio`, and for non-finite samples, with their number.
+        AudioMissingError, AudioError: as :func:`probe_audio`, for non-finite samples, with their number, and for
+            samples far beyond full scale.
     """
     with _opened(path) as sound:
         info = _info(sound, path)
         if sound.subtype in _FLOAT_SUBTYPES:
-            blocks = sound.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)
-            _refuse_nonfinite(sum(_count_nonfinite(block) for block in blocks), info, path)
+            count, peak = 0, 0.0
+            for block in _blocks(sound):
+                finite = np.isfinite(block)
+                count += int(block.size - finite.sum())
+                peak = max(peak, float(np.abs(block, where=finite, out=np.zeros_like(block)).max(initial=0.0)))
+            _refuse_nonfinite(count, info, path)
+            if peak > _LOUDEST:
+                raise AudioError(
+                    f"{path}: samples reach {peak:g}, where full scale is 1: divide them by their full scale"
+                )
         return info
 
 
@@ -90,21 +112,25 @@ def read_audio(path: AudioPath, sampling_rate: int | None) -> np.ndarray:
 
     Raises:
         AudioMissingError: when there is no such file, or it is a directory or cannot be opened.
-        AudioError: when the file is empty, is not readable audio, has no samples, or has non-finite samples.
+        AudioError: when the file is empty, is not readable audio, has no samples, has non-finite samples, or is too
+            short to leave one at the rate.
         ValueError: when ``sampling_rate`` is not positive.
     """
     if sampling_rate is not None and sampling_rate <= 0:
         raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
     with _opened(path) as sound:
         info = _info(sound, path)
-        channels = sound.read(dtype="float32", always_2d=True)
+        channels = np.concatenate([np.zeros((0, info.channels), np.float32), *_blocks(sound)])
     if not channels.size:
         raise AudioError(f"{path}: holds no samples, though its header states {info.frames}")
     _refuse_nonfinite(_count_nonfinite(channels), info, path)
     mono = channels.mean(axis=1, dtype=np.float64).astype(np.float32)
     if sampling_rate is None or sampling_rate == info.sampling_rate:
         return mono
-    return soxr.resample(mono, info.sampling_rate, sampling_rate, quality="VHQ")
+    resampled = soxr.resample(mono, info.sampling_rate, sampling_rate, quality="VHQ")
+    if not resampled.size:
+        raise AudioError(f"{path}: is {info.seconds:.2g} s long, so that no sample is left of it at {sampling_rate} Hz")
+    return resampled
 
 
 def content_key(path: AudioPath) -> str:
@@ -128,9 +154,29 @@ def _opened(path: AudioPath) -> Iterator[soundfile.SoundFile]:
             with soundfile.SoundFile(stream) as sound:
                 yield sound
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{path}: is not readable audio ({error.error_string.rstrip('.')})") from error
+            reason = _what_it_is(stream) or f"is not readable audio ({error.error_string.rstrip('.')})"
+            raise AudioError(f"{path}: {reason}") from error
         except TypeError as error:  # soundfile asks for the rate and channels of *.raw
             raise AudioError(f"{path}: is not readable audio (raw samples without a header)") from error
+
+
+def _blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """The samples, ``[frames, channels]`` at a time: room is made for what is there, not for what a header states."""
+    while len(block := sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        yield block
+
+
+def _what_it_is(stream: BinaryIO) -> str:
+    """What a file is that is none of the formats read here, with what to do; "" where that is not known."""
+    try:
+        stream.seek(0)
+        beginning = stream.read(64)
+    except (OSError, ValueError):
+        return ""
+    for at, magic, what in _OTHERS:
+        if beginning[at : at + len(magic)].lower() == magic.lower():
+            return what
+    return ""
 
 
 def _stream(path: AudioPath) -> BinaryIO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,109 @@ def test_errors_survive_the_way_back_from_a_worker_process(tmp_path: Path) -> No
     copied = pickle.loads(pickle.dumps(caught.value))
     assert type(copied) is AudioMissingError
     assert str(copied) == str(caught.value)
+
+
+# RAW has no header, SD2 a second file. DWVW cannot be read from a stream; VOC, WVE and XI round or fix the rate.
+WRITTEN = [
+    (kind, subtype)
+    for kind in soundfile.available_formats()
+    for subtype in soundfile.available_subtypes(kind)
+    if kind not in ("RAW", "SD2", "VOC", "WVE", "XI")
+    and soundfile.check_format(kind, subtype)
+    and "DWVW" not in subtype
+]
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_whatever_libsndfile_writes_is_read(tmp_path: Path, channels: int) -> None:
+    read = set()
+    for kind, subtype in WRITTEN:
+        file = tmp_path / f"{kind}_{subtype}"
+        tone = np.repeat(sine(440, 16_000, 4_000)[:, None], channels, axis=1)
+        try:
+            soundfile.write(file, tone, 16_000, format=kind, subtype=subtype)
+        except soundfile.SoundFileError:  # not for so many channels
+            continue
+        info, samples = check_audio(file), read_audio(file, 24_000)
+        assert (info.sampling_rate, info.channels) == (16_000, channels), file.name
+        assert 4_000 <= info.frames <= 6_500, file.name  # whole blocks
+        assert abs(len(samples) - info.frames * 1.5) <= 1, file.name
+        assert dominant_frequency(samples[:6_000], 24_000) == pytest.approx(440, abs=6), file.name
+        # Opus is told how eight channels surround a listener, and makes them of unequal level.
+        assert middle_level(samples[:6_000]) == pytest.approx(0.5, rel=0.13 if subtype == "OPUS" else 0.06), file.name
+        read.add((kind, subtype))
+    assert len(read) > 55
+
+
+@given(
+    st.sampled_from(["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"]),
+    st.sampled_from([8_000, 24_000, 96_000, 192_000]),
+    st.integers(1, 8),
+    st.integers(1, 3_000),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=30, deadline=None)
+def test_samples_are_those_of_the_file_at_any_rate_kind_and_number_of_channels(
+    tmp_path_factory: pytest.TempPathFactory, subtype: str, rate: int, channels: int, frames: int, seed: int
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.wav"
+    written = np.random.default_rng(seed).uniform(-1, 1, (frames, channels))
+    soundfile.write(file, written, rate, subtype=subtype)
+    step = {"PCM_U8": 2**-6, "PCM_16": 2**-14}.get(subtype, 1e-6)
+    assert check_audio(file) == AudioInfo(frames, rate, channels)
+    np.testing.assert_allclose(read_audio(file, rate), written.mean(1), atol=step)
+
+
+OTHERS = {
+    "a.m4a": (b"\0\0\0\x20ftypM4A " + bytes(99), r"is MPEG-4 audio .* convert it to WAV or FLAC \(`ffmpeg"),
+    "named.wav": (b"\0\0\0\x18ftypisom" + bytes(99), "is MPEG-4 audio"),
+    "a.webm": (b"\x1aE\xdf\xa3" + bytes(99), "is Matroska audio .webm, mkv., which is not read"),
+    "a.aac": (b"\xff\xf1" + bytes(99), "is AAC audio"),
+    "a.amr": (b"#!AMR\n" + bytes(99), "is AMR audio"),
+    "a.wma": (bytes.fromhex("3026b2758e66cf11") + bytes(99), "is Windows Media audio"),
+    "lfs.wav": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS.*git lfs pull"),
+    "page.wav": (b"<!DOCTYPE html><html>404", "is a web page, not audio"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_what_is_not_read_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
+    data, reason = OTHERS[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(AudioError, match=rf"{re.escape(name)}: {reason}"):
+        check_audio(tmp_path / name)
+
+
+def test_room_is_made_for_what_is_there_and_not_for_what_a_header_states(tmp_path: Path) -> None:
+    file = tmp_path / "w.wav"
+    soundfile.write(file, sine(440, 16_000, 1_000), 16_000, format="AU", subtype="G721_32")
+    data = bytearray(file.read_bytes())
+    data[8:12] = b"\x7f\xff\xff\xff"  # bytes of samples
+    file.write_bytes(data)
+    assert 1_000 <= len(read_audio(file, None)) < 2_000
+    soundfile.write(file, sine(440, 16_000, 1_000), 16_000)
+    data = bytearray(file.read_bytes())
+    data[40:44] = b"\xff\xff\xff\x7f"
+    file.write_bytes(data)
+    assert len(read_audio(file, None)) == 1_000
+
+
+@pytest.mark.parametrize("gain", [32_768.0, 1e38])
+def test_integers_written_as_floats_are_refused(tmp_path: Path, gain: float) -> None:
+    soundfile.write(tmp_path / "loud.wav", sine(440, 16_000, 1_000).astype(np.float64) * gain, 16_000, subtype="DOUBLE")
+    with pytest.raises(AudioError, match=r"loud\.wav: samples reach .*, where full scale is 1"):
+        check_audio(tmp_path / "loud.wav")
+    soundfile.write(tmp_path / "hot.wav", 4 * sine(440, 16_000, 1_000), 16_000, subtype="FLOAT")
+    assert check_audio(tmp_path / "hot.wav").frames == 1_000
+
+
+def test_a_clip_that_leaves_no_sample_at_the_rate_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "fast.wav", np.zeros(100), 2**31 - 1)
+    with pytest.raises(AudioError, match=r"fast\.wav: is 4\.7e-08 s long, so that no sample is left of it at 24000 Hz"):
+        read_audio(tmp_path / "fast.wav", 24_000)
+
+
+def test_messages_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    with pytest.raises(AudioError) as caught:
+        check_audio(tmp_path / "a\x1b[2J\n\u202e.wav")
+    assert str(caught.value).endswith(r"a\x1b[2J\x0a\u202e.wav: no such file")
