@@ -50,7 +50,7 @@ class ChatFormat:
             if header_end is None:
                 faults["header"].append(f"no <|end_header_id|> after token {start}")
                 continue
-            role = tokenizer.decode(ids[start + 1 : header_end]).strip()
+            role = decoded(tokenizer, ids[start + 1 : header_end]).strip()
             end = _find(ids, self.turn_end, header_end, following)
             if end is None:
                 faults["end_of_turn"].append(f"the {role} turn at token {start} has no <|eot_id|>")
@@ -81,3 +81,19 @@ def role_faults(turns: Sequence[Turn]) -> list[str]:
 
 def _find(ids: Sequence[int], token: int, start: int, stop: int) -> int | None:
     return next((position for position in range(start, stop) if ids[position] == token), None)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens, special ones included; one that the tokenizer cannot decode is shown as ``<number>``.
+
+    Labels and predictions may lie outside the tokenizer: models have padded vocabularies, and data have faults.
+    """
+    try:
+        text = tokenizer.decode(ids)
+        if isinstance(text, str):
+            return text
+    except Exception:  # noqa: BLE001  (tokenizers raise whatever their backend does)
+        pass
+    if len(ids) == 1:
+        return f"<{ids[0]}>"
+    return "".join(decoded(tokenizer, [one]) for one in ids)

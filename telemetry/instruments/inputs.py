@@ -12,7 +12,7 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, BatchView
-from telemetry.families.chat import ChatFormat
+from telemetry.families.chat import ChatFormat, decoded
 from telemetry.instruments.base import LastMicrobatchInstrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
@@ -237,10 +237,10 @@ def _text(ids: Sequence[int], tokenizer: Any) -> str:
         if count < 4:
             plain.extend([token] * count)
             continue
-        parts.extend([tokenizer.decode(plain)] if plain else [])
-        parts.append(f"{tokenizer.decode([token])}×{count} ")
+        parts.extend([decoded(tokenizer, plain)] if plain else [])
+        parts.append(f"{decoded(tokenizer, [token])}×{count} ")
         plain = []
-    return "".join([*parts, tokenizer.decode(plain) if plain else ""])
+    return "".join([*parts, decoded(tokenizer, plain) if plain else ""])
 
 
 def _caption(microbatch: Microbatch, row: int, metadata: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, AudioView, Divided, Overruled, Stream
+from telemetry.families.chat import decoded
 from telemetry.families.fused import SAMPLE
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
@@ -449,8 +450,8 @@ def _prediction_rows(
         return
     accuracy = round(sum(hits) / len(hits), 4)
     if group == "text":
-        decode = getattr(tokenizer, "decode", str)
-        yield name, len(targets), accuracy, decode(targets), decode(predicted)
+        texts = [decoded(tokenizer, ids) if hasattr(tokenizer, "decode") else str(ids) for ids in (targets, predicted)]
+        yield name, len(targets), accuracy, *texts
         yield f"{name} tokens", len(targets), accuracy, _ends(targets), _ends(predicted)
     else:
         yield name.replace("_", " "), len(targets), accuracy, _ends(targets), _ends(predicted)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from telemetry.families.chat import ChatFormat, role_faults
+from telemetry.families.chat import ChatFormat, decoded, role_faults
+from telemetry.instruments.inputs import _text
+from telemetry.instruments.outputs import _prediction_rows
 
 
 def turn(role: str, text: str = "hello") -> str:
@@ -112,3 +115,35 @@ def test_the_order_of_roles(tokenizer: Any, roles: str, faults: list[str]) -> No
     text = "".join(turn(role) for role in roles.split())
     turns, _ = chat.turns(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer)
     assert role_faults(turns) == faults
+
+
+class Strict:
+    """A tokenizer of three words that raises whatever tokenizers raise, each in its own way."""
+
+    def decode(self, ids: list[int]) -> Any:
+        for one in ids:
+            if one < 0:
+                raise OverflowError("can't convert negative int to unsigned")
+            if one == 7:
+                raise RuntimeError("panicked")
+        words = [("a", "b ", "\ud800\x00\u202e", None)[one] for one in ids]  # IndexError beyond the vocabulary
+        return "".join(words)  # type: ignore[arg-type]  # TypeError for a token without text
+
+
+def test_what_a_tokenizer_cannot_decode_is_shown_by_its_number() -> None:
+    assert decoded(Strict(), [0, 1, 0]) == "ab a"
+    assert decoded(Strict(), [0, -5, 1, 10**12, 3, 7]) == "a<-5>b <1000000000000><3><7>"
+    assert decoded(Strict(), []) == ""
+    assert _text([0, *[99] * 5, -1], Strict()) == "a<99>×5 <-1>"
+    rows = list(_prediction_rows("text", "text", torch.tensor([[0, 1, 0], [-2, 99, 0], [3, 2, 1]]), Strict()))
+    assert [row[3:] for row in rows] == [("a<-2><3>", "b <99>\ud800\x00\u202e"), ("0 -2 3", "1 99 2")]
+
+
+def test_real_tokenizers_decode_what_lies_outside_of_them() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    assert decoded(tokenizer, [0, 1]) == tokenizer.decode([0, 1])
+    for ids in ([0, -1], [0, 2**31], [0, 2**40], [5], [-(2**63)]):
+        assert "a" in decoded(tokenizer, ids) or ids[0] != 0
