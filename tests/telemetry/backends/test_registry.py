@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from contract_run import MARKS
+from contract_run import MARKS, SECRETS
 from support import programs
 from support.wandb_server import client_environment
 
 import telemetry
+from dashboards.report.page import render
+from dashboards.runs import read_runs
 from telemetry.backends.registry import BACKENDS, DESTINATIONS, backends_for, default_backends, make_backend
 from telemetry.backends.trackio import TrackioBackend
 from telemetry.backends.wandb import WandbBackend
@@ -42,6 +44,16 @@ def test_every_backend_shows_every_kind_of_record(name: str, ran: Path) -> None:
     assert (ran / name / "lost").read_text() == "0", (ran / name / "log").read_text()
     shown = b"".join(path.read_bytes() for path in (ran / name).rglob("*") if path.is_file())
     assert [mark for mark in MARKS if mark.encode() not in shown] == []
+
+
+def test_no_destination_is_given_a_secret(ran: Path) -> None:
+    files = {path: path.read_bytes() for path in ran.rglob("*") if path.is_file()}
+    assert sum(b"&lt;redacted" in data or b"<redacted" in data or b"redacted&#" in data for data in files.values()) >= 4
+    secrets = [secret.encode() for secret in SECRETS.values()]
+    assert [path for path, data in files.items() if any(secret in data for secret in secrets)] == []
+    page, _ = render(read_runs([ran / "tensorboard" / "logs"]))
+    assert "redacted" in page
+    assert not any(secret in page for secret in SECRETS.values())
 
 
 def test_public_backends_are_registered_under_their_names() -> None:
