@@ -20,8 +20,8 @@ class EvaluationBatches:
     """What an evaluation data loader holds, on a device, as often as it is asked for. Reading may stop anywhere.
 
     Reads the loader beneath accelerate's: iterating that one talks to other ranks, and one that is left in the middle
-    stays accelerate's active loader, by which it counts gradient accumulation. Generators that the loader, its
-    samplers, data set and collator hold are put back, and workers are the reading's own; for global random states see
+    stays accelerate's active loader, by which it counts gradient accumulation. Of torch's loaders it reads a copy.
+    Generators that the loader, its samplers, data set and collator hold are put back; for global random states see
     :func:`telemetry.probes.quiet.set_aside`.
 
     Args:
@@ -30,7 +30,7 @@ class EvaluationBatches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device | str) -> None:
-        self._loader = _with_own_workers(getattr(loader, "base_dataloader", loader))
+        self._loader = _copied(getattr(loader, "base_dataloader", loader))
         self._device = device
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -151,9 +151,12 @@ def _restorer(generator: Any) -> Callable[[], Any] | None:
     return None
 
 
-def _with_own_workers(loader: Any) -> Any:
-    """A loader whose workers do not outlive the reading: another's would begin with what they have drawn here."""
-    if not getattr(loader, "persistent_workers", False):
+def _copied(loader: Any) -> Any:
+    """A loader of torch's with what it counts for itself, and with workers that do not outlive the reading.
+
+    Those that persist take a seed from the global random state when they begin, and go on from what they have drawn.
+    """
+    if not isinstance(loader, DataLoader):
         return loader
     own = copy.copy(loader)
     vars(own).update(persistent_workers=False, _iterator=None)  # a DataLoader lets nobody set the one

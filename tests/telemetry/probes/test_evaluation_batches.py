@@ -68,7 +68,7 @@ def test_accelerate_does_not_take_it_for_its_active_loader(prepared: Any) -> Non
 
 def test_generators_are_put_back() -> None:
     own, of_sampler = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         DATA,  # type: ignore[arg-type]
         batch_size=2,
         collate_fn=collate,
@@ -122,6 +122,23 @@ def test_what_data_sets_and_collators_draw_from_is_put_back(wrap: Any) -> None:
         return [batch["drawn"] for batch in loader]
 
     assert drawn(2) == drawn(0)
+
+
+class Counting(DataLoader[Any]):
+    """Begins at another sample every time."""
+
+    times = 0
+
+    def __iter__(self) -> Any:
+        self.times += 1
+        batches = list(super().__iter__())
+        return iter(batches[self.times :] + batches[: self.times])
+
+
+def test_what_a_loader_counts_goes_on_as_without() -> None:
+    loader = Counting(DATA, collate_fn=collate)  # type: ignore[arg-type]
+    assert [len(list(EvaluationBatches(loader, "cpu"))) for _ in range(3)] == [7, 7, 7]
+    assert next(iter(loader))["input_ids"].tolist() == [[1]]
 
 
 def test_workers_that_persist_are_left_to_the_evaluation() -> None:
