@@ -53,6 +53,7 @@ class AudioView:
         features: what an audio encoder of the model is given, ``[clips, channels, frames]``: no clips where nothing is
             given, None where the model has no such encoder.
         features_real: bool ``[clips, frames]``, False at the features' padding.
+        labelled: False where no labels of the batch are known at all: which audio is target is not known then.
     """
 
     codes: Tensor
@@ -71,6 +72,7 @@ class AudioView:
     embedded: Tensor | None = None
     features: Tensor | None = None
     features_real: Tensor | None = None
+    labelled: bool = True
 
     @property
     def codebooks(self) -> int:

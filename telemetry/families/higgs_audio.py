@@ -158,6 +158,7 @@ class HiggsAudioFamily(Family):
             embedded=layout.embedded,
             features=audio.features,
             features_real=audio.features_real,
+            labelled=audio.labelled,
         )
 
 
@@ -170,6 +171,7 @@ class _AudioInputs:
         features, features_real: see :class:`AudioView`.
         embeddings: int64 ``[clips]``: positions that the features of an ``<|AUDIO|>`` take.
         positions: no less than all of it takes.
+        labelled: see :class:`AudioView`.
     """
 
     def __init__(self, inputs: Mapping[str, Any], device: torch.device, config: Any) -> None:
@@ -181,6 +183,7 @@ class _AudioInputs:
         self.in_frames = _lengths(self.in_first, in_codes.shape[1])
         self.out_frames = _lengths(out_first, out_codes.shape[1])
         out_labels = inputs.get("label_audio_ids")
+        self.labelled = any(inputs.get(name) is not None for name in ("label_ids", "label_audio_ids"))
         if not isinstance(out_labels, Tensor) or out_labels.shape != out_codes.shape:
             out_labels = torch.full_like(out_codes, IGNORE_INDEX)
         spare = out_codes.new_full((codebooks, 1), IGNORE_INDEX)  # something to read where there is no frame at all

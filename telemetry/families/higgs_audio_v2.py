@@ -177,6 +177,7 @@ class HiggsAudioV2Family(Family):
             frames=mask.sum(dim=1),
             placeholders=asks.sum(dim=1),
             delay=tuple(range(self._config.num_codebooks)),
+            labelled=any(inputs.get(name) is not None for name in ("labels", "audio_labels")),
         )
 
     def _continues(self, input_ids: Tensor, is_audio: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ def _kinds(view: BatchView, hears: bool) -> Tensor:
     if not hears:
         return view.text.unsqueeze(-1)
     none = torch.zeros_like(view.text)
-    audio = (none, none) if view.audio is None else (view.audio.reference, view.audio.target)
+    known = view.audio is not None and view.audio.labelled  # else nobody knows which audio is which
+    audio = (view.audio.reference, view.audio.target) if view.audio is not None and known else (none, none)
     return torch.stack((view.text, *audio), dim=-1)
 
 

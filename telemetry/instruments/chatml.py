@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import AudioView, BatchView
+from telemetry.families.base import NO_LABELS, AudioView, BatchView
 from telemetry.families.chat import ChatFormat
 from telemetry.families.voice_prompt import CHECKS, ClipLayout, VoicePrompt, clips_of, violations
 from telemetry.instruments.base import Instrument, Step
@@ -66,6 +66,8 @@ class ChatMLInstrument(Instrument):
         view, chat = microbatch.view, ChatFormat.of(step.tokenizer)
         if view is None or view.audio is None:
             step.recorder.absent(COMPLIANCE, "the batch has no audio")
+        elif not view.audio.labelled:
+            step.recorder.absent(COMPLIANCE, NO_LABELS)
         elif chat is None:
             step.recorder.absent(COMPLIANCE, "the tokenizer has no ChatML header tokens")
         else:

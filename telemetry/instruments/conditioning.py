@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
-from telemetry.families.base import AudioView, Family, Stream
+from telemetry.families.base import NO_LABELS, AudioView, Family, Stream
 from telemetry.families.references import Swap, swap_references
 from telemetry.instruments.base import LastMicrobatchInstrument, Step
 from telemetry.measures.token_stats import masked_totals, token_statistics
@@ -134,8 +134,9 @@ def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Compar
         reason = "the batch has no audio" if can else "references of this kind of model cannot be changed"
         step.recorder.absent(f"{section}/gain", reason)
         return None
-    if "input_ids" not in microbatch.inputs:
-        step.recorder.absent(f"{section}/gain", "the model is given embeddings in the place of token ids")
+    if "input_ids" not in microbatch.inputs or not audio.labelled:
+        embedded = "the model is given embeddings in the place of token ids"
+        step.recorder.absent(f"{section}/gain", embedded if audio.labelled else NO_LABELS)
         return None
     speakers = _speakers(microbatch, audio.codes.shape[0])
     reason = _why_hopeless(speakers)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import IGNORE_INDEX, BatchView
+from telemetry.families.base import IGNORE_INDEX, NO_LABELS, BatchView
 from telemetry.families.chat import ChatFormat, decoded
 from telemetry.instruments.base import LastMicrobatchInstrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
@@ -43,6 +43,9 @@ class InputInstrument(LastMicrobatchInstrument):
                 recorder.metric(f"inputs/{tag}", value)
             if microbatch.view.text_labels is None:
                 recorder.absent("inputs/supervised/text_fraction", NO_TEXT_LABELS)
+            if microbatch.view.audio is not None and not microbatch.view.audio.labelled:
+                for name in ("tokens/reference_audio", "tokens/target_audio", "supervised/audio"):
+                    recorder.absent(f"inputs/{name}_fraction", NO_LABELS)
         for name, tensor in _tensors(microbatch):
             for kind, value in _tensor_metrics(tensor_statistics(tensor)):
                 recorder.metric(f"inputs/tensor/{name}/{kind}", value)
@@ -122,7 +125,7 @@ def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
     if view.text_labels is not None:
         supervised = (view.text_labels != IGNORE_INDEX) & view.text
         yield "supervised/text_fraction", Mean(supervised.sum(), text)
-    if view.audio is not None:
+    if view.audio is not None and view.audio.labelled:
         audio = view.audio.reference | view.audio.target
         yield "tokens/reference_audio_fraction", Mean(view.audio.reference.sum(), positions)
         yield "tokens/target_audio_fraction", Mean(view.audio.target.sum(), positions)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import IGNORE_INDEX, AudioView, Divided, Overruled, Stream
+from telemetry.families.base import IGNORE_INDEX, NO_LABELS, AudioView, Divided, Overruled, Stream
 from telemetry.families.chat import decoded
 from telemetry.families.fused import SAMPLE
 from telemetry.instruments.base import Instrument, Step
@@ -154,8 +154,11 @@ class OutputInstrument(Instrument):
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
         self._last = None
-        if microbatch.view is not None and microbatch.view.audio is not None:
-            step.recorder.metric("outputs/eos/supervised", _supervised_ends(microbatch.view.audio))
+        audio = microbatch.view.audio if microbatch.view is not None else None
+        if audio is not None and audio.labelled:
+            step.recorder.metric("outputs/eos/supervised", _supervised_ends(audio))
+        elif audio is not None:
+            step.recorder.absent("outputs/eos/supervised", NO_LABELS)
 
     def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
         """Measure every stream, and what the loss is made of."""

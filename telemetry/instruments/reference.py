@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter, Recorder
-from telemetry.families.base import AudioView
+from telemetry.families.base import NO_LABELS, AudioView
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.audio import clipping_fraction, level_db, silence_fraction
 from telemetry.measures.tensor_stats import tensor_statistics
@@ -44,6 +44,9 @@ class ReferenceInstrument(Instrument):
             recorder.absent("zero_shot/reference/present_fraction", "the batch has no audio")
             return
         audio = microbatch.view.audio
+        if not audio.labelled:
+            recorder.absent("zero_shot/reference/present_fraction", NO_LABELS)
+            return
         present = audio.reference.any(dim=1)
         recorder.metric("zero_shot/reference/present_fraction", Mean(present.sum(), present.numel()))
         if audio.features is None:

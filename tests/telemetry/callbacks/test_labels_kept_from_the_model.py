@@ -423,3 +423,24 @@ def test_a_callback_that_joins_late_reads_labels_and_keeps_no_batch_alive(
     run.trainer.train()
     assert list(backend.scalars("outputs/loss/text")) == [1, 2, 4]
     assert alive == [False] * 6
+
+
+def test_audio_without_any_labels_is_neither_reference_nor_target(higgs: Any, voices: Voices, tmp_path: Path) -> None:
+    """A loop that takes all labels out, and does not say so: shares of what is supervised are not 0 but unknown."""
+    batch = voices.batch([voices.conversation(seed=1)])
+    backend = MemoryBackend()
+    with (
+        Telemetry(higgs, tmp_path, logging_steps=1, backends=[backend], processing_class=voices.tokenizer) as telemetry,
+        telemetry.step(),
+    ):
+        higgs(**{name: value for name, value in batch.items() if "labels" not in name}).logits.sum().backward()
+    said = absences(backend)
+    unknown = {
+        *(f"inputs/{name}_fraction" for name in ("tokens/reference_audio", "tokens/target_audio", "supervised/audio")),
+        *("outputs/eos/supervised", "outputs/loss/audio", "zero_shot/chatml/compliance"),
+        *("zero_shot/reference/present_fraction", "zero_shot/conditioning/gain"),
+    }
+    assert {said[tag] for tag in unknown} == {NO_LABELS}
+    assert unknown.isdisjoint(backend.tags())
+    assert {"inputs/tokens/text_fraction", "attention/layer_0/text_to_text"} <= set(backend.tags())
+    assert not [tag for tag in backend.tags() if tag.endswith("to_reference")]
