@@ -100,6 +100,7 @@ TRAINER_SECTIONS = ("train", "eval", "test")
 """Where what the Trainer logs goes: ``eval_`` and ``test_`` at the beginning of a name say the section, else it is the
 first."""
 
+_UNLABELLED = "no labels of the batch are known"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
 _ONLY_ENDS = "all that the codebook predicts is begin or end of stream"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
@@ -145,8 +146,13 @@ CATALOGUE: tuple[Entry, ...] = (
         Entry(
             "inputs/tokens/reference_audio_fraction",
             "Share of positions that are reference audio: given to the model, not supervised.",
+            absent=_UNLABELLED,
         ),
-        Entry("inputs/tokens/target_audio_fraction", "Share of positions that are target audio: supervised."),
+        Entry(
+            "inputs/tokens/target_audio_fraction",
+            "Share of positions that are target audio: supervised.",
+            absent=_UNLABELLED,
+        ),
         Entry("inputs/tokens/padding_fraction", "Share of positions that are padding.", better="lower"),
         reduction="mean over all positions of the step",
     ),
@@ -161,7 +167,7 @@ CATALOGUE: tuple[Entry, ...] = (
         "Share of the audio codes (reference and target, every codebook) that have a label; audio that is given as "
         "embeddings has none.",
         reduction="mean over audio codes",
-        absent="no audio codes in the step",
+        absent=f"no audio codes in the step, or {_UNLABELLED}",
     ),
     _count(
         "inputs/invalid_ids",
@@ -274,7 +280,7 @@ CATALOGUE: tuple[Entry, ...] = (
             "outputs/eos/supervised",
             "Share of the target clips' stream ends (one per codebook) that are there and have a label. Below 1: it is"
             " not taught to stop.",
-            absent="no target audio in the step",
+            absent=f"no target audio in the step, or {_UNLABELLED}",
         ),
         reduction="mean over codebooks and clips",
         better="higher",
@@ -443,7 +449,7 @@ CATALOGUE: tuple[Entry, ...] = (
         "Share of samples that are well-formed voice-cloning prompts: none of the violations below.",
         reduction="mean over samples",
         better="higher",
-        absent="the family's chat format is not known, or the batch has no audio",
+        absent=f"the family's chat format is not known, the batch has no audio, or {_UNLABELLED}",
     ),
     *_all(
         _count(
@@ -476,7 +482,7 @@ CATALOGUE: tuple[Entry, ...] = (
         "Share of samples with reference audio.",
         reduction="mean over samples",
         better="higher",
-        absent="the family has no audio",
+        absent=f"the family has no audio, or {_UNLABELLED}",
     ),
     Entry(
         "zero_shot/reference/seconds",
