@@ -223,6 +223,7 @@ class CsmFamily(Family):
             delay=(0,) * codes.shape[-1],
             ends=is_end.unsqueeze(-1).expand_as(codes),
             embedded=unknown,
+            labelled=isinstance(given, Tensor),
         )
 
     def coded(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

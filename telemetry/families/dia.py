@@ -154,6 +154,7 @@ class DiaFamily(Family):
             placeholders=count,
             delay=tuple(self._config.delay_pattern),
             reference_codes=unlabelled & reference.any(dim=1)[:, None, None],
+            labelled=isinstance(given, Tensor),
         )
 
     @property

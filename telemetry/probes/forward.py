@@ -194,14 +194,13 @@ class PassReader:
         failed = Absent("text", f"family {family.name} cannot read what the model returned")
         found = self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
         declared = [self._checked(one) for one in found]
+        # Of labels that the model was not given it has made no loss: of that nothing is said.
+        of_loss = declared if loss is not None or not microbatch.withheld else []
         return Reading(
             streams=[one for one in declared if isinstance(one, Stream)],
-            # Of labels that the model was not given it has made no loss, and no part of one.
-            parts=[
-                one for one in declared if isinstance(one, LossPart) and (loss is not None or not microbatch.withheld)
-            ],
-            divided=[one for one in declared if isinstance(one, Divided)],
-            overruled=[one for one in declared if isinstance(one, Overruled)],
+            parts=[one for one in of_loss if isinstance(one, LossPart)],
+            divided=[one for one in of_loss if isinstance(one, Divided)],
+            overruled=[one for one in of_loss if isinstance(one, Overruled)],
             absent=[one for one in declared if isinstance(one, Absent)],
             loss=loss,
             watched=watched,

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,19 @@ from transformers import (
 
 from telemetry import InputLoggerCallback, OutputLoggerCallback, StrategicTelemetry, Telemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.families.base import NO_LABELS, NO_LOGITS
+from telemetry.families.base import (
+    NO_LABELS,
+    NO_LOGITS,
+    Declared,
+    Divided,
+    Family,
+    LossPart,
+    Overruled,
+    Stream,
+)
 from telemetry.instruments.outputs import NO_LOSS, WITHHELD
 from telemetry.probes.batches import PreparedBatch
+from telemetry.probes.forward import PassReader, Reading
 from telemetry.records import Scalar, Table
 
 TOTAL, MODEL = "outputs/loss/total", "outputs/loss/model"
@@ -444,3 +454,23 @@ def test_audio_without_any_labels_is_neither_reference_nor_target(higgs: Any, vo
     assert unknown.isdisjoint(backend.tags())
     assert {"inputs/tokens/text_fraction", "attention/layer_0/text_to_text"} <= set(backend.tags())
     assert not [tag for tag in backend.tags() if tag.endswith("to_reference")]
+
+
+def test_nothing_is_said_of_a_loss_that_the_model_has_not_made() -> None:
+    class Tells(Family):
+        def streams(self, inputs: Any, outputs: Any, seen: Any) -> Iterator[Declared]:
+            one = torch.ones(())
+            yield Stream("text", outputs["logits"], inputs["labels"], "text", "shifted")
+            yield from (LossPart("part", one), Divided("part", one, one), Overruled("{}", "{}", one, one))
+
+    ids, labels = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    readings: list[Reading] = []
+    reader = PassReader(Tells(None), lambda _microbatch: None, lambda _microbatch, reading: readings.append(reading))
+    reader.prepare({"input_ids": ids, "labels": labels})
+    outputs = {"logits": torch.zeros(2, 3, 5)}
+    reader.replay({"input_ids": ids}, outputs)
+    reader.replay({"input_ids": ids, "labels": labels}, {**outputs, "loss": torch.ones(())})
+    withheld, given = readings
+    assert [len(one.streams) for one in readings] == [1, 1]
+    assert (withheld.parts, withheld.divided, withheld.overruled) == ([], [], [])
+    assert [len(found) for found in (given.parts, given.divided, given.overruled)] == [1, 1, 1]
