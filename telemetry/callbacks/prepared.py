@@ -1,10 +1,11 @@
-"""Shows a run the batches that a Trainer prepares: only there are labels that it keeps from the model."""
+"""Finds the Trainer that runs, and shows a run the batches that it prepares: labels that it keeps from the model."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 from transformers import Trainer
@@ -69,15 +70,22 @@ def calling_trainer(model: Any) -> Trainer | None:
 
     Callbacks are not handed it.
     """
-    frame = sys._getframe(1)
+    return next((trainer for trainer in trainers_in(sys._getframe(1)) if trainer.model is model), None)
+
+
+def trainers_in(frame: FrameType | None) -> Iterator[Trainer]:
+    """Yield the Trainers whose methods a stack of calls is in, the innermost first.
+
+    No frame of the user's is touched: before Python 3.13 a frame keeps the copy of its local variables that is asked
+    for, and all that they hold alive.
+    """
     while frame is not None:
         of, code = frame.f_globals.get("__name__", ""), frame.f_code
-        if of.startswith("transformers.") and code.co_varnames[:1] == ("self",):  # no frame of the user's is touched
+        if of.startswith("transformers.") and code.co_varnames[:1] == ("self",):
             held: Mapping[str, Any] = frame.f_locals
             owner = held.get("self")
-            if isinstance(held, dict):  # before Python 3.13 the frame keeps this copy, and all that it holds alive
+            if isinstance(held, dict):
                 held.clear()
-            if isinstance(owner, Trainer) and owner.model is model:
-                return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+            if isinstance(owner, Trainer):
+                yield owner
+        frame = frame.f_back

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
-from telemetry.callbacks.prepared import PreparedBatches, calling_trainer
+from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, trainers_in
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clips import ClipInstrument
 from telemetry.instruments.questions import QUESTIONS
@@ -467,11 +466,5 @@ def _is_running(state: TrainerState) -> bool:
 
     What ends a training otherwise than by its end (Ctrl-C, an exception, a trial that is pruned) tells no callback.
     """
-    for frame in sys._current_frames().values():
-        at: FrameType | None = frame
-        while at is not None:
-            owner = at.f_locals.get("self") if "self" in at.f_code.co_varnames else None
-            if getattr(owner, "__dict__", {}).get("state") is state:
-                return True
-            at = at.f_back
-    return False
+    stacks = sys._current_frames().values()
+    return any(trainer.state is state for stack in stacks for trainer in trainers_in(stack))
