@@ -76,23 +76,35 @@ def _watch_sigterm() -> None:
         return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return
-    reader, writer = os.pipe()
+    try:
+        reader, writer = os.pipe()
+    except OSError:  # no descriptors are left
+        return
     os.set_blocking(writer, False)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    if previous != -1:
+    reads = threading.Thread(target=_wait_for_sigterm, args=(reader,), name="telemetry-sigterm", daemon=True)
+    if previous != -1 or not _has_started(reads):
         signal.set_wakeup_fd(previous)
-        os.close(reader)
         os.close(writer)
+        os.close(reader)
         return
     _wakeup = writer
     signal.signal(signal.SIGTERM, _on_sigterm)
-    threading.Thread(target=_wait_for_sigterm, args=(reader,), name="telemetry-sigterm", daemon=True).start()
     os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_forget_in_child)
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
     """The thread that reads the pipe ends the process sooner, where nobody has taken the pipe (asyncio does)."""
-    threading.Thread(target=_close_and_end, name="telemetry-sigterm", daemon=True).start()
+    if not _has_started(threading.Thread(target=_close_and_end, name="telemetry-sigterm", daemon=True)):
+        _end()
+
+
+def _has_started(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError:  # no threads are left
+        return False
+    return True
 
 
 def _wait_for_sigterm(reader: int) -> None:
@@ -106,6 +118,11 @@ def _close_and_end() -> None:
         return
     with contextlib.suppress(Exception):
         _close_all(TERMINATE_SECONDS)
+    _end()
+
+
+def _end() -> None:
+    """End the process as SIGTERM does where nobody handles it."""
     # Python sets dispositions on the main thread only; C does so on any.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
 from telemetry.delivery.measured import Job
+from telemetry.once import Once
+
+logger = logging.getLogger(__name__)
+_once = Once(logger)  # for all: what one thread lacks, the others do too
 
 
 class Worker:
@@ -59,17 +64,14 @@ class Worker:
             if self._closed:
                 self._on_drop(job.drop_all())
                 return
+            if not self._has_thread():
+                self._on_drop(job.drop_all())
+                return
             nbytes = job.nbytes
             self._queue.append((job, nbytes))
             self._held += nbytes
             if self._held > self._max_bytes:
                 self._make_room()
-            if self._thread is None:
-                # A daemon: nothing here keeps the process from ending. In the context of who began: some clients keep
-                # there which run is active.
-                target = functools.partial(contextvars.copy_context().run, self._run)
-                self._thread = threading.Thread(target=target, name="telemetry", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
 
     def drain(self, seconds: float) -> bool:
@@ -86,6 +88,21 @@ class Worker:
             self._held = 0
             self._changed.notify_all()
             return dropped
+
+    def _has_thread(self) -> bool:
+        """Whether there is a thread to work on jobs: one that could not be started is tried again with the next."""
+        if self._thread is None:
+            # A daemon: nothing here keeps the process from ending. In the context of who began: some clients keep there
+            # which run is active.
+            target = functools.partial(contextvars.copy_context().run, self._run)
+            thread = threading.Thread(target=target, name="telemetry", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _once.say("thread", "telemetry loses what it measures (%s); training goes on", error)
+                return False
+            self._thread = thread
+        return True
 
     def _make_room(self) -> None:
         for drop in ("drop_media", "drop_all"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -114,6 +115,27 @@ def disk_is_full_for_a_while(directory: Path) -> None:
     (directory / "given.json").write_text(
         json.dumps([(step, tag) for tag in given.records for step, _ in given.records[tag]])
     )
+
+
+def threads_run_out(directory: Path) -> None:
+    """From the first step on, with descriptors."""
+
+    def run_out(**_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        threading.Thread.start = refuse  # type: ignore[method-assign]
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def give_back(**_: Any) -> None:
+        for descriptor in taken:
+            os.close(descriptor)
+
+    taken: list[int] = []
+    tiny.train(directory, [Acts(1, run_out), Acts(20, give_back), watched(directory)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- ends

@@ -105,3 +105,9 @@ def shown(directory: Path) -> set[tuple[int, str]]:
     """Step and tag of everything that is in a run's only event file."""
     (path,) = (directory / LOGS).iterdir()
     return {(event.step, value.tag) for event in EventFileLoader(str(path)).Load() for value in event.summary.value}
+
+
+def test_threads_and_descriptors_that_run_out(tmp_path: Path, untouched: Callable[..., Outcome]) -> None:
+    ended = run("threads_run_out", tmp_path)
+    assert_trained_as(untouched(steps=STEPS), tmp_path, ended)
+    assert ended.said.count("telemetry loses what it measures (can't start new thread); training goes on") == 1

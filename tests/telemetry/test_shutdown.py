@@ -167,6 +167,48 @@ def test_sigterm_ends_it_after_others_have_taken_the_wake_up_pipe(touch: str, tm
     assert written(tmp_path) == ALL_STEPS
 
 
+def test_sigterm_ends_it_where_another_library_looks_at_it_first(tmp_path: Path) -> None:
+    body = f"""
+    record()
+    import faulthandler
+    faulthandler.register(signal.SIGTERM, chain=True)
+    ready()
+    {SLEEPS}
+    """
+    code, _, errors = end(start(body, tmp_path), terminate=True)
+    assert code == -signal.SIGTERM
+    assert "most recent call first" in errors
+    assert written(tmp_path) == ALL_STEPS
+
+
+NO_THREADS = """
+def refuse(_thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+"""
+NO_DESCRIPTORS = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+held = []
+try:
+    while True:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [f"{NO_THREADS}\nrecord()", f"record().close()\n{NO_THREADS}", f"{NO_DESCRIPTORS}\nrecord()"],
+    ids=["no threads", "no threads later", "no descriptors"],
+)
+def test_sigterm_ends_it_where_threads_or_descriptors_have_run_out(body: str, tmp_path: Path) -> None:
+    code, _, errors = end(start(f"{body}\nready()\n{SLEEPS}", tmp_path), terminate=True)
+    assert code == -signal.SIGTERM
+    assert "Exception ignored" not in errors
+
+
 def test_other_signals_than_sigterm_end_nothing(tmp_path: Path) -> None:
     body = """
     record()

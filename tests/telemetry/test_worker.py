@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetry.delivery.worker import Worker
+from telemetry.once import Once
 
 SOON = 20.0  # generous: other programs share the machine
 
@@ -225,3 +227,26 @@ def test_putting_returns_at_once_while_the_thread_is_stuck(bench: Bench) -> None
     for index in range(1000):
         bench.worker.put(Parcel(str(index), 1, 1))
     assert (time.perf_counter() - began) / 1000 < 0.001
+
+
+def test_a_thread_that_cannot_be_started_costs_what_it_would_have_done(
+    monkeypatch: pytest.MonkeyPatch, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("telemetry.delivery.worker._once", Once(logging.getLogger("telemetry.delivery.worker")))
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    bench = Bench()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        bench.worker.put(Parcel("lost", 1, 2))
+        bench.worker.put(Parcel("lost", 3, 4))
+        assert bench.worker.drain(SOON)
+    assert bench.dropped == [3, 7]
+    bench.worker.put(Parcel("done", 1, 1))
+    assert bench.worker.drain(SOON)
+    assert bench.done == [("done", 1, 1)]
+    said = "telemetry loses what it measures (can't start new thread); training goes on"
+    assert telemetry_log.text.count(said) == 1
+    assert bench.worker.close() == 0
