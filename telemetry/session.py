@@ -30,7 +30,7 @@ from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.watch import Watch
 from telemetry.records import Record, Scalar
-from telemetry.setting import Setting, local_directory, logged_numbers
+from telemetry.setting import Setting, logged_numbers, logs_directory
 from telemetry.sound import SoundPolicy
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Door:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
         self.logging_steps = logging_steps
         self.backends = backends
-        self.logging_dir = None if logging_dir is None else local_directory(logging_dir, "logging_dir")
+        self.logging_dir = None if logging_dir is None else logs_directory(logging_dir, "logging_dir")
         self.sound = sound
         self.instruments = [*instruments]
         self.alert_to = alert_addresses(alert_to)

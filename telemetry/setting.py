@@ -72,14 +72,14 @@ def _nothing() -> None:
 def default_logging_dir(output_dir: Path) -> Path:
     """Return ``TENSORBOARD_LOGGING_DIR``, or ``runs/telemetry`` in the output directory: the same after a resume."""
     chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    return local_directory(chosen, "TENSORBOARD_LOGGING_DIR") if chosen else output_dir / "runs" / "telemetry"
+    return logs_directory(chosen, "TENSORBOARD_LOGGING_DIR") if chosen else output_dir / "runs" / "telemetry"
 
 
 def local_directory(path: str | Path, named: str) -> Path:
     """Return a directory of this machine.
 
     Args:
-        path: may begin with ``~``.
+        path: may begin with ``~``; ``$NAMES`` are taken as they are, as the Trainer takes them.
         named: what the user has set, for the message.
 
     Raises:
@@ -91,6 +91,11 @@ def local_directory(path: str | Path, named: str) -> Path:
             "(`gsutil rsync`, `aws s3 sync`, `hf upload`), or mount the bucket"
         )
     return Path(path).expanduser()
+
+
+def logs_directory(path: str | Path, named: str) -> Path:
+    """As :func:`local_directory`, with environment variables filled in: where the logs go is for telemetry to say."""
+    return local_directory(os.path.expandvars(path), named)
 
 
 def run_config(arguments: Mapping[str, Any], model: nn.Module, loaders: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from telemetry import StrategicTelemetry, Telemetry
-from telemetry.setting import default_logging_dir, local_directory, logged_numbers, run_config
+from telemetry.setting import default_logging_dir, local_directory, logged_numbers, logs_directory, run_config
 
 
 class Unspeakable:
@@ -118,3 +118,15 @@ def test_any_name_of_a_local_directory_is_taken(path: str) -> None:
 def test_a_home_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     assert local_directory("~/logs", "logging_dir") == Path("/home/ann/logs")
+
+
+def test_environment_variables_in_where_the_logs_go_are_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/ann")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "$SCRATCH/logs")
+    assert logs_directory("${SCRATCH}/logs", "logging_dir") == Path("/scratch/ann/logs")
+    assert logs_directory(Path("$NOWHERE/logs"), "logging_dir") == Path("$NOWHERE/logs")
+    assert default_logging_dir(Path("out")) == Path("/scratch/ann/logs")
+    monkeypatch.setenv("SCRATCH", "gs://bucket")
+    with pytest.raises(ValueError, match="directories of this machine"):
+        logs_directory("$SCRATCH/logs", "logging_dir")
