@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -147,9 +148,8 @@ def ends_before_the_other(rank: int) -> None:
 
 def recorder_fails(rank: int) -> None:
     """On rank 1, as often as it is asked for."""
-    setting = Setting(
-        Path("nowhere"), Path("nowhere"), lambda: [MemoryBackend()], lambda: {"any": 1 // (1 - rank)}, rank=rank
-    )
+    directory = Path(tempfile.mkdtemp())
+    setting = Setting(directory, directory, lambda: [MemoryBackend()], lambda: {"any": 1 // (1 - rank)}, rank=rank)
     session = Session(torch.nn.Linear(1, 1), setting)
     for _ in range(3):
         with contextlib.suppress(ZeroDivisionError):
