@@ -28,9 +28,10 @@ def last_hidden_state(given: Any) -> Tensor | None:
 
 def head_fault(model: nn.Module, decoder: nn.Module) -> str:
     """Say why what follows a model's decoder cannot be run again; "" where it can."""
-    heads = [module for child in _beside(model, decoder) for module in child.modules()]
-    if any(isinstance(head, nn.Dropout) and head.p and head.training for head in heads):
+    own: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if any(isinstance(part, nn.Dropout) and part.p and part.training for part in own.modules()):
         return "its loss is fused with a head that draws at random (dropout)"
+    heads = [module for child in _beside(model, decoder) for module in child.modules()]
     parameters = [one for head in heads for one in head.parameters(recurse=False)]
     spread = any(hasattr(one, "device_mesh") or one.is_meta or not one.numel() for one in parameters)
     # FSDP, tensor parallelism, ZeRO-3; or offloaded
