@@ -68,7 +68,8 @@ def logits_of(
     stand_in: Any = _bare(decoder)
     stand_in.forward = lambda *_args, **_options: again
     twin, dtype = _twin(model, {decoder: stand_in}), autocast.get(device.type)
-    # Without its cache of weights: one that is filled without gradients would leave the pass around it without some.
+    # Without its cache of weights: of earlier versions of torch, one that is filled without gradients would leave the
+    # passes that come after without some.
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
         for kind in type(model).__mro__[: type(model).__mro__.index(nn.Module)]:
             if "forward" in vars(kind) and (logits := _tried(vars(kind)["forward"], twin, hidden)) is not None:
@@ -110,12 +111,11 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
-_REPLACED = ("forward", "_compiled_call_impl")  # what is set on one module in the place of its class's
 
 
 def _bare(module: nn.Module) -> nn.Module:
     """A module with the same tensors and parts, and nothing that has been hooked to it."""
-    held = {name: value for name, value in vars(module).items() if name not in _REPLACED}
+    held: dict[str, Any] = {**vars(module), "_compiled_call_impl": None}
     held |= {name: OrderedDict() for name in _HOOKS}
     held |= {name: dict(held[name]) for name in ("_parameters", "_buffers", "_modules")}
     made = object.__new__(type(module))
