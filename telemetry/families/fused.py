@@ -28,8 +28,8 @@ def last_hidden_state(given: Any) -> Tensor | None:
 
 def head_fault(model: nn.Module, decoder: nn.Module) -> str:
     """Say why what follows a model's decoder cannot be run again; "" where it can."""
-    own: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if any(isinstance(part, nn.Dropout) and part.p and part.training for part in own.modules()):
+    own_head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if any(isinstance(part, nn.Dropout) and part.p and part.training for part in own_head.modules()):
         return "its loss is fused with a head that draws at random (dropout)"
     heads = [module for child in _beside(model, decoder) for module in child.modules()]
     parameters = [one for head in heads for one in head.parameters(recurse=False)]
@@ -62,7 +62,8 @@ def logits_of(
     Returns:
         None where no class of the model's gives logits without labels.
     """
-    device = next((one.device for head in _beside(model, decoder) for one in head.parameters()), hidden.device)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    device = next((one.device for one in head.parameters()), hidden.device)
     hidden = hidden.to(device, non_blocking=True)
     again: Any = (hidden,) if isinstance(given, tuple) else type(given)(last_hidden_state=hidden)
     stand_in: Any = _bare(decoder)
