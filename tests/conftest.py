@@ -43,6 +43,7 @@ SLOWEST_FIRST = (
     "telemetry/backends/test_tensorboard.py",
     "telemetry/callbacks/test_clip_log.py",
     "distributed/test_clips_on_ranks.py",
+    "distributed/test_trl_on_ranks.py",
     "telemetry/backends/test_wandb_server.py",
     "faults/test_endurance.py",
 )

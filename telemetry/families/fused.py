@@ -28,9 +28,10 @@ def last_hidden_state(given: Any) -> Tensor | None:
 
 def head_fault(model: nn.Module, decoder: nn.Module) -> str:
     """Say why what follows a model's decoder cannot be run again; "" where it can."""
-    heads = [module for child in _beside(model, decoder) for module in child.modules()]
-    if any(isinstance(head, nn.Dropout) and head.p and head.training for head in heads):
+    own_head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if any(isinstance(part, nn.Dropout) and part.p and part.training for part in own_head.modules()):
         return "its loss is fused with a head that draws at random (dropout)"
+    heads = [module for child in _beside(model, decoder) for module in child.modules()]
     parameters = [one for head in heads for one in head.parameters(recurse=False)]
     spread = any(hasattr(one, "device_mesh") or one.is_meta or not one.numel() for one in parameters)
     # FSDP, tensor parallelism, ZeRO-3; or offloaded
@@ -61,13 +62,15 @@ def logits_of(
     Returns:
         None where no class of the model's gives logits without labels.
     """
-    device = next((one.device for head in _beside(model, decoder) for one in head.parameters()), hidden.device)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    device = next((one.device for one in head.parameters()), hidden.device)
     hidden = hidden.to(device, non_blocking=True)
     again: Any = (hidden,) if isinstance(given, tuple) else type(given)(last_hidden_state=hidden)
     stand_in: Any = _bare(decoder)
     stand_in.forward = lambda *_args, **_options: again
     twin, dtype = _twin(model, {decoder: stand_in}), autocast.get(device.type)
-    # Without its cache of weights: one that is filled without gradients would leave the pass around it without some.
+    # Without its cache of weights: of earlier versions of torch, one that is filled without gradients would leave the
+    # passes that come after without some.
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
         for kind in type(model).__mro__[: type(model).__mro__.index(nn.Module)]:
             if "forward" in vars(kind) and (logits := _tried(vars(kind)["forward"], twin, hidden)) is not None:
@@ -109,12 +112,11 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
-_REPLACED = ("forward", "_compiled_call_impl")  # what is set on one module in the place of its class's
 
 
 def _bare(module: nn.Module) -> nn.Module:
     """A module with the same tensors and parts, and nothing that has been hooked to it."""
-    held = {name: value for name, value in vars(module).items() if name not in _REPLACED}
+    held: dict[str, Any] = {**vars(module), "_compiled_call_impl": None}
     held |= {name: OrderedDict() for name in _HOOKS}
     held |= {name: dict(held[name]) for name in ("_parameters", "_buffers", "_modules")}
     made = object.__new__(type(module))

@@ -13,7 +13,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, NO_LABELS, BatchView
 from telemetry.families.chat import ChatFormat, decoded
-from telemetry.instruments.base import LastMicrobatchInstrument, Step
+from telemetry.instruments.base import COMPILED, LastMicrobatchInstrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
@@ -53,6 +53,8 @@ class InputInstrument(LastMicrobatchInstrument):
     def look(self, step: Step, microbatch: Microbatch | None) -> None:
         """Show the last microbatch."""
         if microbatch is None:
+            if not step.watch.usable:
+                step.recorder.absent("inputs", COMPILED)
             return
         self._show_tensors(step, microbatch)
         self._show_sequences(step, microbatch)

@@ -16,7 +16,7 @@ from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, NO_LABELS, AudioView, Divided, Overruled, Stream
 from telemetry.families.chat import decoded
 from telemetry.families.fused import SAMPLE
-from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.base import COMPILED, Instrument, Step
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.records import Mean, Metric, Perplexity, Table, UsedFraction
@@ -164,13 +164,14 @@ class OutputInstrument(Instrument):
         """Measure every stream, and what the loss is made of."""
         for one in reading.absent:
             step.recorder.absent(f"outputs/loss/{one.name}", one.why)
-        note = WITHHELD if microbatch.withheld else ""
+        withheld = WITHHELD if microbatch.withheld else ""
         shares: list[Tensor] = []
         shown: list[_Shown] = []
         for stream in reading.streams:
             stats = token_statistics(stream.logits, stream.predicted, probe_id=stream.eos_id)
             totals = _totals(stream, stats)
-            note = SOME if stream.each is not None and stream.rows is not None else ""
+            some = SOME if stream.each is not None and stream.rows is not None else ""
+            note = " ".join(filter(None, (some, withheld)))
             for tag, value in _metrics(stream, stats, totals):
                 step.recorder.metric(f"outputs/{tag}", value, note)
             shares.append(_share(stream, *totals["loss"]))
@@ -188,6 +189,8 @@ class OutputInstrument(Instrument):
         _say_overruled(step, [one for reading in readings for one in reading.overruled])
         if passes:
             _compare(step, passes)
+        elif not step.watch.usable:
+            step.recorder.absent("outputs", COMPILED)
             step.recorder.show({}, functools.partial(_say_of_ends, codebooks))
         if last is not None and last[1]:
             _show(step, *last)

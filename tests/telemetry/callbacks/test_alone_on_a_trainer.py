@@ -26,6 +26,7 @@ from telemetry import (
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import COMPONENTS
 from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.instruments.base import COMPILED
 from telemetry.instruments.gradients import CLIPPED_NOTE
 from telemetry.records import Mean, Scalar, Table
 
@@ -301,6 +302,17 @@ def test_inputs_and_outputs_handed_over_where_no_hook_fires(
     for step in (1, 2):
         expected = {tag: value for tag, value in run.expected(step).items() if tag.startswith(section)}
         assert_same(scalars_at(backend, step, section), expected)
+
+
+def test_of_a_compiled_model_whose_passes_nobody_hands_over_it_is_said_why_there_are_none(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    llama._compiled_call_impl = llama._call_impl  # as torch.nn.Module.compile leaves it
+    backend = MemoryBackend()
+    training(llama, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend])], steps=1).trainer.train()
+    assert not [tag for tag in backend.tags() if tag.startswith(("inputs", "outputs"))]
+    why = {str(row[0]): str(row[1]) for row in backend.last("telemetry/absent", Table).rows}
+    assert {why[section] for section in ("inputs", "outputs", "attention", "activations")} == {COMPILED}
 
 
 class FusedLlama(LlamaForCausalLM):
