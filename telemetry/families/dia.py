@@ -24,6 +24,7 @@ from telemetry.families.base import (
     Family,
     FeedForward,
     Layer,
+    Overruled,
     Seen,
     Stream,
     codebook_names,
@@ -77,6 +78,14 @@ class DiaFamily(Family):
             yield Absent("audio", NO_LABELS, in_loss=False)
         else:
             own = (labels != IGNORE_INDEX).sum()
+            by_frame = (logits.shape[0] // self._codebooks, logits.shape[1], self._codebooks)
+            if labels.shape == by_frame and logits.shape[1] != self._codebooks:
+                yield Overruled(
+                    "labels lie as [batch, frames, codebooks]: {}",
+                    "the model reads all {} as [batch, codebooks, frames], each for another's",
+                    own,
+                    own,
+                )
             decoder = self._config.decoder_config
             yield Stream(
                 codebook_names(self._codebooks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,3 +165,10 @@ def probed_layers(step: Step, chosen: Sequence[int] | None, section: str) -> lis
     if beyond:
         step.recorder.say_once("layers", "layers %s do not exist: the model has %d", beyond, len(layers))
     return [layers[index] for index in sorted(set(wanted)) if index < len(layers)]
+
+
+def training_precision(step: Step) -> contextlib.AbstractContextManager[None]:
+    """The precision of training: a part of a wrapped model does not come by it through the Trainer."""
+    if step.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(next(step.model.parameters()).device.type, step.autocast)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.families.speech import Prompt, Speaker, Speech
-from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.base import Instrument, Step, training_precision
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
 from telemetry.once import Once
@@ -151,7 +151,8 @@ class ClipInstrument(Instrument):
         """Never raises: a rank without samples keeps the others company."""
         try:
             if self._samples is None:
-                self._samples = list(_cut(speaker, batches, self.clips))
+                with training_precision(step):  # waveforms are encoded as in training
+                    self._samples = list(_cut(speaker, batches, self.clips))
             if not self._samples:
                 step.recorder.absent("zero_shot/clips", "no evaluation sample has target audio")
         except Exception:
@@ -181,7 +182,7 @@ class _Evaluation:
         with self._in_step() as ready:
             if not ready:
                 return []
-            with _autocast(self._step):
+            with training_precision(self._step):
                 return list(self._generated(samples))
 
     @contextlib.contextmanager
@@ -198,7 +199,7 @@ class _Evaluation:
             return
 
         def idle() -> None:
-            with _autocast(self._step):
+            with training_precision(self._step):
                 speaker.idle()
 
         with in_company(model, lockstep, idle):
@@ -319,10 +320,3 @@ def _decoded(codec: Any, codes: Tensor) -> Tensor:
     made = codec.decode(audio_codes=codes) if named else codec.decode(codes)
     values = getattr(made, "audio_values", made)
     return values if isinstance(values, Tensor) else values[0]
-
-
-def _autocast(step: Step) -> contextlib.AbstractContextManager[None]:
-    """The precision of training: a part of a wrapped model does not come by it through the Trainer."""
-    if step.autocast is None:
-        return contextlib.nullcontext()
-    return torch.autocast(next(step.model.parameters()).device.type, step.autocast)

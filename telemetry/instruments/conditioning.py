@@ -12,7 +12,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
 from telemetry.families.base import NO_LABELS, AudioView, Family, Stream
 from telemetry.families.references import Swap, swap_references
-from telemetry.instruments.base import LastMicrobatchInstrument, Step
+from telemetry.instruments.base import LastMicrobatchInstrument, Step, training_precision
 from telemetry.measures.token_stats import masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch, streams_of, watched_aside
 from telemetry.probes.quiet import set_aside
@@ -125,7 +125,8 @@ def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Compar
     """What is to be run; None where nothing can be measured, and the reason is said."""
     family = step.family
     if family is not None and family.swaps_references and microbatch is not None:
-        inputs = family.coded(microbatch.inputs)
+        with training_precision(step):
+            inputs = family.coded(microbatch.inputs)
         if inputs is not microbatch.inputs:
             microbatch = Microbatch(inputs, family.view(inputs), microbatch.metadata)
     audio = microbatch.view.audio if microbatch is not None and microbatch.view is not None else None

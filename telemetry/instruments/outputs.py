@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -361,7 +362,12 @@ def _say_divided(step: Step, divided: Sequence[Divided]) -> None:
             if tokens != by:
                 said = "the trainer divides the loss of %s by %d, where %d of its tokens are supervised in the step"
                 recorder.say_once(
-                    f"divided:{name}", f"{said}: it is %.4g times its mean", name, by, tokens, tokens / by
+                    f"divided:{name}",
+                    f"{said}: it is %.4g times its mean",
+                    name,
+                    by,
+                    tokens,
+                    tokens / by if by else math.inf,
                 )
 
     if names:

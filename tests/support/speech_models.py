@@ -182,13 +182,16 @@ def padded(rows: Sequence[Sequence[Any]], fill: Any, left: bool = False) -> Tens
     )
 
 
-def csm_waveforms(*samples: Sequence[tuple[int, int, Sequence[int]]], left: bool = False) -> dict[str, Tensor]:
+def csm_waveforms(
+    *samples: Sequence[tuple[int, int, Sequence[int]]], left: bool = False, missing: int = 0
+) -> dict[str, Tensor]:
     """Conversations for Csm with waveforms.
 
     Args:
         samples: each a sequence of turns: tokens of text, frames of audio, and the labels of these frames and of their
             end (the token's id, -100 or -101).
         left: whether padding stands on the left.
+        missing: samples that the last frame of every clip lacks.
     """
     ids: list[list[int]] = [[] for _ in samples]
     labels: list[list[int]] = [[] for _ in samples]
@@ -200,7 +203,7 @@ def csm_waveforms(*samples: Sequence[tuple[int, int, Sequence[int]]], left: bool
             assert len(taught) == frames + 1
             ids[row] += [*numbers(text, seed, 2, 30), *[AUDIO] * frames, AUDIO_END]
             labels[row] += [*[IGNORED] * text, *taught]
-            values[row] += waveform(frames, seed)
+            values[row] += waveform(frames, seed)[: frames * SAMPLES - missing]
             cutoffs[row].append(len(values[row]))
     return {
         "input_ids": padded(ids, PAD, left),

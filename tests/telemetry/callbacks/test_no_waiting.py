@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support import speech_models
 from support.batches import Voices
 from support.references import differing, measured_records
+from support.speech_models import taught
 from support.steps import Steps, gradients_of
 from support.waiting import Watch
 from torch import Tensor
@@ -20,7 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks.questions import COMPONENTS
 from telemetry.callbacks.trainer import StrategicCallback
-from telemetry.families import HiggsAudioV2Family, causal_lm
+from telemetry.families import HiggsAudioV2Family, Stream, causal_lm, find_family
+from telemetry.probes.forward import watched_aside
 
 
 def watched(callback: StrategicCallback, watch: Watch) -> StrategicCallback:
@@ -93,6 +97,37 @@ def test_reading_a_fused_loss_waits_for_nothing(
     with Steps(llama, [callback], tmp_path, loss=lambda model, batch: model(**batch).loss) as run:
         run.step([{"input_ids": ids, "labels": ids}])
     assert backend.scalars("outputs/loss/text")
+    assert watch.operations
+    assert watch.waits == []
+
+
+SPEECH: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]]]] = {
+    "csm, waveforms": (
+        speech_models.csm,
+        lambda: speech_models.csm_waveforms(
+            [(3, 4, taught(4)), (2, 3, taught(3, 2))], [(5, 2, [-100] * 3), (2, 5, taught(5))]
+        ),
+    ),
+    "csm, codes": (speech_models.csm, lambda: speech_models.csm_codes((2, 3), (0, 5))),
+    "dia": (speech_models.dia, lambda: speech_models.dia_batch((4, 2, 3), (6, 0, 4))),
+    "moshi": (speech_models.moshi, lambda: speech_models.moshi_batch(5, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", SPEECH)
+def test_reading_what_other_speech_models_predict_waits_for_nothing(kind: str) -> None:
+    make, batch = SPEECH[kind]
+    model, inputs = make(), {**batch(), "num_items_in_batch": torch.tensor(9)}
+    family = find_family(model)
+    assert family is not None
+    with torch.no_grad(), watched_aside(family, None) as seen:
+        outputs = model(**inputs)
+        with Watch() as watch:
+            family.view(inputs)
+            declared = list(family.streams(inputs, outputs, seen))
+            streams = [one for one in declared if isinstance(one, Stream)]
+            assert [one.fault() for one in streams] == [""] * (1 if kind == "dia" else 2)
+            assert [one.predicted.shape for one in streams]
     assert watch.operations
     assert watch.waits == []
 

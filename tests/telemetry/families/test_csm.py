@@ -52,7 +52,7 @@ def waveforms(left: bool) -> list[Batch]:
     return [
         csm_waveforms([(3, 4, taught(4)), (2, 3, taught(3, 2))], [(5, 2, NO_CONTEXT), (2, 5, taught(5))], left=left),
         csm_waveforms([(2, 1, taught(1))], [(6, 6, taught(6, 3))], left=left),
-        csm_waveforms([(4, 3, taught(3))], left=left),
+        csm_waveforms([(4, 3, taught(3)), (1, 2, taught(2))], [(2, 1, taught(1))], left=left, missing=3),
     ]
 
 
@@ -86,7 +86,7 @@ def labels_of(model: Any, batch: Batch) -> list[list[list[int]]]:
         for begin, end in zip([0, *cuts], cuts, strict=False):
             with torch.no_grad():
                 made = model.codec_model.encode(batch["input_values"][row : row + 1, :, begin:end]).audio_codes
-            assert made.shape[-1] == (end - begin) // SAMPLES
+            assert made.shape[-1] == -(-(end - begin) // SAMPLES)
             frames += made[0].t().tolist()
         labels = []
         for token, label in zip(ids, given, strict=True):

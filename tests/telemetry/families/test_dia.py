@@ -194,3 +194,22 @@ def test_the_conditioning_gain_is_that_of_samples_run_one_by_one(tmp_path: Path)
         gain = (sum(losses["swapped"][k]) - sum(losses["own"][k])) / len(losses["own"][k])
         assert backend.scalars(f"{section}/codebook_{k}/gain")[1] == pytest.approx(gain, abs=2e-5), k
     assert abs(backend.scalars(f"{section}/gain")[1]) > 1e-4
+
+
+def test_labels_that_the_model_reads_for_one_another_are_said(
+    tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
+    """The model takes any shape of as many labels: the loss is right for what it reads, and what it reads is wrong."""
+    batch = dia_batch((4, 2, 3), (6, 0, 4))
+    given = batch["labels"].unflatten(0, (-1, len(DELAY)))
+    for labels, wrong in ((given, False), (given.transpose(1, 2).contiguous(), True)):
+        backend = MemoryBackend()
+        train(dia(), [{**batch, "labels": labels}], tmp_path, [StrategicTelemetry(["outputs"], 1, [backend])], 1, 1)
+        assert list(backend.scalars("outputs/loss/total")) == [1]
+        count = int((labels != IGNORED).sum())
+        said = (
+            f"labels lie as [batch, frames, codebooks]: {count}, but the model reads all {count} as [batch, codebooks, "
+            "frames], each for another's"
+        )
+        assert (said in telemetry_log.text) == wrong
+        telemetry_log.clear()
