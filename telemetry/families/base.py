@@ -46,6 +46,8 @@ class AudioView:
         delay: frames that each codebook of a clip is shifted by.
         ends: bool ``[batch, sequence, C]``: the codes that are ends, where ``eos_id`` is an entry of the codebooks too;
             None where every ``eos_id`` is an end.
+        after: int64 ``[batch, C]``: the labels of the frame after the last position, of a model that is given shifted
+            labels, and so none but this one frame less; None where every label has its position.
         reference_codes: bool ``[batch, sequence, C]``: the reference's codes, where a delay pattern mixes them with
             those of the target; None where they are all codes of its positions.
         embedded: bool ``[batch, sequence]``: audio that is given without codes, as embeddings of ``features`` or as
@@ -68,6 +70,7 @@ class AudioView:
     placeholders: Tensor
     delay: tuple[int, ...]
     ends: Tensor | None = None
+    after: Tensor | None = None
     reference_codes: Tensor | None = None
     embedded: Tensor | None = None
     features: Tensor | None = None

@@ -42,7 +42,7 @@ class DiaFamily(Family):
     """Reads ``DiaForConditionalGeneration``.
 
     Its loss is one mean over the codes of all codebooks. A view holds the encoder's text and then the decoder's audio.
-    What of a sample's audio comes before its first label is the reference.
+    What of a sample's audio comes before its first label is a clip of its own, the reference.
     """
 
     name = "dia"
@@ -138,9 +138,10 @@ class DiaFamily(Family):
 
     def _audio_view(self, given: Any, codes: Tensor, is_audio: Tensor, text: int) -> AudioView:
         decoder = self._config.decoder_config
-        labels = torch.full_like(codes, IGNORE_INDEX)
+        labels, after = torch.full_like(codes, IGNORE_INDEX), None
         if isinstance(given, Tensor):  # the last label is that of a frame that the decoder is not given
-            labels[:, 1:] = self._by_frame(given.reshape(-1, codes.shape[1]))[:, :-1]
+            shifted = self._by_frame(given.reshape(-1, codes.shape[1]))
+            labels[:, 1:], after = shifted[:, :-1], shifted[:, -1]
         room = codes.new_zeros(codes.shape[0], text, codes.shape[2])
         codes = torch.cat([room, codes], dim=1)
         labels = torch.cat([torch.full_like(room, IGNORE_INDEX), labels], dim=1)
@@ -155,13 +156,14 @@ class DiaFamily(Family):
             labels=labels,
             reference=reference,
             target=is_audio & ~reference,
-            starts=is_audio & (is_audio.long().cumsum(dim=1) == 1),
+            starts=_first(is_audio) | _first(is_audio & ~reference),
             vocabulary=decoder.vocab_size,
             bos_id=decoder.bos_token_id,
             eos_id=decoder.eos_token_id,
             frames=count,
             placeholders=count,
             delay=tuple(self._config.delay_pattern),
+            after=after,
             reference_codes=unlabelled & reference.any(dim=1)[:, None, None],
             labelled=isinstance(given, Tensor),
         )
@@ -190,3 +192,8 @@ class DiaFamily(Family):
         counted = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         own = {"decoder_position_ids": counted} | self.swap_reference(inputs, None)
         return own | {"decoder_attention_mask": mask.masked_fill(hidden, 0)}
+
+
+def _first(marked: Tensor) -> Tensor:
+    """The first marked position of every sample, bool ``[batch, sequence]``."""
+    return marked & (marked.long().cumsum(dim=1) == 1)

@@ -126,8 +126,9 @@ def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Compar
     family = step.family
     if family is not None and family.swaps_references and microbatch is not None:
         with training_precision(step):
-            inputs = family.coded(microbatch.inputs)
-        if inputs is not microbatch.inputs:
+            known = microbatch.known
+            inputs = family.coded(known)
+        if inputs is not known:
             microbatch = Microbatch(inputs, family.view(inputs), microbatch.metadata)
     audio = microbatch.view.audio if microbatch is not None and microbatch.view is not None else None
     if family is None or not family.swaps_references or microbatch is None or audio is None:
@@ -160,7 +161,7 @@ def _why_hopeless(speakers: list[object]) -> str:
 
 
 def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speakers: list[object]) -> _Comparison:
-    swap, inputs = swap_references(audio, speakers), microbatch.inputs
+    swap, inputs = swap_references(audio, speakers), microbatch.known
     predicted = (audio.labels >= 0) & (audio.labels < audio.vocabulary)
     # Hidden from all others, a position still carries its own code on: what it predicts is not without the reference.
     before = torch.ones_like(audio.reference)

@@ -276,6 +276,9 @@ def _supervised_ends(audio: AudioView) -> Mean:
     repeated[:, 1:] = is_end[:, :-1] & ~audio.starts[:, 1:].unsqueeze(-1)
     taught = is_end & ~repeated & (audio.labels == audio.eos_id)
     clip = audio.starts.long().cumsum(dim=1).unsqueeze(-1).expand_as(taught)
+    if audio.after is not None:
+        taught = torch.cat([taught, (audio.after == audio.eos_id).unsqueeze(1)], dim=1)
+        clip = torch.cat([clip, clip[:, -1:]], dim=1)
     ends = torch.zeros_like(clip[:, :1]).repeat(1, clip.shape[1] + 1, 1)  # by clip; a clip has an end once
     ends = ends.scatter_reduce(1, clip, taught.long(), reduce="amax")
     return Mean(ends.sum(), (audio.starts & audio.target).sum() * audio.codebooks)

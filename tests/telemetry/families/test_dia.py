@@ -113,6 +113,7 @@ def test_positions_and_attention_are_those_of_a_model_gone_through_by_hand(tmp_p
     assert backend.scalars("inputs/tokens/total")[1] == size
     assert backend.scalars("inputs/invalid_ids")[1] == 0
     assert kinds.count("reference") == 3  # the begin and a prompt of two frames
+    assert backend.scalars("outputs/eos/supervised")[1] == 1
 
     kept.set_attn_implementation("eager")
     with torch.no_grad():
