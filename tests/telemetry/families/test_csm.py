@@ -295,6 +295,16 @@ def test_positions_and_attention_are_those_of_a_model_gone_through_by_hand(kind:
     } <= set(backend.tags())
 
 
+def test_ends_that_are_not_taught_are_counted(tmp_path: Path) -> None:
+    """A code of 0 in one codebook is no end."""
+    batch = csm_codes((0, 3), (0, 4), seed=1)
+    assert bool((batch["labels"] == 0).any(-1).sum() > (batch["labels"] == 0).all(-1).sum())
+    batch["labels"][0, 3] = IGNORED
+    backend = MemoryBackend()
+    train(csm(), [batch], tmp_path, [StrategicTelemetry(["outputs"], 1, [backend])], 1, 1)
+    assert backend.scalars("outputs/eos/supervised")[1] == 0.5
+
+
 # -- conditioning -----------------------------------------------------------------------------------------------------
 
 

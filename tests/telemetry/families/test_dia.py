@@ -214,3 +214,15 @@ def test_labels_that_the_model_reads_for_one_another_are_said(
         )
         assert (said in telemetry_log.text) == wrong
         telemetry_log.clear()
+
+
+def test_ends_that_are_not_taught_are_counted(tmp_path: Path) -> None:
+    """Those of the last codebook stand after the last frame that the decoder is given."""
+    batch = dia_batch((4, 2, 3), (6, 0, 4))
+    for masked, expected in (((0,), 2 / 3), ((2,), 2 / 3), ((0, 1, 2), 0.0)):
+        labels = batch["labels"].clone()
+        for k in masked:
+            labels[k :: len(DELAY)] = labels[k :: len(DELAY)].masked_fill(labels[k :: len(DELAY)] == DIA_END, IGNORED)
+        backend = MemoryBackend()
+        train(dia(), [{**batch, "labels": labels}], tmp_path, [StrategicTelemetry(["outputs"], 1, [backend])], 1, 1)
+        assert backend.scalars("outputs/eos/supervised")[1] == pytest.approx(expected)
