@@ -142,7 +142,7 @@ class CsmFamily(Family):
         """
         ids, cutoffs = inputs.get("input_ids"), inputs.get("input_values_cutoffs")
         calls = seen.given.get(_EMBEDDED, ())
-        codes = calls[0].get("input_ids") if calls else None
+        codes = next(iter(calls[0].values()), None) if calls else None  # an adapter calls them otherwise
         if not isinstance(ids, Tensor) or not isinstance(cutoffs, Tensor) or not isinstance(codes, Tensor):
             return None
         clips = cutoffs.diff(prepend=torch.zeros_like(cutoffs[:, :1])).flatten()

@@ -134,7 +134,9 @@ class CsmSpeaker(Speaker):
     @contextlib.contextmanager
     def _settings_kept(self) -> Iterator[None]:
         """The depth decoder's own settings of generation, which generating writes to, are saved with the model."""
-        depth, kept = self._csm.depth_decoder, copy.deepcopy(self._csm.depth_decoder.generation_config)
+        depth = self._csm.depth_decoder
+        kept, depth.generation_config = depth.generation_config, copy.deepcopy(depth.generation_config)
+        depth.generation_config.cache_implementation = None  # as for the model itself
         try:
             yield
         finally:

@@ -38,11 +38,15 @@ class _Hook:
 
 
 def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Arguments by name, as the signature of a module's forward pass names those that were given by position."""
+    """Arguments by name, as the signature of a module's forward pass names those that were given by position.
+
+    Those that it has no name for (``*args``) by their place, counted from 0.
+    """
     if not args:
         return kwargs
     parameters = inspect.signature(module.forward).parameters.values()
     names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    names += map(str, range(len(names), len(args)))
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

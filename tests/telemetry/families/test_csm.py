@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.references import group_of
 from support.speech_models import (
     AUDIO,
@@ -193,6 +194,25 @@ def test_without_labels_or_hooks_nothing_is_guessed() -> None:
     assert list(family.streams(batch, outputs, Seen())) == [Absent("audio", NOT_MADE)]
     unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert list(family.streams(unlabelled, outputs, Seen())) == [Absent("audio", NO_LABELS, in_loss=False)]
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj"]},
+    "embedding": {"target_modules": ["embed_audio_tokens", "q_proj"]},
+    "embedding, whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_hide_nothing(kind: str, tmp_path: Path) -> None:
+    model = get_peft_model(csm(), LoraConfig(r=2, exclude_modules=".*codec.*", **ADAPTERS[kind]))
+    backend = MemoryBackend()
+    telemetry = StrategicTelemetry(["outputs", "shared_attention"], 1, [backend])
+    train(model, waveforms(False), tmp_path, [telemetry], 2, ACCUMULATION)
+    total = backend.scalars("outputs/loss/total")
+    assert list(total) == [1, 2]
+    assert total == pytest.approx(backend.scalars("outputs/loss/model"), rel=1e-5)
+    assert list(backend.scalars("gradients/lora/norm")) == [1, 2]
 
 
 def test_embeddings_are_read_as_far_as_labels_tell(tmp_path: Path) -> None:
