@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.speaking import Processor, ToneCodec, speaking_callback, table
+from support.speaking import Processor, ToneCodec, table
 from support.speech_models import (
     CODEBOOKS,
     CODES,
@@ -29,6 +29,7 @@ from support.speech_models import (
 from torch import Tensor
 from transformers import DiaProcessor
 
+from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from telemetry.families import find_family
 from telemetry.families.speech import Speaker
@@ -206,8 +207,14 @@ def test_dia_is_stopped_by_a_bound_or_by_itself() -> None:
 
 
 SPEAKING: dict[str, Any] = {
-    "csm": (csm, lambda: [csm_waveforms([(3, 4, taught(4)), (2, 3, taught(3))]), csm_waveforms([(5, 2, taught(2))])]),
-    "dia": (dia, lambda: [dia_batch((4, 2, 3)), dia_batch((6, 0, 4), seed=3)]),
+    "csm": (
+        lambda: csm(attention_dropout=0.2),
+        lambda: [
+            csm_waveforms([(3, 4, taught(4)), (2, 3, taught(3))], [(2, 3, taught(3)), (4, 2, taught(2))]),
+            csm_waveforms([(5, 2, taught(2))]),
+        ],
+    ),
+    "dia": (dia, lambda: [dia_batch((4, 2, 3), (6, 1, 4)), dia_batch((6, 0, 4), seed=3)]),
 }
 
 
@@ -219,7 +226,13 @@ def test_clips_are_heard_at_every_evaluation_and_training_is_left_alone(
     model, untouched, backend, data = make(), make(), MemoryBackend(), batches()
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": data}
     codec = {} if kind == "csm" else {"processing_class": Processor(None, ToneCodec())}  # Csm has one of its own
-    train(model, data, tmp_path, [speaking_callback(backend)], 1, 1, **evaluated, **codec)
+    everything: dict[str, dict[str, Any]] = {
+        "shared_attention": {"text_audio_cosine": True},
+        "zero_shot": {"conditioning_every": 1, "clips": 2},
+    }
+    telemetry = StrategicTelemetry(logging_steps=1, backends=[backend], options=everything)
+    train(model, data, tmp_path, [telemetry], 2, 1, **evaluated, **codec)
+    drawn = torch.get_rng_state()
     rows = table(backend, 1)
     assert [row["sample"] for row in rows] == ["sample 0", "sample 1"]
     for row, frames in zip(rows, (3, 2) if kind == "csm" else (3, 4), strict=True):
@@ -229,7 +242,10 @@ def test_clips_are_heard_at_every_evaluation_and_training_is_left_alone(
         assert samples % frames == 0
         assert samples > 0
     assert backend.scalars("zero_shot/duration_ratio")[1] >= 0
+    assert list(backend.scalars("zero_shot/conditioning/gain")) == [1]  # the other batch has one sample
+    assert list(backend.scalars("zero_shot/conditioning/eval/gain")) == [1, 2]
     assert [record.getMessage() for record in telemetry_log.records if record.levelname == "ERROR"] == []
-    train(untouched, data, tmp_path, [], 1, 1, **evaluated)
+    train(untouched, data, tmp_path, [], 2, 1, **evaluated)
+    assert torch.equal(torch.get_rng_state(), drawn)
     after = untouched.state_dict()
     assert [name for name, one in model.state_dict().items() if not torch.equal(one, after[name])] == []
