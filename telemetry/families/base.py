@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
@@ -27,6 +28,9 @@ DECODER_GROUPS = (
 
 Group = Literal["text", "audio"]
 Alignment = Literal["shifted", "aligned", "given_shifted"]
+
+
+WITHOUT_REFERENCE = "this kind of model is trained on samples without a reference voice too"
 
 
 @dataclass(frozen=True)
@@ -316,12 +320,14 @@ class Family:
         modalities: what its models read and predict.
         groups: part of a parameter's name → gradient group of the catalogue; the first that fits.
         speaker: makes the model speak, or None.
+        meaningless: tags of the catalogue that would say nothing of such models → why.
     """
 
     name: ClassVar[str] = ""
     modalities: tuple[Group, ...] = ("text",)
     groups: Sequence[tuple[str, str]] = ()
     speaker: Speaker | None = None
+    meaningless: Mapping[str, str] = MappingProxyType({})
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__dict__.get("name", cls.__name__)

@@ -8,6 +8,7 @@ zeros in every codebook; a single zero is a code as any other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from telemetry.families.base import (
     IGNORE_INDEX,
     NO_LABELS,
     NO_LOGITS,
+    WITHOUT_REFERENCE,
     Absent,
     AudioView,
     BatchView,
@@ -61,6 +63,7 @@ class CsmFamily(Family):
 
     name = "csm"
     modalities = ("text", "audio")
+    meaningless: Mapping[str, str] = MappingProxyType({"zero_shot/reference/present_fraction": WITHOUT_REFERENCE})
     groups = (
         ("lora_", "lora"),
         ("codec_model", "other"),  # its layers have parts named like those of the decoder

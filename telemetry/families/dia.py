@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from telemetry.families.base import (
     IGNORE_INDEX,
     NO_LABELS,
     NO_LOGITS,
+    WITHOUT_REFERENCE,
     Absent,
     AudioView,
     BatchView,
@@ -47,6 +49,7 @@ class DiaFamily(Family):
 
     name = "dia"
     modalities = ("text", "audio")
+    meaningless: Mapping[str, str] = MappingProxyType({"zero_shot/reference/present_fraction": WITHOUT_REFERENCE})
     groups = (
         ("lora_", "lora"),
         ("encoder.embedding", "text_embedding"),

@@ -7,6 +7,7 @@ shifted; the model delays all codebooks but the first by one position. A label o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from telemetry.families.base import (
     real_positions,
 )
 
+NO_PROMPT = "the text is the model's own at every position: it has no prompt, and takes no labels that leave one out"
 TEXT_FIRST = "the depth decoder is trained only where the text has labels too"
 
 
@@ -45,6 +47,7 @@ class MoshiFamily(Family):
 
     name = "moshi"
     modalities = ("text", "audio")
+    meaningless: Mapping[str, str] = MappingProxyType({"inputs/supervised/text_fraction": NO_PROMPT})
     groups = (
         ("lora_", "lora"),
         ("audio_encoder", "other"),  # its layers have parts named like those of the decoder

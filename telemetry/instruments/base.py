@@ -66,6 +66,13 @@ class Step:
     evaluation_set: str = ""
     tokens_across_ranks: bool = True
 
+    def says(self, tag: str) -> bool:
+        """Whether a tag says something of this kind of model; where it does not, the reason is said once."""
+        why = self.family.meaningless.get(tag) if self.family is not None else None
+        if why is not None:
+            self.recorder.absent(tag, why)
+        return why is None
+
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that shows."""

@@ -40,7 +40,8 @@ class InputInstrument(LastMicrobatchInstrument):
         recorder = step.recorder
         if microbatch.view is not None:
             for tag, value in _view_metrics(microbatch.view):
-                recorder.metric(f"inputs/{tag}", value)
+                if step.says(f"inputs/{tag}"):
+                    recorder.metric(f"inputs/{tag}", value)
             if microbatch.view.text_labels is None:
                 recorder.absent("inputs/supervised/text_fraction", NO_TEXT_LABELS)
             if microbatch.view.audio is not None and not microbatch.view.audio.labelled:

@@ -89,10 +89,10 @@ class CheckedMean(Metric):
         )
 
 
-class _Pair(Metric):
-    """Two numbers of a step that are compared in words."""
+class _Compared(Metric):
+    """Two numbers of a step that are compared in words, and the passes of which they are not known."""
 
-    ops = ("sum", "sum")
+    ops = ("sum", "sum", "sum")
     shown = False
 
 
@@ -186,7 +186,7 @@ class OutputInstrument(Instrument):
         """Add the passes' losses up; show the last microbatch's predictions."""
         passes, readings, last, codebooks = self._passes, self._readings, self._last, sorted(self._codebooks)
         self.begin(step)
-        _say_divided(step, [one for reading in readings for one in reading.divided])
+        _say_divided(step, [one for reading in readings for one in reading.divided], len(readings))
         _say_overruled(step, [one for reading in readings for one in reading.overruled])
         if passes:
             _compare(step, passes)
@@ -349,20 +349,20 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
     recorder.show({}, say)
 
 
-def _say_divided(step: Step, divided: Sequence[Divided]) -> None:
-    """Say which parts of the loss are not divided by their own tokens, in a step of all ranks."""
+def _say_divided(step: Step, divided: Sequence[Divided], passes: int) -> None:
+    """Say which parts of the loss are not divided by their own tokens, in a step of which all passes were read."""
     recorder, names = step.recorder, list(dict.fromkeys(one.name for one in divided))
     shared = step.world_size if step.tokens_across_ranks else 1
     for name in names:
         own = [one for one in divided if one.name == name]
         for one in own:
-            recorder.metric(f"outputs/divided/{name}", _Pair(one.tokens, 0))
-        recorder.metric(f"outputs/divided/{name}", _Pair(0, own[-1].by / shared))
+            recorder.metric(f"outputs/divided/{name}", _Compared(one.tokens, 0, 0))
+        recorder.metric(f"outputs/divided/{name}", _Compared(0, own[-1].by / shared, passes - len(own)))
 
     def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
         for name in names:
-            tokens, by = (round(float(one)) for one in _merged(emit, f"outputs/divided/{name}"))
-            if tokens != by:
+            tokens, by, unread = (round(float(one)) for one in _merged(emit, f"outputs/divided/{name}"))
+            if tokens != by and not unread:
                 said = "the trainer divides the loss of %s by %d, where %d of its tokens are supervised in the step"
                 recorder.say_once(
                     f"divided:{name}",
@@ -380,11 +380,11 @@ def _say_divided(step: Step, divided: Sequence[Divided]) -> None:
 def _say_overruled(step: Step, overruled: Sequence[Overruled]) -> None:
     recorder, said = step.recorder, {one.asked: one.done for one in overruled}
     for one in overruled:
-        recorder.metric(f"outputs/overruled/{one.asked}", _Pair(one.asks, one.does))
+        recorder.metric(f"outputs/overruled/{one.asked}", _Compared(one.asks, one.does, 0))
 
     def say(_host: Mapping[str, Tensor], emit: Emitter) -> None:
         for asked, done in said.items():
-            asks, does = (round(float(one)) for one in _merged(emit, f"outputs/overruled/{asked}"))
+            asks, does = (round(float(one)) for one in _merged(emit, f"outputs/overruled/{asked}")[:2])
             if asks:
                 recorder.say_once(f"overruled:{asked}", "%s, but %s", asked.format(asks), done.format(does))
 
@@ -393,8 +393,8 @@ def _say_overruled(step: Step, overruled: Sequence[Overruled]) -> None:
 
 
 def _merged(emit: Emitter, tag: str) -> Sequence[Any]:
-    pair = emit.merged(tag)
-    return (0, 0) if pair is None else pair.components
+    found = emit.merged(tag)
+    return (0, 0, 0) if found is None else found.components
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ class ReferenceInstrument(Instrument):
             recorder.absent("zero_shot/reference/present_fraction", NO_LABELS)
             return
         present = audio.reference.any(dim=1)
-        recorder.metric("zero_shot/reference/present_fraction", Mean(present.sum(), present.numel()))
+        if step.says("zero_shot/reference/present_fraction"):
+            recorder.metric("zero_shot/reference/present_fraction", Mean(present.sum(), present.numel()))
         if audio.features is None:
             recorder.absent("zero_shot/reference/features_present", NO_ENCODER)
         for name, value in _feature_metrics(audio):
