@@ -254,9 +254,11 @@ class CsmFamily(Family):
 
     def swap_reference(self, inputs: Mapping[str, Any], codes: Tensor | None) -> dict[str, Any]:
         """A batch with other codes: with its labels, which the depth decoder is given to predict from."""
-        ids = inputs["input_ids"]
+        ids, labels = inputs["input_ids"], inputs.get("labels")
         # With a cache: without one, the depth decoder fails on as many frames as it has codebooks (transformers 5.23).
         own = {name: inputs[name] for name in _GIVEN if inputs.get(name) is not None} | {"use_cache": True}
+        if labels is not None and not bool((labels[..., 1:] != IGNORE_INDEX).any()):
+            del own["labels"]  # which the depth decoder fails on: it has no frame to predict
         if ids.dim() == 3:
             return own | {"input_ids": ids if codes is None else codes}
         codes = inputs[CODES] if codes is None else codes

@@ -22,6 +22,7 @@ TRAINING = "zero_shot/conditioning"
 EVALUATION = "zero_shot/conditioning/eval"
 _DONE = "done"
 
+NOTHING_PREDICTED = "no label follows a reference that can be swapped, or the model's output holds no audio logits"
 NO_SPEAKERS = "The batch does not name all speakers: another sample with another reference counts as another speaker."
 
 
@@ -176,11 +177,7 @@ def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speake
 
 
 def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """float32 ``[batch, sequence, C]``, nats, of every code where it stands, and bool ``[C]``: which are predicted.
-
-    Raises:
-        ValueError: when the model's output holds no logits of the codes.
-    """
+    """float32 ``[batch, sequence, C]``, nats, of every code where it stands, and bool ``[C]``: which are predicted."""
     losses = torch.zeros_like(comparison.counted, dtype=torch.float32)
     predicted = [False] * losses.shape[-1]
     microbatch = comparison.microbatch
@@ -192,8 +189,6 @@ def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> tup
                 columns = [int(name.removeprefix("codebook_")) for name in stream.names]
                 _place(losses[:, first:], columns, stream)
                 predicted = [known or k in columns for k, known in enumerate(predicted)]
-    if not any(predicted):
-        raise ValueError("the model's output holds no audio logits")
     return losses, torch.tensor(predicted, device=losses.device)
 
 
@@ -232,6 +227,8 @@ def _emit(step: Step, section: str, losses: Mapping[str, tuple[Tensor, Tensor]],
             emit.absent(f"{section}/gain", "no sample of the batch has reference audio")
         elif not int(host["samples/swapped"]):
             emit.absent(f"{section}/gain", "no sample of the batch has another speaker's reference to swap in")
+        elif not float(host["own"][1].sum()):
+            emit.absent(f"{section}/gain", NOTHING_PREDICTED)
         else:
             for tag, value in _metrics({name: (host[name][0], host[name][1]) for name in names}):
                 emit.metric(f"{section}/{tag}", value, note)

@@ -42,6 +42,7 @@ from telemetry.families import Absent, CsmFamily, Seen, base, find_family
 from telemetry.families.base import NO_LABELS
 from telemetry.families.csm import NOT_MADE
 from telemetry.instruments.base import NO_POSITIONS
+from telemetry.instruments.conditioning import NOTHING_PREDICTED
 from telemetry.records import Table
 
 STEPS, ACCUMULATION = 4, 2
@@ -423,6 +424,19 @@ def test_the_conditioning_gain_is_that_of_samples_run_one_by_one(kind: str, tmp_
     for name, of_codebooks in means.items():
         assert backend.scalars(f"{gain}/loss_{name}")[1] == pytest.approx(sum(of_codebooks) / CODEBOOKS, abs=2e-5)
     assert abs(backend.scalars(f"{gain}/gain")[1]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["waveforms, right", "codes, right"])
+def test_without_labels_there_is_no_gain(kind: str, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture) -> None:
+    batch, backend = GAINS[kind][0](), MemoryBackend()
+    unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    telemetry = ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)
+    evaluated: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": [unlabelled]}
+    train(csm(), [batch], tmp_path, [telemetry], 1, 1, **evaluated)
+    assert backend.scalars("zero_shot/conditioning/gain")
+    assert "zero_shot/conditioning/eval/gain" not in backend.tags()
+    assert said(telemetry_log, "zero_shot/conditioning/eval/gain", NOTHING_PREDICTED)
+    assert [record.getMessage() for record in telemetry_log.records if record.levelname == "ERROR"] == []
 
 
 # -- what the documentation shows -------------------------------------------------------------------------------------
