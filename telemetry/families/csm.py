@@ -242,8 +242,9 @@ class CsmFamily(Family):
         codes = merged["labels"]
         kept = {name: inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None}
         batch = {"input_ids": ids, **kept, CODES: codes.masked_fill(codes == IGNORE_INDEX, 0)}
-        given = inputs.get("labels")
-        view = self.view(batch if given is None else {**batch, "labels": given})
+        if not isinstance(inputs.get("labels"), Tensor):
+            return batch
+        view = self.view({**batch, "labels": inputs["labels"]})
         assert view is not None  # it has token ids
         assert view.audio is not None
         audio = view.audio

@@ -426,16 +426,27 @@ def test_the_conditioning_gain_is_that_of_samples_run_one_by_one(kind: str, tmp_
     assert abs(backend.scalars(f"{gain}/gain")[1]) > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["waveforms, right", "codes, right"])
-def test_without_labels_there_is_no_gain(kind: str, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("kind", "labels", "why"),
+    [
+        ("waveforms, right", None, NO_LABELS),
+        ("codes, right", None, NO_LABELS),
+        ("waveforms, right", IGNORED, NOTHING_PREDICTED),
+    ],
+)
+def test_without_labels_there_is_no_gain(
+    kind: str, labels: int | None, why: str, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
+) -> None:
     batch, backend = GAINS[kind][0](), MemoryBackend()
-    unlabelled = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    evaluated = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if labels is not None:
+        evaluated["labels"] = torch.full_like(batch["labels"], labels)
     telemetry = ZeroShotVerificationLoggerCallback(1, [backend], conditioning_every=1)
-    evaluated: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": [unlabelled]}
-    train(csm(), [batch], tmp_path, [telemetry], 1, 1, **evaluated)
+    arguments: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": [evaluated]}
+    train(csm(), [batch], tmp_path, [telemetry], 1, 1, **arguments)
     assert backend.scalars("zero_shot/conditioning/gain")
     assert "zero_shot/conditioning/eval/gain" not in backend.tags()
-    assert said(telemetry_log, "zero_shot/conditioning/eval/gain", NOTHING_PREDICTED)
+    assert said(telemetry_log, "zero_shot/conditioning/eval/gain", why)
     assert [record.getMessage() for record in telemetry_log.records if record.levelname == "ERROR"] == []
 
 
