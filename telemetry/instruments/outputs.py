@@ -190,9 +190,9 @@ class OutputInstrument(Instrument):
         _say_overruled(step, [one for reading in readings for one in reading.overruled])
         if passes:
             _compare(step, passes)
+            step.recorder.show({}, functools.partial(_say_of_ends, codebooks))
         elif not step.watch.usable:
             step.recorder.absent("outputs", COMPILED)
-            step.recorder.show({}, functools.partial(_say_of_ends, codebooks))
         if last is not None and last[1]:
             _show(step, *last)
 
