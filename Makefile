@@ -2,13 +2,14 @@
 # make test   set up, pass the tests
 # make lint   ruff, mypy, and who imports whom
 # make bench  measurements
+# make mistakes  what is found in planted mistakes and healthy trainings
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO = runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mistakes clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m trainer.demo prepare $(DEMO)
@@ -32,6 +33,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.benchmarks
+
+mistakes: $(VENV)/.installed-dev
+	PYTHONPATH=.:tests $(BIN)/python -m mistakes
 
 clean:
 	rm -rf $(VENV) runs

@@ -75,6 +75,7 @@ def _part(part: str) -> str:
 
 
 SECTIONS: dict[str, str] = {
+    "setup": "Is this the training that I meant?",
     "inputs": "Is the data what I think it is?",
     "outputs": "What does it predict, per modality and per codebook?",
     "attention": "Do text and audio really talk to each other?",
@@ -154,7 +155,20 @@ CATALOGUE: tuple[Entry, ...] = (
             absent=_UNLABELLED,
         ),
         Entry("inputs/tokens/padding_fraction", "Share of positions that are padding.", better="lower"),
+        Entry(
+            "inputs/tokens/hidden_fraction",
+            "Share of positions that the attention mask hides between others that it shows.",
+            better="lower",
+            absent="the batch has no attention mask of its token ids",
+        ),
         reduction="mean over all positions of the step",
+    ),
+    Entry(
+        "inputs/supervised/samples_fraction",
+        "Share of the samples that have any label.",
+        reduction="mean over samples",
+        better="higher",
+        absent="the batch has no labels that could be read",
     ),
     Entry(
         "inputs/supervised/text_fraction",
@@ -168,6 +182,14 @@ CATALOGUE: tuple[Entry, ...] = (
         "embeddings has none.",
         reduction="mean over audio codes",
         absent=f"no audio codes in the step, or {_UNLABELLED}",
+    ),
+    Entry(
+        "inputs/length_correlation/{reference,target}",
+        "Correlation of the lengths of transcripts with those of their clips, over all due steps so far. Near 0: they "
+        "do not belong together.",
+        reduction="over the samples of all due steps",
+        better="higher",
+        absent="the batch carries no transcripts with waveforms, or too few so far",
     ),
     _count(
         "inputs/invalid_ids",
@@ -647,6 +669,65 @@ CATALOGUE: tuple[Entry, ...] = (
         "zero_shot/clip_<i>/spectrogram",
         "Mel spectrograms of reference, target and generated speech, in dB below their own peak.",
         kind="image",
+    ),
+    # set-up
+    *_all(
+        Entry("setup/checks", "Every set-up check's verdict, evidence and what to do.", kind="table"),
+        Entry("setup/alerts", "What a set-up check has found, with its evidence and what to do.", kind="alert"),
+        Entry(
+            "setup/asked/{text,audio}/{next,at_offset,declared}",
+            "Share of the labels that the loss really asks for, read from its gradient, which are the next token of "
+            "the input; the token at the offset that fits best; what the batch's labels say.",
+        ),
+        Entry("setup/asked/{text,audio}/offset", "How many places further on the asked labels are. 1 is right."),
+        Entry(
+            "setup/asked/{text,audio}/{undeclared,padding,reference}",
+            "Share of the rows that the loss asks something of which have no label, are followed by padding, or by the "
+            "reference.",
+            better="lower",
+        ),
+        Entry("setup/asked/audio/own_codebook", "Share of the codebooks that are asked for their own codes."),
+        Entry(
+            "setup/loss_weight/<name>",
+            "Sum of the weights that the tokens of a stream have in the loss, over what it should be. 1 is right.",
+            reduction="mean over ranks",
+        ),
+        Entry("setup/chance/<name>", "Loss of a stream over that of a guess, the logarithm of its vocabulary."),
+        Entry(
+            "setup/modes/{training_fraction,evaluation_fraction}",
+            "Share of the modules with dropout or batch norm that are in training mode, in training and in evaluation.",
+        ),
+        Entry("setup/optimizer/held_fraction", "Share of the trained parameters that the optimizer holds."),
+        Entry("setup/optimizer/moved_fraction", "Share of some weights with a gradient that the first step moves."),
+        Entry("setup/optimizer/learning_rate", "Largest learning rate of the first step."),
+        Entry(
+            "setup/norms/untouched_fraction", "Share of the norms that are as they were made: 1 of an untrained model."
+        ),
+        Entry("setup/trained/<name>", "Share of a group's parameters that are trained."),
+        Entry(
+            "setup/adapters/active_fraction",
+            "Share of the adapted layers whose adapters take part in the forward pass.",
+        ),
+        Entry(
+            "setup/references/{samples,different,equal_fraction,constant_fraction}",
+            "Samples of rank 0's first step with a reference; how many different ones; shares that equal their target, "
+            "and that hold one frame again and again.",
+        ),
+        Entry("setup/targets/{samples,different}", "Samples of rank 0's first step with a target; how many different."),
+        Entry("setup/targets/commonest_fraction", "Share of them that have the commonest target."),
+        Entry(
+            "setup/causality/earlier_changes",
+            "How far logits move when later tokens are changed, over how far those of the changed tokens do. 0 is "
+            "right.",
+        ),
+        Entry(
+            "setup/{asked_labels,loss_weight,supervised,recombined,chance,optimizer,frozen,adapters,modes,causality,"
+            "targets,references}",
+            "0 ok, 1 warning, 2 failing.",
+            reduction="max",
+            better="lower",
+        ),
+        absent="there is nothing of the kind, or the first due step did not show it",
     ),
     # health
     Entry("health/checks", "Every rule's verdict, evidence and what to do.", kind="table"),

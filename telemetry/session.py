@@ -24,6 +24,7 @@ from telemetry.delivery.word import RankWord
 from telemetry.families import Family, find_family
 from telemetry.health import HealthMonitor, check_findings, rules_of
 from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.setup import training_share
 from telemetry.once import Once
 from telemetry.probes.batches import EvaluationBatches, is_stream
 from telemetry.probes.forward import PassReader
@@ -162,6 +163,7 @@ class Session:
         self._leader: Door | None = None
         self._hide: Callable[[], None] = _nothing
         self._evaluated = False
+        self._modes_seen = False
         self._logged: object = None
         self._epoch_at = -1
 
@@ -341,6 +343,14 @@ class Session:
             self._end()
 
     # -- between steps ------------------------------------------------------------------------------------------------
+
+    def predicting(self, number: int, model: nn.Module) -> None:
+        """See the modes that an evaluation of a Trainer runs in: once a training, whatever the number of batches."""
+        if not self._modes_seen:
+            self._modes_seen = True
+            with self._isolated("looking at an evaluation's modes"):
+                if (share := training_share(model)) is not None:
+                    self.recorder.write(number, [Scalar("setup/modes/evaluation_fraction", share)])
 
     def saved(self, directory: Path) -> None:
         """Tell backends of a checkpoint."""

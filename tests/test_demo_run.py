@@ -26,9 +26,9 @@ HOSTILE = "a|b <|endoftext|> <script>alert(1)</script> `x` __init__ [y](z) \\ *b
 CODEBOOKS = range(8)
 
 SCALARS = {
-    *(f"inputs/tokens/{kind}" for kind in ("total", "text_fraction", "padding_fraction")),
+    *(f"inputs/tokens/{kind}" for kind in ("total", "text_fraction", "padding_fraction", "hidden_fraction")),
     *(f"inputs/tokens/{kind}_audio_fraction" for kind in ("reference", "target")),
-    *(f"inputs/supervised/{kind}_fraction" for kind in ("text", "audio")),
+    *(f"inputs/supervised/{kind}_fraction" for kind in ("text", "audio", "samples")),
     "inputs/invalid_ids",
     *(
         f"inputs/tensor/{name}/{kind}"

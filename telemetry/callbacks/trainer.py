@@ -242,6 +242,17 @@ class StrategicCallback(Door, TrainerCallback):
         elif logs:
             self._session.log(state.global_step, logs)
 
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._session is not None and model is not None:
+            self._session.predicting(state.global_step, model)
+
     def on_evaluate(
         self,
         args: TrainingArguments,

@@ -139,6 +139,8 @@ def _delay_pattern(prompt: VoicePrompt) -> list[str] | None:
 def _layout_fault(codes: np.ndarray, layout: ClipLayout) -> str:
     """The first place where a clip's codes are not a stream: BOS, the codes, then EOS; "" for one that is."""
     frames, shifts = codes.shape[0], np.array(layout.delay)
+    if codes.shape[1] != len(shifts):
+        return f"has {codes.shape[1]} codebooks where {len(shifts)} are expected"
     length = frames - 2 - int(shifts.max())
     if length < 1:
         return f"has {frames} frames, which leaves none for its codes"

@@ -44,7 +44,7 @@ def reference() -> str:
 
 
 def _rule(rule: Rule) -> Iterator[str]:
-    yield f"### `{rule.name}`: {rule.title}\n"
+    yield f"### `{rule.tag}`: {rule.title}\n"
     yield f"- Where it fires: *{rule.fault}*."
     yield f"- What to do: {rule.advice}."
     if rule.otherwise:

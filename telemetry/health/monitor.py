@@ -64,7 +64,8 @@ class HealthMonitor:
 
         Returns:
             For a due step or an evaluation ``health/<rule>`` of every rule that has something to judge, and the table
-            ``health/checks``; between them, where something has become worse. And an alert for every rule whose verdict
+            ``health/checks``; between them, where something has become worse. Of the set-up ``setup/<rule>`` and
+            ``setup/checks``, once and where a verdict changes. And an alert for every rule whose verdict
             has become worse, but where another that it follows from says so already.
         """
         self._history.add(step, records)
@@ -77,12 +78,23 @@ class HealthMonitor:
         if not (verdicts and (due or evaluated or alerts)):
             return [*alerts]
         values = [
-            Scalar(f"health/{rule.name}", float(verdict.level))
+            Scalar(rule.tag, float(verdict.level))
             for rule, verdict in verdicts.items()
-            if self._shown.get(rule.name) != (step, verdict.level)
+            if self._is_new(step, rule, verdict)
+        ]
+        tables = [
+            _table(section, judged, roots)
+            for section in dict.fromkeys(rule.section for rule in verdicts)
+            if (judged := {rule: verdict for rule, verdict in verdicts.items() if rule.section == section})
+            and (section != "setup" or any(value.tag.startswith("setup/") for value in values))
         ]
         self._shown |= {rule.name: (step, verdict.level) for rule, verdict in verdicts.items()}
-        return [*alerts, *values, _table(verdicts, roots)]
+        return [*alerts, *values, *tables]
+
+    def _is_new(self, step: int, rule: Rule, verdict: Verdict) -> bool:
+        """Whether a verdict is to be shown: once a step, and of the set-up where it is another than before."""
+        shown = self._shown.get(rule.name)
+        return shown is None or shown[1] != verdict.level or (rule.section == "health" and shown[0] != step)
 
     def _alerts(
         self, step: int, verdicts: Mapping[Rule, Verdict], roots: Mapping[Rule, Rule], due: bool
@@ -114,13 +126,13 @@ def _alert(step: int, rule: Rule, verdict: Verdict) -> Alert:
     otherwise = f" It could also be: {rule.otherwise}." if rule.otherwise else ""
     text = f"Step {step}: {verdict.evidence}. What to do: {rule.advice}.{otherwise}"
     level = "error" if verdict.level == Level.FAILING else "warning"
-    return Alert("health/alerts", rule.fault, text, level)  # type: ignore[arg-type]
+    return Alert(f"{rule.section}/alerts", rule.fault, text, level)  # type: ignore[arg-type]
 
 
-def _table(verdicts: Mapping[Rule, Verdict], roots: Mapping[Rule, Rule]) -> Table:
+def _table(section: str, verdicts: Mapping[Rule, Verdict], roots: Mapping[Rule, Rule]) -> Table:
     """The worst first; what follows from another after all that stands for itself and is as bad."""
     ranked = sorted(verdicts.items(), key=lambda pair: (-pair[1].level, pair[0] in roots))
-    return Table("health/checks", COLUMNS, tuple(_row(rule, verdict, roots.get(rule)) for rule, verdict in ranked))
+    return Table(f"{section}/checks", COLUMNS, tuple(_row(rule, verdict, roots.get(rule)) for rule, verdict in ranked))
 
 
 def _row(rule: Rule, verdict: Verdict, root: Rule | None) -> tuple[str, str, str, str, str]:

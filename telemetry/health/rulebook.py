@@ -8,6 +8,7 @@ import statistics
 
 from telemetry.health.history import History
 from telemetry.health.rules import NAMED, Level, Limits, Rule, Verdict, at_least, at_most, evidence
+from telemetry.health.setup_rules import SETUP_RULES
 
 
 def _nonfinite(history: History, limits: Limits) -> Verdict | None:
@@ -95,17 +96,12 @@ def _reference_is_used(history: History, limits: Limits) -> Verdict | None:
     wanted = int(limits["evaluations" if tags[0] != "zero_shot/conditioning/gain" else "measurements"])
     gains = {tag: [gain for step, gain in history.past(tag) if step > 0][-wanted:] for tag in tags}
     told = {tag: gain for tag, gain in gains.items() if len(gain) == wanted and all(map(math.isfinite, gain))}
-    if not told or _is_young(history, limits["learnt"]):
+    accuracy = history.latest("outputs/accuracy/audio")
+    if not told or (accuracy is not None and accuracy < limits["accuracy"]):
         return None
     tag, values = max(told.items(), key=lambda item: max(item[1]))
     said = f"{tag} at most {max(values):.4g} in the last {wanted} measurements"
     return Verdict(Level.OK if max(values) >= limits["least"] else Level.WARNING, said)
-
-
-def _is_young(history: History, learnt: float) -> bool:
-    """Whether the audio loss has not yet fallen to a share of what it was at first."""
-    losses = [loss for loss in history.values("outputs/loss/audio") if math.isfinite(loss)]
-    return len(losses) > 0 and min(losses) > learnt * losses[0]
 
 
 def _loss_is_steady(history: History, limits: Limits) -> Verdict | None:
@@ -120,6 +116,24 @@ def _loss_is_steady(history: History, limits: Limits) -> Verdict | None:
     jumped = usual > 0 and values[-1] > times * usual and values[-1] > largest
     said = f"{tag} = {values[-1]:.4g}, median of the {len(past)} before {usual:.4g}"
     return Verdict(Level.WARNING if jumped else Level.OK, said)
+
+
+def _step_skipped(history: History, limits: Limits) -> Verdict | None:
+    """A loss of exactly 0 where it is not near 0: something has put it in the place of a bad one."""
+    past = [value for value in history.values("train/loss") if math.isfinite(value)]
+    if len(past) < limits["fewest"] or not any(past):
+        return None
+    usual, zeros = statistics.median(past), [step for step, loss in history.past("train/loss") if loss == 0]
+    if usual > limits["least"] and zeros:
+        return Verdict(Level.FAILING, f"train/loss = 0 at step {zeros[-1]}, median {usual:.4g}")
+    return Verdict(Level.OK, f"train/loss = {past[-1]:.4g}, median {usual:.4g}")
+
+
+def _transcripts_fit(history: History, limits: Limits) -> Verdict | None:
+    tags = [f"inputs/length_correlation/{kind}" for kind in ("target", "reference")]
+    known = {tag: value for tag in tags if (value := history.latest(tag)) is not None and math.isfinite(value)}
+    bad = {tag: value for tag, value in known.items() if value < limits["least"]}
+    return Verdict(Level.WARNING if bad else Level.OK, evidence(bad or known)) if known else None
 
 
 def _generation_ends(history: History, limits: Limits) -> Verdict | None:
@@ -151,18 +165,19 @@ def _worse(tag: str, now: float, then: float, limits: Limits) -> bool:
 
 
 def _speech_is_no_worse(history: History, limits: Limits) -> Verdict | None:
-    """Against the baseline before the first step."""
-    pairs = {
-        tag: (past[0][1], past[-1][1]) for tag in _SPEECH if len(past := history.past(tag)) > 1 and past[0][0] == 0
-    }
-    if not pairs:
+    """Against the baseline before the first step, at the last two evaluations."""
+    heard = {tag: past for tag in _SPEECH if len(past := history.past(tag)) > 1 and past[0][0] == 0}
+    if not heard:
         return None
-    worse = [f"{tag} = {now:.4g}, {then:.4g} before training" for tag, (then, now) in pairs.items()
-             if _worse(tag, now, then, limits)]  # fmt: skip
+    worse = []
+    for tag, past in heard.items():
+        (_, then), (_, now) = past[0], past[-1]
+        if len(past) > 2 and all(_worse(tag, value, then, limits) for _, value in past[-2:]):
+            worse.append(f"{tag} = {now:.4g}, {then:.4g} before training")
     if worse:
         return Verdict(Level.WARNING, "; ".join(worse))
-    tag, (then, now) = next(iter(pairs.items()))
-    return Verdict(Level.OK, f"{tag} = {now:.4g}, {then:.4g} before training")
+    tag, past = next(iter(heard.items()))
+    return Verdict(Level.OK, f"{tag} = {past[-1][1]:.4g}, {past[0][1]:.4g} before training")
 
 
 def _generalizes(history: History, limits: Limits) -> Verdict | None:
@@ -197,9 +212,10 @@ def _sound_is_good(history: History, limits: Limits) -> Verdict | None:
     return Verdict(Level.WARNING if bad else Level.OK, evidence(bad or known)) if known else None
 
 
-_SPEECH_LIMITS = {"similarity": 0.15, "wer": 0.15, "silence": 0.3, "mel_distance": 2.0}
+_SPEECH_LIMITS = {"similarity": 0.2, "wer": 0.2, "silence": 0.5, "mel_distance": 4.0}
 
 RULES: tuple[Rule, ...] = (
+    *SETUP_RULES,
     Rule(
         "nonfinite",
         "every value is finite",
@@ -223,6 +239,17 @@ RULES: tuple[Rule, ...] = (
         proof="wrong tokenizer",
     ),
     Rule(
+        "labels",
+        "every sample has labels",
+        "samples have no label at all",
+        at_least("inputs/supervised/samples_fraction"),
+        "see why all of a sample is masked: a length limit, a template that is not found, a wrong role",
+        "padding a last batch with empty samples",
+        {"least": 1, "failing": 0.5},
+        absent="the batch has no labels that could be read",
+        proof="no labels in some batches",
+    ),
+    Rule(
         "prompt_masked",
         "the prompt's text is not trained on",
         "the prompt's text may be trained on",
@@ -230,8 +257,55 @@ RULES: tuple[Rule, ...] = (
         "mask the prompt in the labels",
         "pre-training on whole texts, where this is meant",
         {"most": 0.95},
+        follows=("asked_labels",),
         absent="the batch has no text labels",
         proof="prompt text supervised",
+    ),
+    Rule(
+        "mask_holes",
+        "the attention mask hides padding alone",
+        "the attention mask hides tokens in the middle",
+        at_most("inputs/tokens/hidden_fraction", Level.FAILING),
+        "build the mask from the padding, and from nothing else",
+        "span masking as augmentation",
+        {"most": 0},
+        absent="the batch has no positions",
+        proof="reference hidden by the attention mask",
+    ),
+    Rule(
+        "transcripts",
+        "transcripts are as long as their clips are",
+        "transcripts do not fit their clips",
+        _transcripts_fit,
+        "listen to inputs/target beside its transcript; see that files and texts are joined by the same key",
+        "very few or very alike clips; languages of very unlike scripts in one data set",
+        {"least": 0.3},
+        absent="the batch carries no transcripts with waveforms, or too few so far",
+        proof="transcripts shuffled; reference transcript of another clip",
+    ),
+    Rule(
+        "step_skipped",
+        "every step is trained on",
+        "a step was skipped: its loss is exactly 0",
+        _step_skipped,
+        "find what replaces a bad loss by 0, and the samples of that step",
+        "a batch without a single label",
+        {"fewest": 5, "least": 0.01},
+        ("labels",),
+        absent="fewer than three values",
+        proof="NaN from one sample, its step skipped",
+    ),
+    Rule(
+        "clipping",
+        "gradients are clipped a little at most",
+        "clipping leaves next to nothing of the gradients",
+        at_least("gradients/clip_coefficient"),
+        "look at max_grad_norm beside gradients/total_norm",
+        "a spike of the loss at this step",
+        {"least": 1e-4, "failing": 1e-4},
+        ("nonfinite",),
+        absent="gradients are not clipped",
+        proof="gradients clipped to 1e-6",
     ),
     Rule(
         "reference_masked",
@@ -240,6 +314,10 @@ RULES: tuple[Rule, ...] = (
         _reference_is_masked,
         "mask the reference clip's codes in the audio labels",
         "samples whose reference clips are lost on the way into the batch",
+        follows=(
+            "mask_holes",
+            "asked_labels",
+        ),
         absent="the batch carries no reference waveform",
         proof="reference audio supervised",
     ),
@@ -251,6 +329,10 @@ RULES: tuple[Rule, ...] = (
         "see that targets have an end of stream, that labels do not mask it, and that no length limit cuts it off",
         "labels that are shifted twice: the end of stream is then the last one to go",
         {"least": 1, "failing": 0.5},
+        follows=(
+            "labels",
+            "asked_labels",
+        ),
         absent="there is no target audio",
         proof="audio end of stream masked; targets truncated by a length limit",
     ),
@@ -262,7 +344,7 @@ RULES: tuple[Rule, ...] = (
         "zero_shot/chatml names the samples; look at the data file",
         "plain text-to-speech samples among the others, where that is meant",
         {"least": 1, "failing": 0.5},
-        ("reference_masked",),
+        ("mask_holes", "reference_masked", "labels", "asked_labels"),
         absent="the family has no audio",
         proof="reference dropped",
     ),
@@ -274,7 +356,15 @@ RULES: tuple[Rule, ...] = (
         "zero_shot/chatml lists the violations by sample",
         "a chat template other than the one that the model was trained with",
         {"least": 1, "failing": 0.5},
-        ("reference_masked", "reference_present", "eos_supervised"),
+        (
+            "mask_holes",
+            "reference_masked",
+            "reference_present",
+            "eos_supervised",
+            "labels",
+            "asked_labels",
+            "references",
+        ),
         absent="the family's chat format is not known",
         proof="codebooks that are not delayed",
     ),
@@ -286,7 +376,7 @@ RULES: tuple[Rule, ...] = (
         "check the attention mask over the reference",
         "layers that were not probed: --attention_layers",
         {"least": 1e-3},
-        ("reference_masked", "reference_present"),
+        ("mask_holes", "reference_masked", "reference_present", "asked_labels"),
         absent="attention was not read, or there is no reference",
         proof="reference hidden by the attention mask",
     ),
@@ -297,8 +387,16 @@ RULES: tuple[Rule, ...] = (
         _reference_is_used,
         "check that references and targets are of one speaker, and that several speakers share a batch",
         "speakers that sound alike; a model that knows its training voices by heart",
-        {"least": 0.01, "measurements": 5, "evaluations": 2, "learnt": 0.8},
-        ("reference_masked", "reference_present", "reference_attended"),
+        {"least": 0.01, "measurements": 5, "evaluations": 2, "accuracy": 0.3},
+        (
+            "reference_masked",
+            "reference_present",
+            "reference_attended",
+            "asked_labels",
+            "references",
+            "chance",
+            "loss_weight",
+        ),
         absent="the gain was measured too seldom, or the model has not learnt to predict audio yet",
         proof="reference of another speaker",
     ),
@@ -320,7 +418,7 @@ RULES: tuple[Rule, ...] = (
         _gradients_arrive,
         "the part is cut off from the loss, or the batch has no use for it",
         "batches of text alone beside batches with audio",
-        follows=("nonfinite",),
+        follows=("nonfinite", "labels", "loss_weight", "adapters", "frozen"),
         absent="no parameter has a gradient",
         proof="audio loss × 0",
     ),
@@ -332,7 +430,7 @@ RULES: tuple[Rule, ...] = (
         "see that the optimizer holds the part and that its learning rate is above 0",
         "bfloat16 weights that swallow steps smaller than their precision: keep float32 weights, or raise the rate",
         {"least": 0},
-        ("nonfinite", "gradients_arrive"),
+        ("nonfinite", "labels", "gradients_arrive", "optimizer"),
         absent="fewer than two due steps",
         proof="learning rate 0; parameters outside of the optimizer",
     ),
@@ -355,7 +453,7 @@ RULES: tuple[Rule, ...] = (
         "look at the batch of that step in inputs/sequence; lower the learning rate",
         "one odd sample in a small batch",
         {"times": 3, "past": 20, "fewest": 3},
-        ("nonfinite", "update_size"),
+        ("nonfinite", "update_size", "asked_labels"),
         absent="fewer than three values before",
         proof="learning rate × 100",
     ),
@@ -378,7 +476,7 @@ RULES: tuple[Rule, ...] = (
         "check outputs/eos/supervised and outputs/eos/probability",
         "a bound on length that is shorter than what is to be said",
         {"evaluations": 2, "accuracy": 0.5, "probability": 0.1},
-        ("eos_supervised", "nonfinite"),
+        ("eos_supervised", "nonfinite", "asked_labels", "loss_weight", "chance"),
         absent="fewer than two evaluations with clips, or the model does not predict audio well yet",
         proof="audio end of stream masked",
     ),
@@ -390,7 +488,17 @@ RULES: tuple[Rule, ...] = (
         "listen to zero_shot/clips of both; lower the learning rate, look at the data",
         "few clips: look at more (--zero_shot_clips)",
         _SPEECH_LIMITS,
-        ("nonfinite", "update_size", "eos_supervised", "reference_masked"),
+        (
+            "nonfinite",
+            "update_size",
+            "eos_supervised",
+            "reference_masked",
+            "asked_labels",
+            "loss_weight",
+            "chance",
+            "references",
+            "optimizer",
+        ),
         absent="there were no clips before the first step, or none since",
         proof="garbled text; learning rate × 100 on a trained model",
     ),
@@ -402,7 +510,7 @@ RULES: tuple[Rule, ...] = (
         "stop earlier, train on more data, or lower the learning rate",
         "evaluation data of another kind than training data",
         {"evaluations": 3, "times": 1.1, **_SPEECH_LIMITS},
-        ("nonfinite", "update_size"),
+        ("nonfinite", "update_size", "asked_labels", "chance", "references"),
         absent="fewer than three evaluations",
         proof="one sample is 80 % of the data",
     ),

@@ -52,6 +52,7 @@ class Rule:
         follows: rules whose fault explains this one's: where one of them fires, this one is no finding of its own.
         absent: when there is nothing to judge.
         proof: the mistake by which it is known.
+        section: of its tag: ``health``, or ``setup`` for what is looked at once, on the first due step.
     """
 
     name: str
@@ -64,6 +65,12 @@ class Rule:
     follows: tuple[str, ...] = ()
     absent: str = ""
     proof: str = ""
+    section: str = "health"
+
+    @property
+    def tag(self) -> str:
+        """Of its value."""
+        return f"{self.section}/{self.name}"
 
 
 def evidence(values: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -39,7 +40,8 @@ class InputInstrument(LastMicrobatchInstrument):
         super().inputs(step, microbatch)
         recorder = step.recorder
         if microbatch.view is not None:
-            for tag, value in _view_metrics(microbatch.view):
+            metrics = itertools.chain(_view_metrics(microbatch.view), _mask_metrics(microbatch))
+            for tag, value in metrics:
                 if step.says(f"inputs/{tag}"):
                     recorder.metric(f"inputs/{tag}", value)
             if microbatch.view.text_labels is None:
@@ -119,6 +121,15 @@ class InputInstrument(LastMicrobatchInstrument):
         step.recorder.show({}, build)
 
 
+def _mask_metrics(microbatch: Microbatch) -> Iterator[tuple[str, Metric]]:
+    """What the attention mask hides between positions that it shows: padding lies at the ends."""
+    mask, ids = microbatch.inputs.get("attention_mask"), microbatch.inputs.get("input_ids")
+    if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.dim() == 2 and mask.shape == ids.shape:
+        shown = mask.bool()
+        between = (shown.cumsum(1) > 0) & (shown.flip(1).cumsum(1).flip(1) > 0)
+        yield "tokens/hidden_fraction", Mean((between & ~shown).sum(), mask.numel())
+
+
 def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
     positions = view.positions
     text = view.text.sum()
@@ -127,12 +138,19 @@ def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
     yield "tokens/padding_fraction", Mean(positions - view.real.sum(), positions)
     if view.text_labels is not None:
         supervised = (view.text_labels != IGNORE_INDEX) & view.text
+        if view.audio is None:
+            taught = (view.text_labels != IGNORE_INDEX).any(dim=1)
+            yield "supervised/samples_fraction", Mean(taught.sum(), len(taught))
         yield "supervised/text_fraction", Mean(supervised.sum(), text)
     if view.audio is not None and view.audio.labelled:
         audio = view.audio.reference | view.audio.target
         yield "tokens/reference_audio_fraction", Mean(view.audio.reference.sum(), positions)
         yield "tokens/target_audio_fraction", Mean(view.audio.target.sum(), positions)
         labelled = (view.audio.labels != IGNORE_INDEX).sum()
+        taught = (view.audio.labels != IGNORE_INDEX).flatten(1).any(dim=1)
+        if view.text_labels is not None:
+            taught = taught | (view.text_labels != IGNORE_INDEX).any(dim=1)
+        yield "supervised/samples_fraction", Mean(taught.sum(), len(taught))
         coded = audio if view.audio.embedded is None else audio & ~view.audio.embedded
         yield "supervised/audio_fraction", Mean(labelled, coded.sum() * view.audio.codebooks)
     yield "invalid_ids", Sum(_invalid_ids(view))

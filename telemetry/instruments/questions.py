@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from telemetry.instruments.activations import ActivationInstrument
+from telemetry.instruments.asked import AskedLabels
 from telemetry.instruments.attention import DEFAULT_QUERIES, AttentionInstrument
 from telemetry.instruments.base import Instrument
+from telemetry.instruments.causality import CausalityInstrument
 from telemetry.instruments.chatml import ChatMLInstrument
 from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS, ClipInstrument
 from telemetry.instruments.conditioning import ConditioningInstrument
@@ -15,18 +17,20 @@ from telemetry.instruments.gradients import GradientInstrument
 from telemetry.instruments.inputs import InputInstrument
 from telemetry.instruments.outputs import OutputInstrument
 from telemetry.instruments.reference import ReferenceInstrument
+from telemetry.instruments.setup import SetupInstrument
 from telemetry.instruments.text_audio_cosine import TextAudioCosine
+from telemetry.instruments.transcripts import TranscriptInstrument
 from telemetry.speech.base import SpeakerEncoder, Transcriber
 
 
 def inputs() -> list[Instrument]:
-    """Return what asks: is the data what I think it is?"""
-    return [InputInstrument()]
+    """Return what asks: is the data what I think it is, and the training the one that I meant?"""
+    return [InputInstrument(), TranscriptInstrument(), SetupInstrument()]
 
 
 def outputs() -> list[Instrument]:
-    """Return what asks: what does the model predict, per stream?"""
-    return [OutputInstrument()]
+    """Return what asks: what does the model predict, per stream, and what is it asked for?"""
+    return [OutputInstrument(), AskedLabels(), CausalityInstrument()]
 
 
 def shared_attention(

@@ -69,6 +69,10 @@ class Microbatch:
         return str(known) if known is not None else f"row {row}"
 
 
+def _unheard(_function: Callable[[Callable[[], Iterator[Stream]]], None]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a pass has given.
@@ -81,6 +85,9 @@ class Reading:
         absent: what of it cannot be read, and why.
         loss: as the model returned it, 0-d; None where it returned none.
         watched: whether the pass was watched: one that was handed over may round its logits otherwise than its loss.
+        on_gradients: has a function called in the backward pass, once for each tensor that logits were made of, with
+            what gives the streams whose logits are then the loss's gradient with respect to them. Returns whether there
+            is such a tensor.
     """
 
     streams: Sequence[Stream] = ()
@@ -90,6 +97,7 @@ class Reading:
     absent: Sequence[Absent] = ()
     loss: Tensor | None = None
     watched: bool = True
+    on_gradients: Callable[[Callable[[Callable[[], Iterator[Stream]]], None]], bool] = _unheard
 
 
 @dataclass
@@ -194,16 +202,18 @@ class PassReader:
         failed = Absent("text", f"family {family.name} cannot read what the model returned")
         found = self._attempt("read outputs", lambda: list(family.streams(inputs, outputs, seen)), [failed])
         declared = [self._checked(one) for one in found]
+        streams = [one for one in declared if isinstance(one, Stream)]
         # Of labels that the model was not given it has made no loss: of that nothing is said.
         of_loss = declared if loss is not None or not microbatch.withheld else []
         return Reading(
-            streams=[one for one in declared if isinstance(one, Stream)],
+            streams=streams,
             parts=[one for one in of_loss if isinstance(one, LossPart)],
             divided=[one for one in of_loss if isinstance(one, Divided)],
             overruled=[one for one in of_loss if isinstance(one, Overruled)],
             absent=[one for one in declared if isinstance(one, Absent)],
             loss=loss,
             watched=watched,
+            on_gradients=functools.partial(_on_gradients, family, inputs, outputs, seen, streams),
         )
 
     def _checked(self, declared: Declared) -> Declared:
@@ -226,6 +236,64 @@ class PassReader:
             said = "family %s cannot %s; training goes on"
             self._once.say(doing, said, self._family.name, doing, level=logging.ERROR, traceback=True)
             return otherwise
+
+
+def _on_gradients(
+    family: Family,
+    inputs: Mapping[str, Any],
+    outputs: Any,
+    seen: Seen,
+    streams: Sequence[Stream],
+    function: Callable[[Callable[[], Iterator[Stream]]], None],
+) -> bool:
+    """See :class:`Reading`. A family reads a gradient as it reads the logits that it is of.
+
+    What is kept until then is the batch, and neither outputs nor graph. Logits that were computed again, of a fused
+    loss, have no gradient.
+    """
+    sizes = {stream.logits.shape[-1] * each for stream in streams if stream.each is None for each in
+             (1, len(stream.names))}  # fmt: skip
+    places: dict[tuple[str, Any], Any] = {("module", name): value for name, value in seen.modules.items()}
+    named = outputs.items() if isinstance(outputs, Mapping) else ()
+    places |= {("output", name): value for name, value in named}
+    if isinstance(outputs, tuple):
+        places |= {("place", number): value for number, value in enumerate(outputs)}
+    bare = Seen(seen.view, {}, seen.given, seen.autocast)
+    hooked = False
+    for place, value in places.items():
+        if isinstance(value, Tensor) and value.requires_grad and value.dim() > 1 and value.shape[-1] in sizes:
+            _hear_gradient(value, functools.partial(_with_gradient, family, inputs, bare, function, place))
+            hooked = True
+    return hooked
+
+
+def _hear_gradient(value: Tensor, hear: Callable[[Tensor], None]) -> None:
+    """Have a function called with the gradient of a tensor, or of what it is a copy of in another dtype.
+
+    Under autocast, what a model returns is a copy of the logits that its loss is made of.
+    """
+    node = value.grad_fn
+    while node is not None and node.name().startswith("ToCopyBackward") and node.next_functions:
+        node = node.next_functions[0][0]
+    if node is None or node is value.grad_fn:
+        value.register_hook(hear)
+    else:
+        node.register_prehook(lambda gradients: hear(gradients[0]) if gradients[0] is not None else None)
+
+
+def _with_gradient(
+    family: Family,
+    inputs: Mapping[str, Any],
+    seen: Seen,
+    function: Callable[[Callable[[], Iterator[Stream]]], None],
+    place: tuple[str, Any],
+    gradient: Tensor,
+) -> None:
+    kind, name = place
+    modules = {name: gradient} if kind == "module" else {}
+    outputs: Any = {name: gradient} if kind == "output" else (gradient,) if kind == "place" else {}
+    given = replace(seen, modules=modules)
+    function(lambda: (one for one in streams_of(family, inputs, outputs, given) if one.each is None))
 
 
 def _autocast() -> dict[str, torch.dtype]:

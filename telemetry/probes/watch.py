@@ -126,9 +126,10 @@ class Watch:
     def see(self, owner: Any, function: Callable[..., None], *args: Any) -> None:
         """Call a function for what happens in a pass; outside of one, nothing is called."""
         if self._running:
-            self._call(owner, function, *args)
+            self.call(owner, function, *args)
 
-    def _call(self, owner: Any, function: Callable[..., None], *args: Any) -> None:
+    def call(self, owner: Any, function: Callable[..., None], *args: Any) -> None:
+        """Have an owner do something, isolated and timed, without gradients and out of sight of dispatch modes."""
         self._guard(owner, _out_of_sight, function, *args)
 
     def _before(self, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -137,7 +138,7 @@ class Watch:
         self._running = True
         inputs = named_arguments(self._model, args, kwargs)
         for owner, begin in self._begin:
-            self._call(owner, begin, inputs)
+            self.call(owner, begin, inputs)
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         self._over(output)
@@ -147,4 +148,4 @@ class Watch:
             return
         self._running = False
         for owner, end in self._end:
-            self._call(owner, end, output)
+            self.call(owner, end, output)

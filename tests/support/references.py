@@ -18,7 +18,7 @@ from telemetry.records import Record, Scalar
 
 from .batches import IGNORED, Position, Sample, every
 
-OWN_SECTIONS = ("telemetry", "health")
+OWN_SECTIONS = ("telemetry", "health", "setup")
 
 # What each parameter of the models is, written from their architecture: pattern of the whole name → group.
 HIGGS_GROUPS = {
@@ -96,6 +96,9 @@ def token_values(samples: Sequence[Sample], codebooks: int) -> dict[str, float]:
         values[f"inputs/tokens/{name}_fraction"] = kinds.count(kind) / len(positions)
     labelled = sum(position.label != IGNORED for position in positions if position.kind == "text")
     values["inputs/supervised/text_fraction"] = labelled / kinds.count("text")
+    values["inputs/tokens/hidden_fraction"] = 0.0
+    has = [any(p.label != IGNORED or any(c != IGNORED for c in p.code_labels or ()) for p in one) for one in samples]
+    values["inputs/supervised/samples_fraction"] = sum(has) / len(has)
     taught = sum(label != IGNORED for position in positions for label in position.code_labels or ())
     audio = kinds.count("reference") + kinds.count("target")
     if audio:

@@ -95,16 +95,23 @@ def training(
 def _input_values(batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     masks = [value for batch in batches for value in batch["attention_mask"].flatten().tolist()]
     labels = [value for batch in batches for value in batch["labels"].flatten().tolist()]
+    rows = [row for batch in batches for row in batch["labels"].tolist()]
     found = {
         "inputs/tokens/total": float(len(masks)),
         "inputs/tokens/text_fraction": sum(masks) / len(masks),
         "inputs/tokens/padding_fraction": 1 - sum(masks) / len(masks),
         "inputs/supervised/text_fraction": sum(label != IGNORED for label in labels) / sum(masks),
+        "inputs/tokens/hidden_fraction": 0.0,
+        "inputs/supervised/samples_fraction": sum(map(_has_label, rows)) / len(rows),
         "inputs/invalid_ids": 0.0,
     }
     for name in batches[0]:
         found |= tensor_values(name, [batch[name] for batch in batches])
     return found
+
+
+def _has_label(row: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in row)
 
 
 def _output_values(model: Any, batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:

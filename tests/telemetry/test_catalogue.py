@@ -8,7 +8,32 @@ import pytest
 from telemetry.catalogue import CATALOGUE, SECTIONS, Entry, describe, find
 
 # The public tags, written out by hand: this list is what keeps them from changing unseen.
+SETUP = [
+    *(f"setup/asked/{group}/{what}" for group in ("text", "audio") for what in (
+        "next", "at_offset", "declared", "offset", "undeclared", "padding", "reference",
+    )),
+    "setup/asked/audio/own_codebook",
+    "setup/loss_weight/codebook_0",
+    "setup/chance/text",
+    "setup/modes/training_fraction",
+    "setup/modes/evaluation_fraction",
+    *(f"setup/optimizer/{what}" for what in ("held_fraction", "moved_fraction", "learning_rate")),
+    "setup/norms/untouched_fraction",
+    "setup/trained/audio_ffn",
+    "setup/adapters/active_fraction",
+    *(f"setup/references/{what}" for what in ("samples", "different", "equal_fraction", "constant_fraction")),
+    *(f"setup/targets/{what}" for what in ("samples", "different", "commonest_fraction")),
+    "setup/causality/earlier_changes",
+    *(f"setup/{check}" for check in (
+        "asked_labels", "loss_weight", "supervised", "recombined", "chance", "optimizer", "frozen", "adapters", "modes",
+        "causality", "targets", "references",
+    )),
+]  # fmt: skip
 INPUTS = [
+    "inputs/tokens/hidden_fraction",
+    "inputs/supervised/samples_fraction",
+    "inputs/length_correlation/target",
+    "inputs/length_correlation/reference",
     "inputs/tokens/total",
     "inputs/tokens/text_fraction",
     "inputs/tokens/reference_audio_fraction",
@@ -182,11 +207,11 @@ AUDIO = [
 IMAGES = ["attention/mass", "attention/heads", "zero_shot/clip_0/spectrogram"]
 ALERTS = ["health/alerts"]
 TAGS = [
-    *((tag, "scalar") for tag in SCALARS),
-    *((tag, "table") for tag in TABLES),
+    *((tag, "scalar") for tag in (*SETUP, *SCALARS)),
+    *((tag, "table") for tag in (*TABLES, "setup/checks")),
     *((tag, "audio") for tag in AUDIO),
     *((tag, "image") for tag in IMAGES),
-    *((tag, "alert") for tag in ALERTS),
+    *((tag, "alert") for tag in (*ALERTS, "setup/alerts")),
 ]
 # Entries for whatever an earlier one does not name.
 FALLBACKS = {"{train,eval,test}/<name>", "health/<name>"}

@@ -169,7 +169,7 @@ def test_nothing_stops_that_was_not_asked_for(tmp_path: Path) -> None:
     made, backend = train(tmp_path, Poison(), stop_on=["reference_used"])
     assert made.stopped == ""
     assert max(backend.scalars("train/loss")) == STEPS
-    with pytest.raises(ValueError, match="stop_on: unknown fire: choose from failing, warning, nonfinite"):
+    with pytest.raises(ValueError, match="stop_on: unknown fire: choose from failing, warning, asked_labels"):
         StrategicTelemetry(stop_on=["fire"])
 
 
