@@ -86,6 +86,13 @@ def _question(section: str, *charts: Chart) -> Question:
 
 QUESTIONS: tuple[Question, ...] = (
     _question(
+        "setup",
+        Chart("Labels that are the next token", ("setup/asked/{text,audio}/next",)),
+        Chart("Weight of every part in the loss", ("setup/loss_weight/<name>",)),
+        Chart("Loss over that of a guess", ("setup/chance/<name>",)),
+        Chart("Share that is trained, by part of the model", ("setup/trained/<name>",)),
+    ),
+    _question(
         "inputs",
         Chart(
             "What positions are",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -71,3 +72,11 @@ def pytest_collection_finish() -> None:
     """Keep what was imported out of every later collection: each Trainer makes one at its end, of half a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_logging_directory() -> Iterator[None]:
+    """No test finds the logging directory that the training script has named for the Trainer in another."""
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+    yield
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)

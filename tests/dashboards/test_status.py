@@ -34,6 +34,15 @@ def write(directory: Path, *steps: list[Record], close: bool = True, start: int 
     return backend
 
 
+def killed(directory: Path, steps: str) -> None:
+    """A run of another process, which is gone without a word after some steps."""
+    code = (
+        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
+        f"from test_status import *; write(Path(sys.argv[1]), {steps}, close=False); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(directory), str(Path(__file__).parent)], check=False)
+
+
 def look(directory: Path, now: float | None = None) -> status.Status:
     (found,) = status.look([directory], now)
     return found
@@ -72,17 +81,13 @@ def test_a_run_that_is_written_is_running_until_it_is_silent_for_long(tmp_path: 
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]);"
-        "from test_status import *; write(Path(sys.argv[1]), [checks('ok')], close=False); os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)], check=False)
+    killed(tmp_path, "[checks('ok')]")
     found = look(tmp_path)
     assert (found.state, found.verdict, found.code) == ("killed", "ok", status.WARNING)
 
 
 def test_a_resumed_run_is_judged_by_its_newest_attempt(tmp_path: Path) -> None:
-    write(tmp_path, [checks("ok")], [checks("failing")], close=False)
+    killed(tmp_path, "[checks('ok')], [checks('failing')]")
     write(tmp_path, [checks("warning"), Scalar("train/loss", 1.0)], start=1)
     found = look(tmp_path)
     assert (found.state, found.verdict, found.step) == ("ended", "warning", 2)
