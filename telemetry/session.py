@@ -9,6 +9,7 @@ import queue
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -117,11 +118,15 @@ class Door:
         session = self._session
         return session if session is not None and session.leads(self) else None
 
-    def _see_gradients(self, clipped: bool | None) -> None:
-        """Have the gradients of a due step measured, once; ``clipped``: see :meth:`Instrument.gradients`."""
+    def _see_gradients(self, clipped: bool | None, scaled: bool = True) -> None:
+        """Have the gradients of a due step measured, once; ``clipped``: see :meth:`Instrument.gradients`.
+
+        Args:
+            scaled: whether a loss scaler's factor, where there is one, is still in them.
+        """
         if not self._gradients_seen and (session := self._led()) is not None:
             self._gradients_seen = True
-            session.tell("gradients", clipped)
+            session.see_gradients(clipped, scaled)
 
 
 class Session:
@@ -155,7 +160,7 @@ class Session:
         self._monitor = HealthMonitor()
         self._word = RankWord()
         self._sound: SoundPolicy | None = None
-        self._watch = Watch(model, self._measure, usable=not setting.compiled)
+        self._watch = Watch(model, self._measure, not setting.compiled, setting.is_running)
         self._reader = PassReader(self.family, partial(self._tell, "inputs"), partial(self._tell, "outputs"))
         self._clock = StepClock()
         self._step: Step | None = None
@@ -318,6 +323,12 @@ class Session:
         """Call a verb of every instrument that is due, with what comes after the step: see :class:`Instrument`."""
         with self._clock.running():
             self._tell(verb, *args)
+
+    def see_gradients(self, clipped: bool | None, scaled: bool) -> None:
+        """Tell instruments that all gradients are there: see :class:`Instrument` and :class:`Step`."""
+        if self._step is not None:
+            self._step = replace(self._step, scaled=scaled)
+        self.tell("gradients", clipped)
 
     def end_step(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> None:
         """Finish the due step and send it on its way.

@@ -1,4 +1,4 @@
-"""Finds the Trainer that runs, and shows a run the batches that it prepares: labels that it keeps from the model."""
+"""Finds the Trainer that runs, and shows what it offers no callback: its batches, its gradients before clipping."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from transformers import Trainer
 
 _PREPARE = "_prepare_inputs"
+_CLIP = "_clip_grad_norm"
+_STEP = "training_step"
 
 
 class PreparedBatches:
@@ -31,38 +33,92 @@ class PreparedBatches:
         trainer = self._trainer() if self._trainer is not None else None
         if trainer is None:
             return lambda: None
-        seeing = _Seeing(trainer, see)
-        setattr(trainer, _PREPARE, seeing)
-        return seeing.end
+        return _Seeing(trainer, see).end
 
 
-class _Seeing:
-    """Takes the place of a Trainer's ``_prepare_inputs``; of a copy of the Trainer it becomes the copy's own."""
+def within_step(
+    trainer: Trainer | None, about_to_clip: Callable[[], None], cut_off: Callable[[], None]
+) -> Callable[[], None]:
+    """Have a function called when all gradients are there and the Trainer is about to clip, another when it is cut off.
 
-    def __init__(self, trainer: Trainer, see: Callable[[Any, Any], None]) -> None:
+    Cut off is a step whose forward or backward pass is left by an exception, Ctrl-C among them: no callback is told.
+
+    Returns:
+        What ends that.
+    """
+    if trainer is None:
+        return lambda: None
+    stands = _Clipping(trainer, about_to_clip), _Stepping(trainer, cut_off)
+
+    def end() -> None:
+        for stand in stands:
+            stand.end()
+
+    return end
+
+
+class _Stand:
+    """Takes the place of a Trainer's method; of a copy of the Trainer it becomes the copy's own."""
+
+    name = ""
+
+    def __init__(self, trainer: Trainer, see: Callable[..., None]) -> None:
         self._trainer = weakref.ref(trainer)
         self._see = see
-        self._replaced = vars(trainer).get(_PREPARE)
-        self._prepare = getattr(trainer, _PREPARE)
+        self._replaced = vars(trainer).get(self.name)
+        self._own = getattr(trainer, self.name)
+        setattr(trainer, self.name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        prepared, trainer = self._prepare(*args, **kwargs), self._trainer()
-        if trainer is not None and getattr(trainer.model, "training", True):  # else of an evaluation inside of the step
-            self._see(prepared, getattr(trainer, "label_names", None) or ())
-        return prepared
+        return self._own(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._trainer(), _PREPARE)
+        return getattr, (self._trainer(), self.name)
 
     def end(self) -> None:
         """Put back what was there, unless it is gone or another has come after it."""
         trainer = self._trainer()
-        if trainer is None or vars(trainer).get(_PREPARE) is not self:
+        if trainer is None or vars(trainer).get(self.name) is not self:
             self._see = lambda *_: None
         elif self._replaced is None:
-            delattr(trainer, _PREPARE)
+            delattr(trainer, self.name)
         else:
-            setattr(trainer, _PREPARE, self._replaced)
+            setattr(trainer, self.name, self._replaced)
+
+
+class _Seeing(_Stand):
+    """In the place of what prepares a batch."""
+
+    name = _PREPARE
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        prepared, trainer = super().__call__(*args, **kwargs), self._trainer()
+        if trainer is not None and getattr(trainer.model, "training", True):  # else of an evaluation inside of the step
+            self._see(prepared, getattr(trainer, "label_names", None) or ())
+        return prepared
+
+
+class _Stepping(_Stand):
+    """In the place of what runs a microbatch forward and backward."""
+
+    name = _STEP
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException:
+            self._see()
+            raise
+
+
+class _Clipping(_Stand):
+    """In the place of what clips gradients."""
+
+    name = _CLIP
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._see()
+        return super().__call__(*args, **kwargs)
 
 
 def calling_trainer(model: Any) -> Trainer | None:

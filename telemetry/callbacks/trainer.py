@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
-from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, trainers_in
+from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, trainers_in, within_step
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clips import ClipInstrument
 from telemetry.instruments.questions import QUESTIONS
@@ -39,6 +39,10 @@ MAX_NAME = 120  # characters of a trial's name, which is a directory's too
 logger = logging.getLogger(__name__)
 
 HEARD = "zero_shot/"
+
+
+def _nothing() -> None:
+    pass
 
 
 _predicted: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -102,6 +106,7 @@ class StrategicCallback(Door, TrainerCallback):
     ) -> None:
         super().__init__(logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on, health_rules)
         self._once = Once(logger)
+        self._unwatch: Callable[[], None] = _nothing
         self._around: list[Session] = []
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
@@ -111,7 +116,7 @@ class StrategicCallback(Door, TrainerCallback):
             raise TypeError(f"{type(self).__name__} got unexpected keyword arguments {sorted(options)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_around": []}
+        return super().__getstate__() | {"_around": [], "_unwatch": _nothing}
 
     @property
     def session(self) -> Session:
@@ -146,9 +151,20 @@ class StrategicCallback(Door, TrainerCallback):
                 self._once.say("late", "%s cannot join: %s", type(self).__name__, error, level=logging.ERROR)
         if self._session is not None:
             self._gradients_seen = False
+            self._unwatch()
+            model = kwargs.get("model")
+            self._unwatch = within_step(model and calling_trainer(model), self._about_to_clip, self._cut_off)
             loader = kwargs.get("eval_dataloader")
             predicted = _predicted.get(id(loader)) is loader
             self._session.begin_step(self, state.global_step + 1, None if predicted else loader)
+
+    def _about_to_clip(self) -> None:
+        self._see_gradients(clipped=False)
+
+    def _cut_off(self) -> None:
+        self._unwatch()
+        if self._session is not None:
+            self._session.abandon_step(self)
 
     def on_microbatch(
         self,
@@ -196,7 +212,8 @@ class StrategicCallback(Door, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if (session := self._led()) is not None:
-            self._see_gradients(clipped=(args.max_grad_norm or 0) > 0)
+            # By now the Trainer has taken a loss scaler's factor out, whether it clips or not.
+            self._see_gradients(clipped=(args.max_grad_norm or 0) > 0, scaled=False)
             session.tell("before_update", optimizer)
 
     def on_optimizer_step(
@@ -219,6 +236,7 @@ class StrategicCallback(Door, TrainerCallback):
         outputs: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._unwatch()
         if (session := self._led()) is not None:
             session.end_step(inputs, outputs)
         if self._is_to_stop():

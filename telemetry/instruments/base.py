@@ -47,6 +47,7 @@ class Step:
         evaluation_set: the name of the set that is evaluated on, where there are several.
         world_size: number of ranks.
         tokens_across_ranks: whether the trainer divides its loss by the tokens of all ranks, where it counts them.
+        scaled: whether gradients, when they are shown, still have the factor of a loss scaler, where there is one.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Step:
     world_size: int = 1
     evaluation_set: str = ""
     tokens_across_ranks: bool = True
+    scaled: bool = True
 
     def says(self, tag: str) -> bool:
         """Whether a tag says something of this kind of model; where it does not, the reason is said once."""

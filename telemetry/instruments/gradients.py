@@ -32,6 +32,7 @@ NOTES = {
 TOTAL = "gradients/total_norm"
 SUMS = "gradients/parameters"
 PARTS_OF_A_LAYER = frozenset({"shared_attention", "text_ffn", "audio_ffn"})
+NONE_KEPT = "no parameter has a gradient when the optimizer is to step (one that steps in the backward pass keeps none)"
 STEPPED_BY_ITSELF = "DeepSpeed's optimizer has stepped before a callback could look"
 
 
@@ -49,6 +50,7 @@ class GradientInstrument(Instrument):
         self._values: dict[int, int] = {}  # index of a parameter → values in this rank's part of its gradient
         self._tensors: dict[str, Tensor] = {}  # statistics of these parts, and what their loss was multiplied by
         self._clipped: bool | None = None
+        self._scaled = True
         self._update: UpdateProbe | None = None
 
     def begin(self, step: Step) -> None:
@@ -64,6 +66,7 @@ class GradientInstrument(Instrument):
             return
         if clipped:
             step.recorder.say_once("clipped", "gradient norms are measured after clipping on this Trainer")
+        self._scaled = step.scaled
         self._parameters = trained_parameters(step.model, step.family)
         found = own_gradients(self._parameters, step.is_main)
         if found:
@@ -80,6 +83,9 @@ class GradientInstrument(Instrument):
         self._note_scale(optimizer)
         if steps_by_itself(self._parameters):
             step.recorder.absent("gradients/<group>/update_ratio", STEPPED_BY_ITSELF)
+            return
+        if not any(one.has_gradient for one in self._parameters):  # whatever moves them has done so already, or nothing
+            step.recorder.absent("gradients/<group>/update_ratio", NONE_KEPT)
             return
         if step.is_main:
             self._missing.see_optimizer(step.number, self._parameters, optimizer, step.recorder)
@@ -117,12 +123,12 @@ class GradientInstrument(Instrument):
             self._missing.see_gradients(step.number, self._parameters, step.recorder)
         else:
             stepped = steps_by_itself(self._parameters)
-            step.recorder.absent(TOTAL, STEPPED_BY_ITSELF if stepped else "no parameter has a gradient")
+            step.recorder.absent(TOTAL, STEPPED_BY_ITSELF if stepped else NONE_KEPT)
 
     def _note_scale(self, optimizer: Any) -> None:
-        """Clipping takes the scale out; without it, gradients carry it until the optimizer steps."""
+        """Until clipping or the Trainer's own norm takes it out, gradients carry the scale."""
         scale = getattr(getattr(optimizer, "scaler", None), "_scale", None)
-        if self._tensors and self._clipped is False and isinstance(scale, Tensor):
+        if self._tensors and self._scaled and self._clipped is False and isinstance(scale, Tensor):
             self._tensors["scale"] = scale.detach().clone()  # the scaler changes it in place
 
     def _show_largest(self, step: Step) -> None:

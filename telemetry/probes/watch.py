@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 Guard = Callable[..., None]
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _nothing = contextlib.nullcontext().__exit__  # takes anything, returns None, and is known wherever Python is
 
 
@@ -27,6 +29,7 @@ class _Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> None:
+        """Call it; a hook that is taken off while it waits for its turn is not given what it had asked for."""
         if not torch.compiler.is_compiling():
             self._function(*args)
 
@@ -68,9 +71,14 @@ class Watch:
         model: what is called, without its DDP or FSDP wrapper.
         guard: calls ``guard(owner, function, *args)``: isolates and times what an owner does.
         usable: False for a compiled model, whose graph hooks would become part of: nothing is watched.
+        alive: whether the training is still under way: one that was left in a due step (Ctrl-C in a callback) tells
+            nobody, and with the next pass of the model everything is taken off.
     """
 
-    def __init__(self, model: nn.Module, guard: Guard, usable: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, guard: Guard, usable: bool = True, alive: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._alive = alive
         self.usable = usable
         self._model = model
         self._guard = guard
@@ -110,7 +118,7 @@ class Watch:
     ) -> None:
         """Have ``function(args, kwargs)`` called before a module runs in a pass."""
 
-        def hook(_module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        def hook(_module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] = _NONE) -> None:
             self.see(owner, function, args, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(_Hook(hook), with_kwargs=True))
@@ -132,7 +140,10 @@ class Watch:
         """Have an owner do something, isolated and timed, without gradients and out of sight of dispatch modes."""
         self._guard(owner, _out_of_sight, function, *args)
 
-    def _before(self, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] = _NONE) -> None:
+        if not self._alive():
+            self.close()
+            return
         if self._running or not torch.is_grad_enabled():
             return
         self._running = True
@@ -140,8 +151,8 @@ class Watch:
         for owner, begin in self._begin:
             self.call(owner, begin, inputs)
 
-    def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        self._over(output)
+    def _after(self, *given: Any) -> None:
+        self._over(given[-1])
 
     def _over(self, output: Any) -> None:
         if not self._running:

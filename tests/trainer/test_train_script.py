@@ -100,7 +100,11 @@ def test_plain_training_imports_no_telemetry(
     assert finished.returncode == 0, finished.stderr[-3000:]
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", finished.stderr, flags=re.MULTILINE))
     assert {"trainer.higgs_trainer", "torch"} <= imported
-    light = {"telemetry", "telemetry.logs", "telemetry.redaction"}  # what keeps a bad file's names from steering the terminal
+    light = {
+        "telemetry",
+        "telemetry.logs",
+        "telemetry.redaction",
+    }  # what keeps a bad file's names from steering the terminal
     assert {name for name in imported if name.partition(".")[0] == "telemetry"} <= light
 
     said = [line for line in finished.stderr.splitlines() if not line.startswith("import time:")]
