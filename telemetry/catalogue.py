@@ -405,6 +405,11 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     # gradients
     Entry(
+        "gradients/clip_coefficient",
+        "What the trainer's clipping multiplies all gradients by: 1 where they are not clipped.",
+        absent="the trainer does not clip, or does not say to what",
+    ),
+    Entry(
         "gradients/total_norm",
         "Norm of all gradients before clipping; equals the Trainer's grad_norm.",
         reduction="root of the sum of squares",

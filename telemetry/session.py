@@ -512,6 +512,7 @@ class Session:
             world_size=setting.world_size,
             evaluation_set=str(evaluation_set).replace("/", "|"),  # one part of a tag
             tokens_across_ranks=setting.tokens_across_ranks,
+            max_grad_norm=setting.max_grad_norm,
         )
 
     def _backends(self) -> Sequence[Backend]:

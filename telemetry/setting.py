@@ -43,6 +43,7 @@ class Setting:
         show_batches: begins to call a function with every batch that the trainer prepares, and the names of its labels;
             returns what ends that.
         within: the part of whatever logging directory that is this run's own, where a search makes several.
+        max_grad_norm: what the trainer clips the norm of all gradients to; 0 where it does not.
         is_running: whether the training is still under way; False once it was left without its end being told.
     """
 
@@ -63,6 +64,7 @@ class Setting:
     show_batches: Callable[[Callable[[Any, Any], None]], Callable[[], None]] = lambda _see: _nothing
     within: str = ""
     is_running: Callable[[], bool] = lambda: True
+    max_grad_norm: float = 0.0
 
 
 def _nothing() -> None:

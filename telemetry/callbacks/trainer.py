@@ -463,6 +463,7 @@ def _setting(
         compiled=bool(args.torch_compile) or is_compiled(model),
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
+        max_grad_norm=float(args.max_grad_norm or 0),
         tokens_across_ranks=bool(args.average_tokens_across_devices),
         processor=processor,
         show_batches=PreparedBatches(calling_trainer(model)),

@@ -47,6 +47,7 @@ class Step:
         evaluation_set: the name of the set that is evaluated on, where there are several.
         world_size: number of ranks.
         tokens_across_ranks: whether the trainer divides its loss by the tokens of all ranks, where it counts them.
+        max_grad_norm: what the trainer clips the norm of all gradients to; 0 where it does not, or nobody knows.
         scaled: whether gradients, when they are shown, still have the factor of a loss scaler, where there is one.
     """
 
@@ -67,6 +68,7 @@ class Step:
     evaluation_set: str = ""
     tokens_across_ranks: bool = True
     scaled: bool = True
+    max_grad_norm: float = 0.0
 
     def says(self, tag: str) -> bool:
         """Whether a tag says something of this kind of model; where it does not, the reason is said once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from telemetry.probes.gradients import (
     steps_by_itself,
     trained_parameters,
 )
-from telemetry.records import Mean, Norm, NormRatio, Sum
+from telemetry.records import Mean, Norm, NormRatio, Scalar, Sum
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
 NOTES = {
@@ -112,6 +113,8 @@ class GradientInstrument(Instrument):
         parameters = self._parameters
         if self._tensors:
             step.recorder.defer(self._tensors, _metrics(parameters, self._values, self._clipped))
+            if step.max_grad_norm > 0 and self._clipped is False:
+                step.recorder.show({}, partial(_show_clipping, step.max_grad_norm))
             if step.is_main:
                 self._show_largest(step)
         self.begin(step)
@@ -140,6 +143,13 @@ class GradientInstrument(Instrument):
                 emit.record(largest.table(names, sums.components))
 
         step.recorder.show({}, show)
+
+
+def _show_clipping(most: float, _host: Mapping[str, Tensor], emit: Emitter) -> None:
+    """What torch multiplies the gradients by where it clips."""
+    norm = total.result() if (total := emit.merged(TOTAL)) is not None else None
+    if norm is not None:
+        emit.record(Scalar("gradients/clip_coefficient", min(1.0, most / (norm + 1e-6))))
 
 
 def _metrics(parameters: Sequence[TrainedParameter], values: Mapping[int, int], clipped: bool | None) -> Build:

@@ -195,6 +195,7 @@ def test_sharded_parameters_give_the_numbers_of_copied_ones(on_ranks: dict[str, 
     kinds = ("norm", "zero_fraction", "nonfinite", "update_ratio")
     assert {tag for tag, _ in sharded if tag.startswith("gradients/")} == {
         "gradients/total_norm",
+        "gradients/clip_coefficient",
         *(f"gradients/{group}/{kind}" for group in groups for kind in kinds),
         *(f"gradients/layer_{layer}/{part}/norm" for layer in range(2) for part in groups[:3]),
     }

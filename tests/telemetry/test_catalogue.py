@@ -112,6 +112,7 @@ GROUPS = [
 ]
 GRADIENTS = [
     "gradients/total_norm",
+    "gradients/clip_coefficient",
     "gradients/text_audio_cosine",
     "gradients/layer_0/shared_attention/norm",
     "gradients/layer_0/text_ffn/norm",

@@ -54,6 +54,9 @@ def test_the_total_norm_is_the_trainers(
     for step, value in measured.items():
         assert value > 10 * ALWAYS
         assert value == pytest.approx(logged[step], rel=1e-5)
+    clipped = backend.scalars("gradients/clip_coefficient")
+    expected = {step: min(1, ALWAYS / value) for step, value in measured.items()} if max_grad_norm else {}
+    assert clipped == pytest.approx(expected, rel=1e-3)
     assert not [record.note for _, record in backend.records["gradients/total_norm"] if record.note]
     assert "_clip_grad_norm" not in vars(made)  # as it was
 
