@@ -172,6 +172,35 @@ class Std(Metric):
         return math.sqrt(variance) if variance > 0 else (0.0 if variance <= 0 else math.nan)
 
 
+class Spread(Metric):
+    """A population standard deviation from ``count``, ``mean`` and the sum of squared ``deviations`` from that mean.
+
+    Merged pairwise (Chan, Golub, LeVeque 1983), so that values far from zero keep their spread, however many and
+    wherever measured. Absent when ``count`` is 0.
+    """
+
+    ops = ("sum", "sum", "sum")
+
+    def merge(self, other: Metric) -> Spread:
+        """See :meth:`Metric.merge`; the mean is no sum."""
+        if type(other) is not Spread:
+            raise TypeError(f"cannot merge Spread with {type(other).__name__}")
+        n, mean, deviations = self.components
+        m, means, more = (_beside(n, part) if isinstance(n, Tensor) else part for part in other.components)
+        if isinstance(m, Tensor) and not isinstance(n, Tensor):
+            n, mean, deviations = (_beside(m, part) for part in self.components)
+        count = n + m
+        safe = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+        apart, share = means - mean, m / safe
+        return Spread(count, mean + apart * share, deviations + more + apart * apart * n * share)
+
+    def _result(self, count: np.ndarray, mean: np.ndarray, deviations: np.ndarray) -> float | None:  # type: ignore[override]
+        if count <= 0:
+            return None
+        variance = float(deviations) / float(count)
+        return math.sqrt(variance) if variance > 0 else (0.0 if variance <= 0 else math.nan)
+
+
 class UsedFraction(Metric):
     """The fraction of the entries of a histogram that are not 0 (codebook use). Absent for an empty histogram."""
 

@@ -41,14 +41,19 @@ def within_step(
 ) -> Callable[[], None]:
     """Have a function called when all gradients are there and the Trainer is about to clip, another when it is cut off.
 
-    Cut off is a step whose forward or backward pass is left by an exception, Ctrl-C among them: no callback is told.
+    Cut off is a step whose forward or backward pass, or one of its callbacks, is left by an exception, Ctrl-C among
+    them: no callback is told.
 
     Returns:
         What ends that.
     """
     if trainer is None:
         return lambda: None
-    stands = _Clipping(trainer, about_to_clip), _Stepping(trainer, cut_off)
+    stands = (
+        _Clipping(trainer, about_to_clip),
+        _Stepping(trainer, cut_off),
+        _Telling(trainer.callback_handler, cut_off),
+    )
 
     def end() -> None:
         for stand in stands:
@@ -58,11 +63,11 @@ def within_step(
 
 
 class _Stand:
-    """Takes the place of a Trainer's method; of a copy of the Trainer it becomes the copy's own."""
+    """Takes the place of a method of a Trainer, or of its callback handler; of a copy it becomes the copy's own."""
 
     name = ""
 
-    def __init__(self, trainer: Trainer, see: Callable[..., None]) -> None:
+    def __init__(self, trainer: Any, see: Callable[..., None]) -> None:
         self._trainer = weakref.ref(trainer)
         self._see = see
         self._replaced = vars(trainer).get(self.name)
@@ -109,6 +114,12 @@ class _Stepping(_Stand):
         except BaseException:
             self._see()
             raise
+
+
+class _Telling(_Stepping):
+    """In the place of what tells callbacks of an event."""
+
+    name = "call_event"
 
 
 class _Clipping(_Stand):

@@ -17,7 +17,7 @@ from telemetry.families.chat import ChatFormat, decoded
 from telemetry.instruments.base import COMPILED, LastMicrobatchInstrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Std, Sum, Table
+from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Spread, Sum, Table
 
 SHOWN_SAMPLES = 2
 SHOWN_CLIPS = 4
@@ -181,7 +181,7 @@ def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:
     yield "min", Min(stats.minimum)
     yield "max", Max(stats.maximum)
     yield "mean", Mean(stats.total, stats.finite)
-    yield "std", Std(stats.total, stats.squares, stats.finite)
+    yield "std", Spread(stats.finite, stats.mean, stats.deviations)
     yield "zero_fraction", Mean(stats.zeros, stats.values)
     yield "nonfinite", Sum(stats.nonfinite)
 

@@ -16,7 +16,7 @@ from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.audio import clipping_fraction, level_db, silence_fraction
 from telemetry.measures.tensor_stats import tensor_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Mean, Metric, Min, Std, Sum
+from telemetry.records import Mean, Metric, Min, Spread, Sum
 
 # Files are read in the background, where other things wait meanwhile.
 READ_CLIPS = 16
@@ -135,5 +135,5 @@ def _feature_metrics(audio: AudioView) -> Iterator[tuple[str, Metric]]:
         # NaN is what the statistics leave out; what was NaN before is counted apart from the padding.
         stats = tensor_statistics(features.float().masked_fill(~real[:, None, :], torch.nan))
         yield "features_mean", Mean(stats.total, stats.finite)
-        yield "features_std", Std(stats.total, stats.squares, stats.finite)
+        yield "features_std", Spread(stats.finite, stats.mean, stats.deviations)
         yield "features_nonfinite", Sum(stats.nonfinite - (~real).sum() * features.shape[1])

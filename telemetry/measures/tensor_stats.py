@@ -13,7 +13,7 @@ from telemetry.measures._support import piece_elements, sum_dtype, undisturbed, 
 class TensorStats(NamedTuple):
     """Counts, sums and extremes of one tensor: 0-d float64 tensors (float32 on "mps") on its device.
 
-    ``Mean(total, finite)`` and ``Std(total, squares, finite)`` of :mod:`telemetry.records` combine them over
+    ``Mean(total, finite)`` and ``Spread(finite, mean, deviations)`` of :mod:`telemetry.records` combine them over
     microbatches and ranks.
 
     Attributes:
@@ -22,7 +22,8 @@ class TensorStats(NamedTuple):
         nonfinite: values that are NaN or infinite.
         zeros: values that are exactly zero.
         total: their sum.
-        squares: sum of their squares.
+        mean: their mean, 0 when there is none.
+        deviations: sum of their squared distances from it.
         minimum: +inf when there is no finite value.
         maximum: -inf when there is no finite value.
     """
@@ -32,7 +33,8 @@ class TensorStats(NamedTuple):
     nonfinite: Tensor
     zeros: Tensor
     total: Tensor
-    squares: Tensor
+    mean: Tensor
+    deviations: Tensor
     minimum: Tensor
     maximum: Tensor
 
@@ -52,16 +54,20 @@ def tensor_statistics(tensor: Tensor) -> TensorStats:
             for value in (tensor.numel(), 0.0, torch.inf, -torch.inf)
         )
         if not pieces:
-            return TensorStats(count, none, none, none, none, none, low, high)
+            return TensorStats(count, none, none, none, none, none, none, low, high)
         columns = torch.stack(pieces)
-        finite, zeros, total, squares = columns[:, :4].sum(0)
+        finite, zeros, total, deviations = columns[:, :4].sum(0)
+        mean = total / finite.clamp(min=1)
+        each, own = columns[:, 0], columns[:, 2] / columns[:, 0].clamp(min=1)
+        deviations = deviations + (each * (own - mean).square()).sum()
         return TensorStats(
             values=count,
             finite=finite,
             nonfinite=count - finite,
             zeros=zeros,
             total=total,
-            squares=squares,
+            mean=mean,
+            deviations=deviations,
             minimum=columns[:, 4].amin(),
             maximum=columns[:, 5].amax(),
         )
@@ -79,14 +85,18 @@ def first_values(tensor: Tensor, n: int = 8) -> Tensor:
 
 
 def _piece_statistics(piece: Tensor) -> Tensor:
-    """``[finite, zeros, total, squares, minimum, maximum]`` of the values of a flat piece that is not empty."""
+    """``[finite, zeros, total, deviations, minimum, maximum]`` of the values of a flat piece that is not empty."""
     values = _as_real(piece)
     kept = values.nan_to_num(0.0, 0.0, 0.0)
+    is_finite = values * 0.0 == 0.0  # 0 · x is 0 for a finite x and NaN for any other
+    finite = torch.count_nonzero(is_finite)
+    total = kept.sum()
+    mean = total / finite.clamp(min=1)
     found = (
-        values.numel() - torch.count_nonzero(values * 0.0),  # 0 · x is 0 for a finite x and NaN for any other
+        finite,
         values.numel() - torch.count_nonzero(values),
-        kept.sum(),
-        kept.square_().sum(),
+        total,
+        (kept.sub_(mean).square_() * is_finite).sum(),
         values.nan_to_num(torch.inf, torch.inf, torch.inf).amin(),
         values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax(),
     )

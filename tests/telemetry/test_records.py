@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from telemetry.records import (
     Perplexity,
     PresentMean,
     PresentSum,
+    Spread,
     Std,
     Sum,
     Table,
@@ -195,3 +197,19 @@ def test_means_of_a_picture_merge_and_are_no_scalar() -> None:
     assert merged.tolist() == [1.0, 4 / 3]
     assert Means(torch.zeros(2), 0).results() is None
     assert not Means.shown
+
+
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_values_far_from_zero_keep_their_spread_over_microbatches_and_ranks(as_tensors: bool) -> None:
+    parts = [[1_700_000_000.0 + step for step in steps] for steps in ([0, 3, 5], [8, 2, 9], [4])]
+
+    def spread(values: list[float]) -> Spread:
+        mean = math.fsum(values) / len(values)
+        components = float(len(values)), mean, math.fsum((value - mean) ** 2 for value in values)
+        return Spread(*(torch.tensor(one, dtype=torch.float64) if as_tensors else one for one in components))
+
+    merged = spread(parts[0]).merge(Spread(0.0, 0.0, 0.0)).merge(spread(parts[1])).merge(spread(parts[2]))
+    every = [value for part in parts for value in part]
+    assert merged.result() == pytest.approx(statistics.pstdev(every), rel=1e-6)
+    assert Spread(0.0, 0.0, 0.0).result() is None
+    assert math.isnan(Spread(2.0, math.nan, math.nan).result() or 0.0)

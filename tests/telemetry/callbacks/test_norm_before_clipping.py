@@ -114,6 +114,16 @@ class Leaves(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class LeavesLater(TrainerCallback):
+    """Ctrl-C in another event of a due step."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._leave)
+
+    def _leave(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
 class LeavesForward(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 1:
@@ -163,3 +173,21 @@ def test_an_optimizer_that_steps_in_the_backward_pass_has_no_false_zeros(tmp_pat
     reasons = dict(backend.last("telemetry/absent", Table).rows)
     assert "one that steps in the backward pass keeps none" in str(reasons["gradients/total_norm"])
     assert "one that steps in the backward pass keeps none" in str(reasons["gradients/<group>/update_ratio"])
+
+
+@pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"])
+@pytest.mark.parametrize("first", [True, False])
+def test_no_hook_is_left_by_ctrl_c_in_another_callback(tmp_path: Path, event: str, first: bool) -> None:
+    model: Any = models.make("llama", **tiny.SHAPE)
+    callbacks = [LeavesLater(event), SharedAttentionLoggerCallback(1, [MemoryBackend()])]
+    made = Trainer(
+        model=model,
+        args=quiet_arguments(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        train_dataset=tiny.rows(),  # type: ignore[arg-type]
+        callbacks=callbacks if first else callbacks[::-1],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert hooks_of(model) == 0
+    assert not {"_clip_grad_norm", "training_step", "_prepare_inputs"} & vars(made).keys()
+    assert "call_event" not in vars(made.callback_handler)

@@ -49,7 +49,8 @@ def reference(tensor: Tensor) -> dict[str, float]:
         "nonfinite": len(values) - len(finite),
         "zeros": finite.count(0.0),
         "total": math.fsum(finite),
-        "squares": math.fsum(x**2 for x in finite),
+        "mean": (mean := math.fsum(finite) / max(1, len(finite))),
+        "deviations": math.fsum((x - mean) ** 2 for x in finite),
         "minimum": min(finite, default=math.inf),
         "maximum": max(finite, default=-math.inf),
     }
@@ -114,7 +115,7 @@ def test_the_watch_sees_waits(watched: Callable[..., Any], wait: Callable[[Tenso
 def test_reads_no_value() -> None:
     """A meta tensor has none to read."""
     tensor = torch.empty(3, 4, device="meta")
-    assert torch.stack(tensor_statistics(tensor)).shape == (8,)
+    assert torch.stack(tensor_statistics(tensor)).shape == (9,)
     assert first_values(tensor).shape == (8,)
 
 
