@@ -137,7 +137,8 @@ def calling_trainer(model: Any) -> Trainer | None:
 
     Callbacks are not handed it.
     """
-    return next((trainer for trainer in trainers_in(sys._getframe(1)) if trainer.model is model), None)
+    trainers = trainers_in(sys._getframe(1))  # one that is being made has no model yet
+    return next((trainer for trainer in trainers if getattr(trainer, "model", None) is model), None)
 
 
 def trainers_in(frame: FrameType | None) -> Iterator[Trainer]:

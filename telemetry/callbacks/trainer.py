@@ -497,4 +497,4 @@ def _is_running(state: TrainerState) -> bool:
     What ends a training otherwise than by its end (Ctrl-C, an exception, a trial that is pruned) tells no callback.
     """
     stacks = sys._current_frames().values()
-    return any(trainer.state is state for stack in stacks for trainer in trainers_in(stack))
+    return any(getattr(trainer, "state", None) is state for stack in stacks for trainer in trainers_in(stack))
