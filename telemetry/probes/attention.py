@@ -160,8 +160,9 @@ def watch_attention(watch: Watch, owner: Any, layers: Sequence[Layer], sink: Sin
     def observed(*call: Any) -> None:
         watch.see(owner, observe, *call)
 
+    # Not the owner's: one that fails within a pass, and is switched off, is no reason to leave it in place.
     watch.passes(
-        owner,
+        _Interception,
         lambda _inputs: _Interception.begin(dict.fromkeys(indices, observed)),
         lambda _outputs: _Interception.end(indices),
     )
