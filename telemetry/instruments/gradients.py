@@ -100,7 +100,7 @@ class GradientInstrument(Instrument):
         weights, norms = probe.compare()
         if not weights:
             return
-        shares = [(self._parameters[index].group, weight) for index, weight in weights.items()]
+        shares = [(self._parameters[index].group, weight) for index, weight in weights]
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             for (group, weight), (moved, before) in zip(shares, host["norms"].tolist(), strict=True):
