@@ -89,6 +89,10 @@ class Lane:
         """Wait until nothing is left to do, at most so long. Returns whether that is so."""
         return self._worker.drain(seconds)
 
+    def close(self) -> None:
+        """Take nothing more, and have the thread of a backend that has ended end too."""
+        self._losses.add(self._worker.close())
+
     def give_up(self) -> None:
         """Go on without the backend, which takes too long: what it has not written is lost."""
         with self._lock:

@@ -207,3 +207,5 @@ class Recorder:
             for lane in self._lanes:
                 if not lane.given_up and not lane.drain(left(share)):
                     lane.give_up()
+        for lane in self._lanes:
+            lane.close()

@@ -14,6 +14,7 @@ from telemetry.delivery.measured import Job
 from telemetry.once import Once
 
 logger = logging.getLogger(__name__)
+END_SECONDS = 5.0  # what a thread that has nothing to do may need to end, on a machine that is busy
 _once = Once(logger)  # for all: what one thread lacks, the others do too
 
 
@@ -80,14 +81,21 @@ class Worker:
             return self._changed.wait_for(lambda: not self._queue and not self._busy, seconds)
 
     def close(self) -> int:
-        """Take no more jobs and end the thread after the job in hand; returns how many records were still waiting."""
+        """Take no more jobs and end the thread after the job in hand; returns how many records were still waiting.
+
+        A thread without a job has ended when this returns: one that lets go of a tensor while the interpreter ends
+        takes the process down with it ("terminate called").
+        """
         with self._changed:
             self._closed = True
             dropped = sum(job.drop_all() for job, _ in self._queue)
             self._queue.clear()
             self._held = 0
+            idle = not self._busy
             self._changed.notify_all()
-            return dropped
+        if idle and self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(END_SECONDS)
+        return dropped
 
     def _has_thread(self) -> bool:
         """Whether there is a thread to work on jobs: one that could not be started is tried again with the next."""
@@ -130,6 +138,7 @@ class Worker:
                 self._busy = True
             if job is not None:
                 self._work(job)
+                job = None  # nothing of it is held while no other comes
                 more = self._idle is not None
             elif self._idle is not None:
                 more = self._idle()

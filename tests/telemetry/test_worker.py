@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -250,3 +251,27 @@ def test_a_thread_that_cannot_be_started_costs_what_it_would_have_done(
     said = "telemetry loses what it measures (can't start new thread); training goes on"
     assert telemetry_log.text.count(said) == 1
     assert bench.worker.close() == 0
+
+
+def test_nothing_of_a_job_is_held_after_it_and_the_thread_has_ended_after_closing() -> None:
+    """Tensors that a thread lets go of while the interpreter ends take the process down with it."""
+    for _ in range(50):
+        bench = Bench()
+        parcel = Parcel("a", media=1)
+        held = weakref.ref(parcel)
+        bench.worker.put(parcel)
+        del parcel
+        assert bench.worker.drain(SOON)
+        assert held() is None
+        bench.worker.close()
+        assert not any(thread.is_alive() for thread in bench.threads)
+
+
+def test_a_thread_that_is_in_a_job_is_not_waited_for() -> None:
+    bench = Bench()
+    bench.worker.put(Parcel("slow", before=lambda: (bench.wait_at_the_gate(), bench.gate.wait(SOON))))
+    assert bench.began.wait(SOON)
+    began = time.monotonic()
+    bench.worker.close()
+    assert time.monotonic() - began < SOON / 2
+    bench.gate.set()
