@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import socket
 import time
@@ -18,8 +17,9 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dashboards.runs import NothingToShowError, Run, Series, read_runs
-from telemetry.catalogue import CHECKS, HEALTH_FILE, VERDICTS, find
+from dashboards.headlines import Number, headlines
+from dashboards.runs import NothingToShowError, Run, read_runs
+from telemetry.catalogue import CHECKS, HEALTH_FILE, VERDICTS
 from telemetry.charts import HEADLINES
 from telemetry.records import Alert, Table
 from telemetry.tfrecord import DamagedError
@@ -32,25 +32,6 @@ LEAST_SILENCE = 120.0
 _REFRESH_SECONDS = 2.0
 _STYLES = {"ok": "green", "warning": "yellow", "failing": "bold red", None: "dim"}
 _ARROWS = {"better": ("▲ better", "green"), "worse": ("▼ worse", "red"), "same": ("= same", "dim"), "": ("", "dim")}
-
-
-@dataclass(frozen=True)
-class Number:
-    """One number, and how it has moved since the last evaluation.
-
-    Attributes:
-        tag: of the catalogue.
-        step: at which ``value`` was recorded.
-        value: the newest; text where it is not finite.
-        before: the newest one at the last evaluation or before it; None where there is none.
-        direction: ``better``, ``worse``, ``same`` or "" where neither way is better, or nothing is known.
-    """
-
-    tag: str
-    step: int
-    value: float | str
-    before: float | str | None
-    direction: str
 
 
 @dataclass(frozen=True)
@@ -166,7 +147,7 @@ def _of_run(run: Run, now: float) -> Status:
         step=run.last_step,
         verdict=None if worst is None else VERDICTS[worst],
         checks=sorted(checks, key=lambda check: -VERDICTS.index(check["verdict"])),
-        numbers=list(_numbers(run.scalars)),
+        numbers=list(headlines(run.scalars)),
         alerts=list(_alerts(run)),
         faults=[*run.faults, *faults],
     )
@@ -218,39 +199,6 @@ def _alerts(run: Run) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(DamagedError, OSError):
             if isinstance(alert := one.record(), Alert):
                 yield {"step": one.step, "level": alert.level, "title": alert.title, "text": alert.text}
-
-
-def _numbers(scalars: Mapping[str, Series]) -> Iterator[Number]:
-    evaluated = max((series.steps[-1] for tag, series in scalars.items() if tag.startswith("eval/")), default=None)
-    for tags in HEADLINES:
-        tag = next((tag for tag in tags if tag in scalars), None)
-        if tag is not None:
-            yield _number(tag, scalars[tag], evaluated)
-
-
-def _number(tag: str, series: Series, evaluated: int | None) -> Number:
-    step, value = series.steps[-1], series.values[-1]
-    past = [old for at, old in zip(series.steps, series.values, strict=True) if at < step]
-    upto = [
-        old
-        for at, old in zip(series.steps, series.values, strict=True)
-        if at < step and (evaluated is None or at <= evaluated)
-    ]
-    before = upto[-1] if upto else past[0] if past else None
-    entry = find(tag)
-    return Number(tag, step, _plain(value), _plain(before), _direction(value, before, entry.better if entry else None))
-
-
-def _direction(value: float, before: float | None, better: str | None) -> str:
-    if before is None or better is None or not (math.isfinite(value) and math.isfinite(before)):
-        return ""
-    if value == before:
-        return "same"
-    return "better" if (value > before) == (better == "higher") else "worse"
-
-
-def _plain(value: float | None) -> Any:
-    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _of_file(path: Path) -> Status:

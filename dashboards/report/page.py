@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from dashboards.report.drawing import drawn, label, swatch
 from dashboards.report.media import Content, Document, Item, Media, Picture, Shelf, Sound, collect
 from dashboards.report.numbers import Arrays, ChartView, chart_view, natural, section_charts
 from dashboards.report.overview import CHECKS, Absent, overview
@@ -108,7 +109,15 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
         loader=jinja2.FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": number, "seconds": seconds, "when": when, "size": size}
+    environment.filters |= {
+        "number": number,
+        "seconds": seconds,
+        "when": when,
+        "size": size,
+        "drawn": drawn,
+        "swatch": swatch,
+        "label": label,
+    }
     page = environment.get_template("report.html.jinja").render(
         runs=runs, overview=seen, sections=sections, media=media, arrays=arrays, data=data, scripts=scripts,
         script_hashes=hashes, style=Markup(_asset("report.css")), checks=CHECKS, configuration=configuration(runs),

@@ -65,7 +65,16 @@ def _open(browser: object, path: Path) -> tuple[float, float]:
     """Seconds from navigation to the first paint and to the first drawn chart."""
     page = browser.new_page(viewport={"width": 1400, "height": 1600})  # type: ignore[attr-defined]
     page.goto(path.as_uri(), wait_until="commit")
-    page.wait_for_selector("figure.chart[data-drawn]", state="attached")
-    painted, drawn = page.evaluate("[performance.getEntriesByType('paint')[0].startTime, performance.now()]")
+    page.wait_for_selector("figure.chart .still path", state="attached")
+    painted, drawn = page.evaluate(
+        """() => new Promise(done => {
+            const look = () => {
+                const [paint] = performance.getEntriesByType("paint");
+                if (paint) return done([paint.startTime, performance.now()]);
+                requestAnimationFrame(() => setTimeout(look));
+            };
+            requestAnimationFrame(() => setTimeout(look)); // after the frame that holds the chart
+        })"""
+    )
     page.close()
     return painted / 1000, drawn / 1000

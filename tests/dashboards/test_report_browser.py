@@ -52,8 +52,15 @@ class Opened:
         self.page.goto(path.as_uri())
 
     def drawn(self, id_: str):
-        """A chart, scrolled to and drawn."""
-        self.page.evaluate("id => document.getElementById(id).scrollIntoView({block: 'center'})", id_)
+        """A chart, scrolled to, focused and so drawn by the library."""
+        self.page.evaluate(
+            """id => {
+                const figure = document.getElementById(id);
+                figure.scrollIntoView({block: "center"});
+                if (!("drawn" in figure.dataset)) figure.querySelector(".plot").focus();
+            }""",
+            id_,
+        )
         self.page.wait_for_selector(f"[id='{id_}'][data-drawn]")
         return self.page.locator(f"[id='{id_}']")
 
@@ -87,6 +94,24 @@ def test_a_chart_answers_to_the_pointer(opened: Opened) -> None:
     assert "first" in text
 
 
+def test_charts_are_there_before_the_library_which_waits_for_a_touch(browser, written: Path) -> None:
+    opened = Opened(browser, written, viewport={"width": 1300, "height": 900})
+    drawn = """id => [...document.querySelectorAll(`[id='${id}'] .still g[data-line] path`)]
+        .map(path => [path.getBBox().width > 100, getComputedStyle(path).stroke])"""
+    assert opened.page.evaluate(drawn, "outputs-chart-0") == [
+        [True, "rgb(0, 114, 178)"],
+        [True, "rgb(0, 114, 178)"],
+        [True, "rgb(213, 94, 0)"],
+    ]
+    assert opened.page.evaluate("typeof Plotly") == "undefined"
+    opened.page.locator("[id='outputs-chart-0'] .plot").scroll_into_view_if_needed()
+    opened.page.locator("[id='outputs-chart-0'] .plot").click()
+    opened.page.wait_for_function("typeof Plotly == 'object'")
+    assert opened.page.locator("[data-drawn]").count() == 1
+    assert opened.complaints == []
+    opened.page.context.close()
+
+
 def test_a_line_is_hidden_and_shown_from_the_keyboard(opened: Opened) -> None:
     chart = opened.drawn("outputs-chart-0")
     button = chart.locator(".legend button").first
@@ -112,7 +137,7 @@ def test_a_run_is_hidden_from_every_chart(opened: Opened) -> None:
 def test_a_value_that_is_not_finite_has_a_mark(opened: Opened) -> None:
     opened.drawn("gradients-chart-0")
     traces = opened.page.evaluate(
-        """() => document.querySelector("[id='gradients-chart-0'] .plot").data.map(t => [[...t.x], [...t.y], t.text])"""
+        """() => document.querySelector("[id='gradients-chart-0'] .live").data.map(t => [[...t.x], [...t.y], t.text])"""
     )
     assert traces[1] == [[20], [1.5], ["NaN"]]
 
@@ -124,10 +149,9 @@ def test_a_value_that_is_not_finite_has_a_mark(opened: Opened) -> None:
 def test_no_serious_barrier_in_light_or_dark(opened: Opened, scheme: str, colors: tuple[str, str]) -> None:
     opened.drawn("attention-chart-0")
     opened.page.emulate_media(color_scheme=scheme)
-    plot = "document.querySelector('[data-drawn] .plot').layout.paper_bgcolor"
-    opened.page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-    seen = opened.page.evaluate(f"[getComputedStyle(document.body).backgroundColor, {plot}]")
-    assert tuple(seen) == colors
+    plot = "document.querySelector('[data-drawn] .live').layout.paper_bgcolor"
+    opened.page.wait_for_function(f"color => {plot} == color", arg=colors[1])
+    assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == colors[0]
     found = axe.Axe().run(opened.page).response["violations"]
     assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")] == []
 
@@ -136,14 +160,13 @@ def test_a_phone_scrolls_one_way_and_print_holds_everything_that_is_open(browser
     opened = Opened(browser, written, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     opened.drawn("inputs-chart-0")
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert opened.page.evaluate("document.querySelector('[data-drawn] .plot').layout.dragmode") is False
-    undrawn = """[...document.querySelectorAll("figure.chart")]
-        .filter(figure => figure.getClientRects().length && !("drawn" in figure.dataset)).length"""
-    assert opened.page.evaluate(undrawn) > 0  # charts beyond sight wait
+    assert opened.page.evaluate("document.querySelector('[data-drawn] .live').layout.dragmode") is False
+    unseen = """[...document.querySelectorAll("figure.chart")].filter(figure => figure.getClientRects().length
+        && !figure.querySelector(".still path:not(.grid)").getClientRects().length).length"""
+    assert opened.page.evaluate(unseen) == 1  # the one that is drawn by the library
     opened.page.emulate_media(media="print")
     opened.page.set_viewport_size({"width": 690, "height": 1000})
-    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert opened.page.evaluate(undrawn) == 0
+    assert opened.page.evaluate(unseen) == 0
     wide = "[...document.querySelectorAll('.scroller, .plot')].filter(s => s.scrollWidth > s.clientWidth + 1).length"
     assert opened.page.evaluate(wide) == 0
     opened.page.context.close()

@@ -2,10 +2,8 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
-  const STROKES = ["", "6 4", "2 3", "6 3 2 3", "10 4", "10 4 2 4"];
   const hiddenRuns = new Set();
   const arrays = new Map();
-  let printing = false;
 
   // ---- what the page holds ----------------------------------------------------------------------------------------
 
@@ -20,9 +18,9 @@
   function palette() {
     const style = getComputedStyle(document.documentElement);
     const read = (name) => style.getPropertyValue(name).trim();
-    const colors = (name) => read(name).split(/\s+/);
+    const colors = (name, count) => Array.from({ length: count }, (_, number) => read(`${name}-${number}`));
     return {
-      series: colors("--series"), scale: colors("--scale"),
+      series: colors("--series", 7), scale: colors("--scale", 5),
       page: read("--page"), text: read("--text"), quiet: read("--quiet"), line: read("--line"), box: read("--box"),
     };
   }
@@ -106,95 +104,86 @@
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   };
 
+  // The library is part of the page, but is evaluated only when a chart is touched: its text is one of the two scripts
+  // that the page's policy lets run.
+  function load() {
+    if ("Plotly" in window) return;
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+  }
+
   function draw(figure) {
-    const chart = data.charts[figure.id], plot = figure.querySelector(".plot"), colors = palette();
+    load();
+    const chart = data.charts[figure.id], live = figure.querySelector(".live"), colors = palette();
     chart.hidden ??= new Set();
-    const size = printing ? { width: 330, height: 200, autosize: false } : {};
-    Plotly.react(plot, lineTraces(chart, colors), { ...layout(chart, colors), ...size }, CONFIG);
-    if (chart.lines.length > 1) legend(figure, chart, colors);
-    figure.dataset.drawn = "";
+    figure.dataset.drawn = ""; // before it is drawn, so that it has a size
+    Plotly.react(live, lineTraces(chart, colors), layout(chart, colors), CONFIG);
   }
 
-  function legend(figure, chart, colors) {
-    const place = figure.querySelector(".legend");
-    const buttons = chart.lines.flatMap((line, number) => {
-      if (hiddenRuns.has(line.run)) return [];
-      const button = document.createElement("button");
-      button.type = "button";
-      button.setAttribute("aria-pressed", String(!chart.hidden.has(number)));
-      button.append(swatch(colorOf(line, colors), STROKES[line.dash]), label(labelOf(line, chart)));
-      button.addEventListener("click", () => toggle(figure, chart, number));
-      button.dataset.line = number;
-      return [button];
-    });
-    place.replaceChildren(...buttons);
-  }
-
-  function label(text) {
-    const element = document.createElement("bdi");
-    element.textContent = text;
-    return element;
-  }
-
-  function swatch(color, stroke) {
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    svg.setAttribute("width", "28");
-    svg.setAttribute("height", "8");
-    svg.setAttribute("aria-hidden", "true");
-    const line = document.createElementNS(svg.namespaceURI, "path");
-    for (const [name, value] of Object.entries({ d: "M0 4H28", stroke: color, "stroke-width": 3, "stroke-dasharray": stroke })) {
-      line.setAttribute(name, value);
+  // What a chart shows before it is touched, and on paper.
+  function hide(figure) {
+    const chart = data.charts[figure.id];
+    for (const part of figure.querySelectorAll("[data-line]")) {
+      const line = Number(part.dataset.line), gone = hiddenRuns.has(Number(part.dataset.run));
+      part.classList.toggle("hidden", gone || (part.tagName !== "BUTTON" && Boolean(chart.hidden?.has(line))));
+      if (part.tagName === "BUTTON") part.setAttribute("aria-pressed", String(!chart.hidden?.has(line)));
     }
-    svg.append(line);
-    return svg;
   }
 
-  function toggle(figure, chart, number) {
+  function toggle(figure, number) {
+    const chart = data.charts[figure.id];
+    chart.hidden ??= new Set();
     if (!chart.hidden.delete(number)) chart.hidden.add(number);
+    hide(figure);
     draw(figure);
-    figure.querySelector(`[data-line="${number}"]`)?.focus();
   }
 
   // ---- when to draw -----------------------------------------------------------------------------------------------
 
   const figures = [...document.querySelectorAll("figure.chart")];
   const drawn = () => figures.filter((figure) => "drawn" in figure.dataset);
-  const shown = (figure) => figure.getClientRects().length > 0;
 
-  const waiting = [];
-
-  // One at a time, so that the page scrolls while many are to be drawn.
-  function drawNext() {
-    const figure = waiting.shift();
-    if (!("drawn" in figure.dataset)) draw(figure);
-    if (waiting.length) setTimeout(drawNext);
+  function touch(figure, event) {
+    if ("drawn" in figure.dataset) return;
+    draw(figure);
+    // What the pointer rests on is said at once.
+    const { clientX, clientY } = event;
+    const target = figure.querySelector(".nsewdrag");
+    if (clientX !== undefined) target?.dispatchEvent(new MouseEvent("mousemove", { clientX, clientY, bubbles: true, view: window }));
   }
 
-  const near = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      near.unobserve(target);
-      if (waiting.push(target) === 1) setTimeout(drawNext);
-    }
-  }, { rootMargin: "300px" });
-  figures.forEach((figure) => near.observe(figure));
+  for (const figure of figures) {
+    const plot = figure.querySelector(".plot");
+    let resting;
+    plot.addEventListener("focusin", (event) => touch(figure, event));
+    plot.addEventListener("pointerdown", (event) => touch(figure, event));
+    plot.addEventListener("pointermove", (event) => { // a pointer that only passes by touches nothing
+      clearTimeout(resting);
+      if (event.pointerType === "mouse" && !("drawn" in figure.dataset)) resting = setTimeout(() => touch(figure, event), 120);
+    });
+    plot.addEventListener("pointerleave", () => clearTimeout(resting));
+    figure.querySelector(".legend")?.addEventListener("click", ({ target }) => {
+      const button = target.closest("button");
+      if (button) toggle(figure, Number(button.dataset.line));
+    });
+  }
 
   // A chart that was drawn in a closed part has kept an old size.
   document.addEventListener("toggle", ({ target }) => {
-    if (target.open) drawn().filter((figure) => target.contains(figure)).forEach((figure) => Plotly.Plots.resize(figure.querySelector(".plot")));
+    if (target.open) drawn().filter((figure) => target.contains(figure)).forEach((figure) => Plotly.Plots.resize(figure.querySelector(".live")));
   }, true);
 
-  for (const box of document.querySelectorAll("[data-run]")) {
+  for (const box of document.querySelectorAll("[data-run][type=checkbox]")) {
     box.addEventListener("change", () => {
       const run = Number(box.dataset.run);
       if (box.checked) hiddenRuns.delete(run); else hiddenRuns.add(run);
+      figures.forEach(hide);
       drawn().forEach(draw);
     });
   }
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn().forEach(draw));
-  addEventListener("beforeprint", () => { printing = true; figures.filter(shown).forEach(draw); });
-  addEventListener("afterprint", () => { printing = false; drawn().forEach(draw); });
 
   // ---- links into parts that are closed ---------------------------------------------------------------------------
 
