@@ -18,7 +18,7 @@ POINTS = 150
 STROKES = ("", "6 4", "2 3", "6 3 2 3", "10 4", "10 4 2 4")
 """How the lines of the page are dashed, by the number of a line's dash."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 40
 _SCALE = 4  # spans between the colors of the page's scale
 _SPARK_WIDTH, _SPARK_HEIGHT = 160, 36
 
@@ -62,7 +62,7 @@ def spark(series: Series) -> Markup:
     y = _Axis(*_bounds([float(finite.min()), float(finite.max())]), _SPARK_HEIGHT - 4, 4)
     path, _marks = _path(series, x, y)
     return Markup(
-        '<svg class="spark" viewBox="0 0 {} {}" aria-hidden="true"><path class="stroke-0" d="{}"/></svg>'
+        '<svg class="spark" viewBox="0 0 {} {}" aria-hidden="true"><path style="stroke:var(--series-0)" d="{}"/></svg>'
     ).format(_SPARK_WIDTH, _SPARK_HEIGHT, path)
 
 

@@ -11,12 +11,12 @@ from typing import TypeAlias
 from dashboards.report.media import Document, Item, Media
 from dashboards.report.numbers import natural
 from dashboards.runs import Run
-from telemetry.catalogue import CATALOGUE, SECTIONS, TRAINER_SECTIONS, Entry
+from telemetry.catalogue import CATALOGUE, SECTIONS, TRAINER_SECTIONS, VERDICTS, Entry
 from telemetry.charts import expanded, matcher
+from telemetry.records import Table
 
-CHECKS = "health/checks"
+CHECKS, SETUP = "health/checks", "setup/checks"
 ALERTS = "health/alerts"
-VERDICTS = ("ok", "warning", "failing")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,22 @@ Absent: TypeAlias = tuple[Entry, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The newest verdicts of one run: how many rules say what, and the table if there is one."""
+    """The newest verdicts of one run: how many rules say what, the table if there is one, and that of the set-up."""
 
     run: int
     step: int
     counts: tuple[tuple[str, int], ...]
     checks: Item[Document] | None
+    setup: Item[Document] | None
+
+    @property
+    def worst(self) -> str | None:
+        """The worst verdict of health and set-up; None where nothing has been judged."""
+        said = {name for name, _count in self.counts}
+        for item in (self.checks, self.setup):
+            if item is not None and isinstance(item.content, Table) and "verdict" in item.content.columns:
+                said |= {str(row[item.content.columns.index("verdict")]) for row in item.content.rows}
+        return next((verdict for verdict in reversed(VERDICTS) if verdict in said), None)
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,15 @@ def _verdicts(runs: Sequence[Run], media: Media) -> Iterator[Verdicts]:
     for number, run in enumerate(runs):
         rules = [series for tag, series in run.scalars.items() if tag.startswith("health/")]
         checks = next((item for item in media.documents.items if (item.run, item.tag) == (number, CHECKS)), None)
-        if not rules and checks is None:
+        setup = next((item for item in media.documents.items if (item.run, item.tag) == (number, SETUP)), None)
+        if not rules and checks is None and setup is None:
             continue
-        step = max([series.steps[-1] for series in rules] + ([checks.step] if checks else []))
+        step = max([series.steps[-1] for series in rules] + [item.step for item in (checks, setup) if item])
         newest = [series.values[-1] if math.isfinite(series.values[-1]) else len(VERDICTS) for series in rules]
         counts = Counter(VERDICTS[min(max(int(value), 0), len(VERDICTS) - 1)] for value in newest)
-        yield Verdicts(number, step, tuple((name, counts[name]) for name in reversed(VERDICTS) if counts[name]), checks)
+        yield Verdicts(
+            number, step, tuple((name, counts[name]) for name in reversed(VERDICTS) if counts[name]), checks, setup
+        )
 
 
 def _nonfinite(runs: Sequence[Run]) -> Iterator[Nonfinite]:

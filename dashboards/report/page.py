@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dashboards.report.drawing import drawn, label, swatch
+from dashboards.report.first_screen import parting, progress, timelines
 from dashboards.report.media import Content, Document, Item, Media, Picture, Shelf, Sound, collect
 from dashboards.report.numbers import Arrays, ChartView, chart_view, natural, section_charts
 from dashboards.report.overview import CHECKS, Absent, overview
@@ -25,6 +27,17 @@ from dashboards.runs import Run, read_runs
 from telemetry.catalogue import SECTIONS, find
 
 _HERE = Path(__file__).parent
+SPOKEN = "zero_shot"
+CLIPS = 2
+"""Rows of clips of a run that stand on the first screen."""
+
+NAMES = {
+    "setup": "Set-up", "inputs": "Data", "outputs": "Predictions", "attention": "Attention",
+    "activations": "Activations", "gradients": "Gradients", "zero_shot": "Voice", "health": "Health",
+    "train": "Training log", "eval": "Evaluation log", "telemetry": "Cost of telemetry",
+}  # fmt: skip
+"""What the table of contents calls the sections of the catalogue."""
+
 _PACKAGES = ("strategic-telemetry", "plotly", "tensorboard", "jinja2")
 
 
@@ -99,6 +112,7 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
     """The page, and how many bytes of it go to what."""
     media, arrays = collect(runs), Arrays.for_runs(runs)
     seen = overview(runs, media)
+    first_clips = _first_clips(media)
     sections = [_section(key, title, runs, media, arrays, seen.absent.get(key, ())) for key, title in _titles(runs)]
     data = {"runs": [run.name for run in runs], "arrays": arrays.encoded, "charts": dict(_chart_data(sections))}
     scripts = {"plotly": Markup(get_plotlyjs()), "report": Markup(_asset("report.js"))}
@@ -114,14 +128,16 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, int]]:
         "seconds": seconds,
         "when": when,
         "size": size,
+        "human": human,
         "drawn": drawn,
         "swatch": swatch,
         "label": label,
     }
     page = environment.get_template("report.html.jinja").render(
-        runs=runs, overview=seen, sections=sections, media=media, arrays=arrays, data=data, scripts=scripts,
-        script_hashes=hashes, style=Markup(_asset("report.css")), checks=CHECKS, configuration=configuration(runs),
-        versions=dict(_versions()), made=datetime.now(timezone.utc),
+        runs=runs, overview=seen, progress=tuple(progress(runs)), timelines=tuple(timelines(runs)),
+        parting=parting(runs), first_clips=first_clips, names=NAMES, sections=sections, media=media, arrays=arrays,
+        data=data, scripts=scripts, script_hashes=hashes, style=Markup(_asset("report.css")), checks=CHECKS,
+        configuration=configuration(runs), versions=dict(_versions()), made=datetime.now(timezone.utc),
     )  # fmt: skip
     page = page.encode("utf-8", "backslashreplace").decode()  # names of directories are bytes of any kind
     parts = {
@@ -152,7 +168,7 @@ def _section(
         charts=tuple(chart_view(f"{key}-chart-{n}", chart, runs, arrays) for n, chart in enumerate(declared)),
         more=tuple(chart_view(f"{key}-more-{n}", chart, runs, arrays) for n, chart in enumerate(more)),
         documents=tuple(_documents(key, media)),
-        showings=tuple(_showings(key, media)),
+        showings=tuple(_without_first_clips(_showings(key, media)) if key == SPOKEN else _showings(key, media)),
         absent=tuple(absent),
     )
 
@@ -183,6 +199,31 @@ def _showings(section: str, media: Media) -> Iterator[tuple[int, tuple[Showing, 
         exhibit = Exhibit(tag, title, entry.meaning if entry else "", sounds.get(place), pictures.get(place))
         showing.rows.setdefault(row, []).append(exhibit)
     yield from ((run, tuple(by_step.values())) for run, by_step in showings.items())
+
+
+def _first_clips(media: Media) -> dict[int, Showing]:
+    """The newest clips of every run that spoke: what is heard first."""
+    return {
+        run: Showing(newest.step, rows)
+        for run, (newest, *_earlier) in _showings(SPOKEN, media)
+        if (rows := {row: newest.rows[row] for row in _spoken_rows(newest)})
+    }
+
+
+def _spoken_rows(showing: Showing) -> list[str]:
+    spoken = (row for row, exhibits in showing.rows.items() if any(one.title == "generated" for one in exhibits))
+    return list(itertools.islice(spoken, CLIPS))
+
+
+def _without_first_clips(
+    showings: Iterator[tuple[int, tuple[Showing, ...]]],
+) -> Iterator[tuple[int, tuple[Showing, ...]]]:
+    """What is left for the section: a clip is in the page once."""
+    for run, (newest, *earlier) in showings:
+        first = _spoken_rows(newest)
+        rest = {row: exhibits for row, exhibits in newest.rows.items() if row not in first}
+        if left := [*([Showing(newest.step, rest)] if rest else []), *earlier]:
+            yield run, tuple(left)
 
 
 def _by_place(section: str, shelf: Shelf[Content]) -> dict[tuple[int, int, str], Content]:
@@ -227,9 +268,17 @@ def _asset(name: str) -> str:
     return (_HERE / "assets" / name).read_text(encoding="utf-8")
 
 
-def number(value: float | None) -> str:
+def human(tag: str) -> str:
+    """The last part of a tag as words."""
+    words = tag.rsplit("/", 1)[-1].replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def number(value: float | str | None, digits: int = 6) -> str:
     """A number in at most six digits."""
-    return "" if value is None else f"{value:.6g}"
+    if isinstance(value, str):
+        return value
+    return "" if value is None else f"{value:.{digits}g}"
 
 
 def seconds(value: float) -> str:

@@ -106,10 +106,18 @@ def test_charts_are_there_before_the_library_which_waits_for_a_touch(browser, wr
     assert opened.page.evaluate("typeof Plotly") == "undefined"
     opened.page.locator("[id='outputs-chart-0'] .plot").scroll_into_view_if_needed()
     opened.page.locator("[id='outputs-chart-0'] .plot").click()
-    opened.page.wait_for_function("typeof Plotly == 'object'")
+    opened.page.wait_for_function("() => typeof Plotly == 'object'")
     assert opened.page.locator("[data-drawn]").count() == 1
     assert opened.complaints == []
     opened.page.context.close()
+
+
+def test_the_contents_follow_the_reader(opened: Opened) -> None:
+    at = "document.querySelector('nav a[aria-current]')?.textContent"
+    opened.page.evaluate("document.getElementById('gradients').scrollIntoView()")
+    opened.page.wait_for_function(f"() => {at} == 'Gradients'")
+    opened.page.evaluate("scrollTo(0, 0)")
+    opened.page.wait_for_function(f"() => {at} == 'First look'")
 
 
 def test_a_line_is_hidden_and_shown_from_the_keyboard(opened: Opened) -> None:

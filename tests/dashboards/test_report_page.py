@@ -19,16 +19,19 @@ import soundfile
 from report_runs import ARABIC, HOSTILE, rich_run, tone, write_run
 
 from dashboards.__main__ import main
+from dashboards.headlines import worsened
 from dashboards.report import media as media_module
 from dashboards.report import numbers, write_report
+from dashboards.report.first_screen import parting, progress, timelines
 from dashboards.report.media import collect
 from dashboards.report.numbers import Arrays, chart_view, section_charts, short_names, thin
 from dashboards.report.overview import overview
 from dashboards.report.page import render
 from dashboards.runs import Run, Series, Stored, read_runs
+from dashboards.status import look
 from telemetry.catalogue import SECTIONS
 from telemetry.charts import Chart
-from telemetry.records import Alert, Audio, Scalar
+from telemetry.records import Alert, Audio, Scalar, Table
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -156,9 +159,81 @@ def test_verdicts_come_first(rich: Page) -> None:
     assert found == "inputs/tensor/labels/nonfiniteup to 1 values30"
 
 
+def test_the_first_screen_has_the_numbers_that_status_has(tmp_path: Path) -> None:
+    losses = {1: 5.0, 2: 4.0, 3: 4.5, 4: 4.25}
+    steps = {step: [Scalar("outputs/loss/total", value)] for step, value in losses.items()}
+    steps[2].append(Scalar("eval/loss", 4.0))
+    for step, value in ((1, 0.5), (2, 0.5), (3, 0.5), (4, 0.25)):
+        steps[step] += [Scalar("outputs/accuracy/codebook_0", value), Scalar("outputs/top5/text", 0.5 + value / 1000)]
+    write_run(tmp_path, steps)
+    (run,) = read_runs([tmp_path])
+    (status,) = look([tmp_path])
+    (one,) = progress([run])
+    assert [card.number for card in one.cards] == status.numbers
+    assert [(card.number.tag, card.number.direction) for card in one.cards] == [
+        ("outputs/loss/total", "worse"),
+        ("eval/loss", ""),
+    ]
+    # Of the others: what moved further than it usually does, relative to that (neither moved before).
+    assert [(card.number.tag, card.number.before, card.number.value) for card in one.worse] == [
+        ("outputs/accuracy/codebook_0", 0.5, 0.25),
+        ("outputs/top5/text", pytest.approx(0.5005), pytest.approx(0.50025)),
+    ]
+    cards = " ".join(" ".join(card["text"].split()) for card in report(tmp_path).all("li"))
+    assert "outputs/loss/total 4.25 ▼ worse was 4, step 4" in cards
+
+
+def test_the_verdict_is_that_of_health_and_set_up(tmp_path: Path) -> None:
+    columns = ("finding", "verdict", "evidence", "what to do")
+    rows = (("labels are the inputs", "failing", "next 0, same 1", "shift them"), ("chance", "ok", "1.0", ""))
+    write_run(tmp_path, {1: [Scalar("health/leak", 1.0), Table("setup/checks", columns, rows)]})
+    assert look([tmp_path])[0].verdict == "failing"
+    text = " ".join(report(tmp_path).one("div", **{"class": "box verdict"})["text"].split())
+    assert text.startswith("failing Health checks at step 1: 1 warning")
+    assert "labels are the inputs: next 0, same 1 → shift them" in text
+
+
+def test_what_moves_all_the_time_is_not_said_to_get_worse() -> None:
+    steady = {"outputs/accuracy/text": [0.5, 0.6, 0.5, 0.6, 0.5]}
+    assert worsened(numbers_of(steady).scalars) == []
+    assert [one.tag for one in worsened(numbers_of({"outputs/accuracy/text": [0.5, 0.6, 0.5, 0.6, 0.3]}).scalars)]
+
+
+def test_health_is_a_timeline_of_the_rules_that_were_not_always_well() -> None:
+    verdicts = {
+        "health/a": [0, 0, 1, 2, 2],
+        "health/b": [0] * 5,
+        "health/c": [2, 2, 2, 2, 0],
+        "health/d": [0, 0, 0, 0, 1],
+    }
+    (timeline,) = timelines([numbers_of({tag: [*map(float, values)] for tag, values in verdicts.items()})])
+    spans = {row.rule: [(span.verdict, span.first, span.last) for span in row.spans] for row in timeline.rows}
+    assert list(spans.items()) == [
+        ("a", [("ok", 0, 1), ("warning", 2, 2), ("failing", 3, 4)]),
+        ("d", [("ok", 0, 3), ("warning", 4, 4)]),
+        ("c", [("failing", 0, 3), ("ok", 4, 4)]),
+    ]
+    assert timeline.always_ok == 1
+    assert [(span.start, span.width) for span in timeline.rows[0].spans] == [(0, 0.5), (0.5, 0.25), (0.75, 0.25)]
+    assert all(span.width >= 0.01 and span.start + span.width <= 1.001 for row in timeline.rows for span in row.spans)
+
+
+def test_two_runs_part_at_the_first_step_with_another_number() -> None:
+    one = numbers_of({"train/loss": [3.0, 2.0, 1.0], "eval/runtime": [1.0], "a/x": [1.0, 1.0, math.nan]})
+    other = numbers_of({"train/loss": [3.0, 2.5, 0.5], "eval/runtime": [2.0], "a/x": [1.0, 2.0, math.nan]})
+    parted = parting([one, other])
+    assert parted is not None
+    assert (parted.step, parted.compared) == (1, 6)
+    assert parted.numbers == (("a/x", 1.0, 2.0), ("train/loss", 2.0, 2.5))
+    same = parting([one, one])
+    assert same is not None
+    assert (same.step, same.compared, same.numbers) == (None, 6, ())
+    assert parting([one]) is None
+
+
 def test_clips_and_their_picture_stand_together_in_the_order_of_comparison(rich: Page) -> None:
     newest = [figure for figure in rich.all("figure") if (figure["id"] or "").endswith("@30-0")]
-    assert [figure["id"] for figure in newest if "zero_shot" in figure["parents"]] == [
+    assert [figure["id"] for figure in newest if "listen" in figure["parents"]] == [
         f"zero_shot/clip_0/{kind}@30-0" for kind in ("reference", "target", "generated")
     ]
     players = [audio for audio in rich.all("audio") if "zero_shot/clip_0/generated@30-0" in audio["parents"]]

@@ -195,6 +195,20 @@
   addEventListener("hashchange", reveal);
   if (location.hash) reveal();
 
+  // ---- where the reader is ----------------------------------------------------------------------------------------
+
+  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const nav = document.querySelector("nav");
+  const reading = new Set();
+  const follow = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) if (isIntersecting) reading.add(target.id); else reading.delete(target.id);
+    const at = [...links.keys()].find((id) => reading.has(id));
+    if (at === undefined) return;
+    for (const [id, link] of links) if (id === at) link.setAttribute("aria-current", "true"); else link.removeAttribute("aria-current");
+    nav.scrollLeft = links.get(at).offsetLeft - nav.clientWidth / 3;
+  }, { rootMargin: "-15% 0px -70% 0px" }); // a band near the top, in which a heading that was jumped to stands
+  document.querySelectorAll("main > section").forEach((section) => follow.observe(section));
+
   // One player at a time: voices are compared one after the other.
   document.addEventListener("play", ({ target }) => {
     for (const player of document.querySelectorAll("audio")) if (player !== target) player.pause();
