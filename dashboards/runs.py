@@ -254,7 +254,9 @@ class Run:
     def _session(self, value: Summary.Value) -> None:
         data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
         if data.HasField("session_start_info"):
-            self.config = {name: _plain(hparam) for name, hparam in sorted(data.session_start_info.hparams.items())}
+            shown = data.session_start_info.hparams
+            whole = _whole(value.metadata.summary_description)
+            self.config = whole or {name: _plain(hparam) for name, hparam in sorted(shown.items())}
         self.ended = data.HasField("session_end_info")
 
 
@@ -346,6 +348,16 @@ def _plain_name(name: str) -> str:
 def _drop_from(stored: list[Stored], step: int) -> None:
     while stored and stored[-1].step >= step:
         stored.pop()
+
+
+def _whole(description: str) -> dict[str, bool | float | str]:
+    """Every setting of a run that says them all; empty where the page of comparison is all that it has."""
+    try:
+        said = json.loads(description)
+    except (ValueError, RecursionError):
+        return {}
+    plain = isinstance(said, dict) and all(isinstance(value, bool | float | int | str) for value in said.values())
+    return dict(sorted(said.items())) if plain else {}
 
 
 def _plain(hparam: Any) -> bool | float | str:

@@ -44,6 +44,7 @@ class Setting:
             returns what ends that.
         within: the part of whatever logging directory that is this run's own, where a search makes several.
         max_grad_norm: what the trainer clips the norm of all gradients to; 0 where it does not.
+        defaults: names of ``config`` that nobody set and that say little.
         is_running: whether the training is still under way; False once it was left without its end being told.
     """
 
@@ -65,6 +66,7 @@ class Setting:
     within: str = ""
     is_running: Callable[[], bool] = lambda: True
     max_grad_norm: float = 0.0
+    defaults: frozenset[str] = frozenset()
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -37,6 +38,12 @@ from telemetry.sound import SoundPolicy
 MAX_NAME = 120  # characters of a trial's name, which is a directory's too
 
 logger = logging.getLogger(__name__)
+
+_TELLING = {
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "optim", "weight_decay", "max_grad_norm", "seed", "bf16", "fp16",
+}  # fmt: skip
+"""Arguments that say something even where nobody set them."""
 
 HEARD = "zero_shot/"
 
@@ -437,6 +444,17 @@ def _judged_by_ear(args: TrainingArguments) -> str | None:
     return HEARD + name if found else None
 
 
+def _defaults(args: TrainingArguments) -> frozenset[str]:
+    """Names of the arguments that have their default value, but for those that every comparison begins with."""
+    found = set()
+    for argument in dataclasses.fields(args):
+        made = argument.default_factory
+        default = made() if made is not dataclasses.MISSING else argument.default
+        if default is not dataclasses.MISSING and getattr(args, argument.name) == default:
+            found.add(argument.name)
+    return frozenset(found) - _TELLING
+
+
 def _setting(
     args: TrainingArguments,
     state: TrainerState,
@@ -464,6 +482,7 @@ def _setting(
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
         max_grad_norm=float(args.max_grad_norm or 0),
+        defaults=_defaults(args),
         tokens_across_ranks=bool(args.average_tokens_across_devices),
         processor=processor,
         show_batches=PreparedBatches(calling_trainer(model)),

@@ -53,11 +53,15 @@ def rich_records(step: int) -> list[Record]:
 
 
 def write_run(
-    directory: Path, steps: dict[int, list[Record]], starting_step: int = 0, config: dict | None = None
+    directory: Path,
+    steps: dict[int, list[Record]],
+    starting_step: int = 0,
+    config: dict | None = None,
+    defaults: frozenset[str] = frozenset(),
 ) -> Path:
     """One attempt of a run; returns its event file."""
     backend = TensorBoardBackend()
-    backend.open(Run(directory, starting_step, config=config or {}))
+    backend.open(Run(directory, starting_step, config=config or {}, defaults=defaults))
     for step, records in steps.items():
         backend.write(step, records)
     backend.close()

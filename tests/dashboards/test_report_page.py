@@ -292,6 +292,13 @@ def test_configuration_says_first_what_differs(tmp_path: Path) -> None:
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_nobody_set_is_in_the_report_though_not_on_the_hparams_page(tmp_path: Path) -> None:
+    config = {"rate": 0.5, "seed": 42, "on": False, "nested": {"a": "b"}, "huge": math.inf}
+    write_run(tmp_path, {1: [Scalar("train/loss", 1.0)]}, config=config, defaults=frozenset({"seed", "nested"}))
+    (run,) = read_runs([tmp_path])
+    assert run.config == {"rate": 0.5, "seed": 42.0, "on": False, "nested.a": "b", "huge": "inf"}
+
+
 def test_tags_that_no_chart_declares_get_charts_of_their_kind() -> None:
     tags = ["own/x_1/loss", "own/x_10/loss", "own/x_2/loss", "own/y", "inputs/tensor/ids/max", "inputs/tensor/ids/min"]
     tags += ["train/loss", "train/flos", "train/runtime"]

@@ -21,6 +21,9 @@ from telemetry.backends.tensorboard.summaries import Summaries
 from telemetry.records import Record, Scalar
 
 # TensorBoard keeps 10 clips and images of a tag by default and thins out the others; 0 would keep none.
+_LOGS = (Path("logs"), Path("runs/telemetry"))
+"""Where runs log by default, in their own directory: that names no run."""
+
 _SAMPLES = "scalars=100000,text=1000,audio=200,images=200"
 
 
@@ -68,7 +71,8 @@ class TensorBoardBackend:
         """
         # Records of the checkpoint's own step are kept: the first step of this attempt is the one after.
         first_step = run.starting_step + 1 if run.starting_step > 0 else 0
-        self._file = _file_of_its_own(Path(run.logging_dir), first_step, [session_start(run.config, time.time())])
+        opening = session_start(run.config, run.defaults, time.time())
+        self._file = _file_of_its_own(Path(run.logging_dir), first_step, [opening])
         self.path = self._file.path
         self._step = run.starting_step
 
@@ -116,11 +120,23 @@ def _file_of_its_own(directory: Path, *beginning: Any) -> EventFile:
 
 
 def launch_command(logging_dir: str | Path) -> str:
-    """The shell command that shows a directory's runs with every sample that a long run needs.
+    """Return the shell command that shows a run beside its neighbours, with every sample that a long run needs.
 
-    ``tensorboard`` is named by its path where a shell would not find the one of this Python environment.
+    TensorBoard names runs by their path below the directory that it opens, so that is the one above the run: of
+    ``runs/my_voice/logs`` it is ``runs``. ``tensorboard`` is named by its path where a shell would not find the one of
+    this Python environment.
     """
-    return f"{_program()} --logdir {shlex.quote(str(logging_dir))} --samples_per_plugin {_SAMPLES}"
+    return f"{_program()} --logdir {shlex.quote(str(_above(Path(logging_dir))))} --samples_per_plugin {_SAMPLES}"
+
+
+def _above(logging_dir: Path) -> Path:
+    """The directory that holds a run; the run itself where that is all of a disk or of a home, which is too much."""
+    run = logging_dir.resolve()
+    for place in _LOGS:
+        if run.parts[-len(place.parts) :] == place.parts:
+            run = run.parents[len(place.parts) - 1]
+    above = run.parent
+    return run if above in (Path(above.anchor), Path.home()) else above
 
 
 def _program() -> str:

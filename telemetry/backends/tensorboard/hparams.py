@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -13,10 +13,16 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 HParam = bool | float | str
 
 
-def session_start(config: Mapping[str, Any], started: float) -> Summary.Value:
-    """The value that opens a session. ``started`` is in seconds since the epoch."""
+def session_start(config: Mapping[str, Any], defaults: Collection[str], started: float) -> Summary.Value:
+    """The value that opens a session.
+
+    Args:
+        config: nested settings. All of them are kept, as JSON, in the value's description, for other readers.
+        defaults: names that the page leaves out: two hundred columns compare nothing.
+        started: in seconds since the epoch.
+    """
     info = plugin_data_pb2.SessionStartInfo(start_time_secs=started)
-    for name, hparam in flatten(config).items():
+    for name, hparam in flatten({name: value for name, value in config.items() if name not in defaults}).items():
         value = info.hparams[name]
         if isinstance(hparam, bool):
             value.bool_value = hparam
@@ -24,7 +30,9 @@ def session_start(config: Mapping[str, Any], started: float) -> Summary.Value:
             value.string_value = hparam
         else:
             value.number_value = hparam
-    return _value(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
+    value = _value(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=info))
+    value.metadata.summary_description = json.dumps(flatten(config), ensure_ascii=False)
+    return value
 
 
 def session_end(ended: float) -> Summary.Value:

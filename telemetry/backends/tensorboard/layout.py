@@ -8,7 +8,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from telemetry.backends.tensorboard.values import strings
-from telemetry.charts import QUESTIONS, Chart, Question, anchored, matcher
+from telemetry.charts import HEADLINES, QUESTIONS, Chart, Question, anchored, matcher
+
+FIRST_LOOK = Question("", "First look", tuple(Chart(tag, (tag,)) for tags in HEADLINES for tag in tags))
+"""What is looked at first, a chart each, before everything else."""
 
 
 class Layout:
@@ -22,7 +25,7 @@ class Layout:
         questions: what may be shown.
     """
 
-    def __init__(self, questions: Sequence[Question] = QUESTIONS) -> None:
+    def __init__(self, questions: Sequence[Question] = (FIRST_LOOK, *QUESTIONS)) -> None:
         self._questions = questions
         self._seen: set[str] = set()
         self._shown: set[Chart] = set()

@@ -155,8 +155,10 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": "higgs|audio",
         "bad": math.nan,
         "no": None,
+        "nobody_set_it": 7,
     }
-    record_steps(root / "rich", [(1, rich), (2, [Scalar("outputs/loss/total", 3.25), fewer])], config=config)
+    steps = [(1, rich), (2, [Scalar("outputs/loss/total", 3.25), fewer])]
+    record_steps(root / "rich", steps, config=config, defaults=frozenset({"nobody_set_it"}))
 
     resumed = root / "resumed"
     record_steps(resumed, losses(1, 20))
@@ -351,7 +353,7 @@ def test_each_tag_is_described_once(tmp_path: Path) -> None:
     path = record_steps(tmp_path, [(step, records) for step in (1, 2)]).path
     values = [value for event in events(path) for value in event.summary.value]
     described = [v.tag for v in values if v.metadata.summary_description]
-    assert described == ["train/loss"]
+    assert described == ["_hparams_/session_start_info", "train/loss"]
     assert len([v for v in values if v.tag == "notes/a"]) == 2
 
 
@@ -742,8 +744,13 @@ def test_configuration_is_flat_and_plain() -> None:
 
 def test_the_command_is_safe_to_paste_and_keeps_every_sample(tmp_path: Path) -> None:
     directory = tmp_path / "it's a run; rm -rf $HOME"
-    words = shlex.split(launch_command(directory))
+    words = shlex.split(launch_command(directory / "run"))
     assert words[1:] == ["--logdir", str(directory), "--samples_per_plugin", SAMPLES]
+    for inside in ("logs", "runs/telemetry"):
+        assert launch_command(directory / "run" / inside) == launch_command(directory / "run")
+    # All of a disk, or of a home, is no place to look for runs.
+    assert shlex.split(launch_command("/run"))[2] == "/run"
+    assert shlex.split(launch_command(Path.home() / "run/logs"))[2] == str(Path.home() / "run")
 
 
 def test_the_command_runs_from_a_shell_that_knows_nothing_of_this_environment(
@@ -757,7 +764,7 @@ def test_the_command_runs_from_a_shell_that_knows_nothing_of_this_environment(
 
 def test_the_command_is_short_where_the_shell_finds_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    assert launch_command("logs").startswith("tensorboard --logdir logs ")
+    assert launch_command("/a/b/logs").startswith("tensorboard --logdir /a ")
 
 
 def test_the_writer_needs_neither_tensorflow_nor_the_server(tmp_path: Path) -> None:

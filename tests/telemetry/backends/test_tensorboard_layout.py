@@ -14,6 +14,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from telemetry.backends.base import Run
 from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.backends.tensorboard.layout import Layout
+from telemetry.catalogue import SECTIONS
 from telemetry.charts import Chart, Question
 from telemetry.records import Scalar
 
@@ -43,6 +44,13 @@ def test_it_is_written_again_only_when_a_chart_gets_its_first_data() -> None:
     assert layout.update(["c"]) is not None
     layout.forget()
     assert titles(layout.update(["c"])) == [("Do they flow?", ["All"])]
+
+
+def test_what_is_looked_at_first_stands_first() -> None:
+    value = Layout().update(["outputs/loss/text", "zero_shot/mel_distance", "outputs/loss/total"])
+    found = titles(value)
+    assert found[0] == ("First look", ["outputs/loss/total", "zero_shot/mel_distance"])
+    assert [title for title, _charts in found[1:]] == [SECTIONS["outputs"], SECTIONS["zero_shot"]]
 
 
 @pytest.mark.parametrize("tag", ["outputs/loss/textual", "x/outputs/loss/text", "outputs/loss/text\n", "a_b", "axb"])

@@ -233,6 +233,11 @@ def test_a_model_with_a_configuration_of_its_own_is_measured(tmp_path: Path) -> 
     assert {"inputs/tokens/total", "outputs/loss/text", "gradients/other/norm"} <= set(backend.tags())
     assert backend.run is not None
     assert "model" not in backend.run.config
+    # What nobody set says nothing, but for what every comparison begins with.
+    defaults = backend.run.defaults
+    assert len(defaults) >= 80
+    assert {"adam_beta2", "hub_token", "deepspeed"} <= defaults <= backend.run.config.keys()
+    assert defaults.isdisjoint({"output_dir", "max_steps", "seed", "learning_rate", "max_grad_norm"})
 
 
 class Headless(nn.Module):
