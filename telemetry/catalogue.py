@@ -660,7 +660,8 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     Entry(
         "zero_shot/clips",
-        "What the model says freely of rank 0's first evaluation samples: sounds, spectrogram, transcript, numbers.",
+        "What the model says freely of rank 0's first evaluation samples: sounds, spectrogram, transcript, numbers, "
+        "and how far they have moved since before training.",
         kind="table",
         absent="there is no evaluation set, codec or target audio, or the model cannot generate",
     ),

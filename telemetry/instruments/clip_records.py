@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import soundfile
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from telemetry.catalogue import find
 from telemetry.instruments.clip_numbers import NUMBERS, HeardClip
 from telemetry.measures.audio import FRAME_SECONDS, MEL_RANGE_DB, log_mel, seconds
 from telemetry.records import Audio, Cell, Clip, Image, Mean, Record, Table
 
+SINCE = "since before training"
 COLUMNS = (
     "sample", "speaker", "language", "target text", "transcript", "reference", "target", "generated", "teacher-forced",
-    "spectrogram", "ended by", *NUMBERS,
+    "spectrogram", "ended by", *NUMBERS, SINCE,
 )  # fmt: skip
 KINDS = ("reference", "target", "generated", "teacher_forced")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
@@ -46,13 +50,29 @@ def metrics(clips: Sequence[MeasuredClip]) -> Iterator[tuple[str, Mean]]:
                 yield f"zero_shot/language_{language.lower()}/{name}", value
 
 
-def shown(clips: Sequence[MeasuredClip], with_media: bool = True) -> Iterator[Record]:
-    """The tables, and the sounds and pictures that stand in them; ``with_media`` says whether there are any."""
+Baseline: TypeAlias = dict[str, tuple[float | None, ...]]
+"""The numbers of every sample's clip before the first step, in the order of :data:`NUMBERS`."""
+
+
+def baseline(clips: Sequence[MeasuredClip]) -> Baseline:
+    """What later clips of the same samples are compared with. Samples that share an id cannot be told apart."""
+    count = Counter(measured.clip.sample_id for measured in clips)
+    return {one.clip.sample_id: _results(one.numbers) for one in clips if count[one.clip.sample_id] == 1}
+
+
+def shown(clips: Sequence[MeasuredClip], before: Baseline, with_media: bool = True) -> Iterator[Record]:
+    """The tables, and the sounds and pictures that stand in them.
+
+    Args:
+        clips: of one evaluation.
+        before: of the same samples before training; empty where that is not known.
+        with_media: whether there are sounds and pictures.
+    """
     rows = []
     for index, measured in enumerate(clips):
         media = _media(index, measured.clip) if with_media else ()
         yield from media
-        rows.append(_row(measured, media or (None,) * (len(KINDS) + 1)))
+        rows.append(_row(measured, media or (None,) * (len(KINDS) + 1), before.get(measured.clip.sample_id)))
     yield Table("zero_shot/clips", COLUMNS, tuple(rows))
     yield Table("zero_shot/clips_by_speaker", ("speaker", "clips", *NUMBERS), tuple(_by_speaker(clips)))
 
@@ -88,8 +108,8 @@ def _captioned(sound: Clip, clip: HeardClip) -> Clip:
     return Clip(sound.samples, sound.sampling_rate, caption)
 
 
-def _row(measured: MeasuredClip, media: Sequence[Cell]) -> tuple[Cell, ...]:
-    clip = measured.clip
+def _row(measured: MeasuredClip, media: Sequence[Cell], before: Sequence[float | None] | None) -> tuple[Cell, ...]:
+    clip, numbers = measured.clip, _results(measured.numbers)
     return (
         clip.sample_id,
         clip.speaker or None,
@@ -98,8 +118,22 @@ def _row(measured: MeasuredClip, media: Sequence[Cell]) -> tuple[Cell, ...]:
         measured.said,
         *media,
         clip.speech.ending,
-        *_results(measured.numbers),
+        *numbers,
+        _change(numbers, before) if before else None,
     )
+
+
+def _change(now: Sequence[float | None], before: Sequence[float | None]) -> str | None:
+    """How far each number has moved that both have and of which one way is better; None where there is none."""
+    moved = []
+    for name, value, old in zip(NUMBERS, now, before, strict=True):
+        entry = find(f"zero_shot/{name}")
+        if entry is None or entry.better is None or value is None or old is None:
+            continue
+        better = (value > old) == (entry.better == "higher")
+        verdict = "same" if value == old else "better" if better else "worse"
+        moved.append(f"{name} {value - old:+.3g} {verdict}" if value != old else f"{name} {verdict}")
+    return ", ".join(moved) or None
 
 
 def _results(numbers: Mapping[str, Mean]) -> tuple[float | None, ...]:

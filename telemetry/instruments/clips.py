@@ -21,7 +21,7 @@ from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.families.speech import Prompt, Speaker, Speech
 from telemetry.instruments.base import Instrument, Step, training_precision
 from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
-from telemetry.instruments.clip_records import MeasuredClip, metrics, save, shown
+from telemetry.instruments.clip_records import Baseline, MeasuredClip, baseline, metrics, save, shown
 from telemetry.once import Once
 from telemetry.probes.lockstep import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
@@ -137,6 +137,7 @@ class ClipInstrument(Instrument):
         self._run: weakref.ref[Recorder] | None = None
         self._samples: list[_Sample] | None = None
         self._last_step = -1
+        self.before: Baseline = {}
         self.once = Once(logger)
 
     def _first_at_this_step(self, step: Step) -> bool:
@@ -265,10 +266,13 @@ class _Evaluation:
 
     def _show(self, clips: Sequence[MeasuredClip]) -> None:
         step, directory, heard = self._step, self._step.output_dir / "clips", self._step.sound.enabled
+        before = self._log.before
 
         def show(_host: Mapping[str, Tensor], emit: Emitter) -> None:
-            for record in shown(clips, with_media=heard):
+            for record in shown(clips, before, with_media=heard):
                 emit.record(record)
+            if step.number == 0:  # a resumed training has not heard what was there before
+                before.update(baseline(clips))
 
         if heard:
             own = [measured.clip for measured in clips]

@@ -115,6 +115,24 @@ def test_numbers_are_those_of_the_clips(higgs: Any, voices: Voices, backend: Mem
     assert backend.scalars("zero_shot/eos_hit_rate")[0] == pytest.approx(np.mean(ended))
 
 
+def test_a_clip_is_compared_with_itself_before_training(
+    higgs: Any, voices: Voices, backend: MemoryBackend, tmp_path: Path
+) -> None:
+    make_trainer(higgs, voices, tmp_path, [speaking_callback(backend, clips=2)], learning_rate=0.5).train()
+    first, later = table(backend, 0), table(backend, 1)
+    assert [row["since before training"] for row in first] == [None, None]
+    for before, after in zip(first, later, strict=True):
+        expected = []
+        for name, better in (
+            ("silence_fraction", -1), ("clipping_fraction", -1), ("eos_hit_rate", 1), ("mel_distance", -1),
+        ):  # fmt: skip
+            change = after[name] - before[name]
+            verdict = "better" if change * better > 0 else "worse"
+            expected.append(f"{name} {change:+.3g} {verdict}" if change else f"{name} same")
+        assert after["since before training"] == ", ".join(expected)
+        assert "better" in after["since before training"] or "worse" in after["since before training"]
+
+
 def test_without_listeners_their_numbers_are_absent_and_said(
     higgs: Any, voices: Voices, backend: MemoryBackend, tmp_path: Path, telemetry_log: pytest.LogCaptureFixture
 ) -> None:

@@ -175,7 +175,7 @@ def test_a_language_that_is_free_text_is_no_part_of_a_tag() -> None:
 
 
 def test_what_cannot_be_measured_is_an_empty_cell() -> None:
-    tables = list(shown([MeasuredClip(heard(tune(1.0)), None, {})], with_media=False))
+    tables = list(shown([MeasuredClip(heard(tune(1.0)), None, {})], {}, with_media=False))
     assert all(isinstance(found, Table) for found in tables)
     [row] = tables[0].rows  # type: ignore[union-attr]
     assert row[:5] == ("../a b", "Ada", "en", TARGET_TEXT, None)
