@@ -2,6 +2,7 @@
 # make test   set up, pass the tests
 # make lint   ruff, mypy, and who imports whom
 # make bench  measurements
+# make pictures  photographs of the dashboards, from the demonstration's run
 # make mistakes  what is found in planted mistakes and healthy trainings
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DEMO = runs/demo
 
-.PHONY: demo test lint bench mistakes clean
+.PHONY: demo test lint bench mistakes pictures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m trainer.demo prepare $(DEMO)
@@ -37,6 +38,12 @@ bench: $(VENV)/.installed-dev
 mistakes: $(VENV)/.installed-dev
 	PYTHONPATH=.:tests $(BIN)/python -m mistakes
 
+pictures: $(VENV)/.installed-dev | $(DEMO)/logs
+	PYTHONPATH=.:tests $(BIN)/python -m pictures $(DEMO) docs/pictures
+
+$(DEMO)/logs:
+	$(MAKE) demo
+
 clean:
 	rm -rf $(VENV) runs
 
@@ -44,7 +51,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) --editable '.[report]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
