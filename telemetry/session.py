@@ -532,7 +532,7 @@ class Session:
             output_dir=setting.output_dir,
             rank=setting.rank,
             launch_id=launch_id,
-            defaults=setting.defaults,
+            defaults=setting.defaults(),
         )
 
 

@@ -8,7 +8,7 @@ import re
 import reprlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Setting:
             returns what ends that.
         within: the part of whatever logging directory that is this run's own, where a search makes several.
         max_grad_norm: what the trainer clips the norm of all gradients to; 0 where it does not.
-        defaults: names of ``config`` that nobody set and that say little.
+        defaults: finds the dotted names of ``config`` that nobody set or that say little.
         is_running: whether the training is still under way; False once it was left without its end being told.
     """
 
@@ -66,7 +66,7 @@ class Setting:
     within: str = ""
     is_running: Callable[[], bool] = lambda: True
     max_grad_norm: float = 0.0
-    defaults: frozenset[str] = frozenset()
+    defaults: Callable[[], frozenset[str]] = frozenset
 
 
 def _nothing() -> None:
@@ -119,6 +119,26 @@ def run_config(arguments: Mapping[str, Any], model: nn.Module, loaders: Mapping[
     if data:
         config["data"] = data
     return redact(config)
+
+
+def model_defaults(model: nn.Module) -> frozenset[str]:
+    """Return the names under which :func:`run_config` shows settings of a model that are those of its class."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return frozenset()
+    try:
+        return frozenset(_alike(config.to_diff_dict(), type(config)().to_dict(), "model."))
+    except Exception:  # noqa: BLE001  (a class of anybody's, which may need arguments)
+        return frozenset()
+
+
+def _alike(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            yield from _alike(value, default, f"{prefix}{name}.")
+        elif name in defaults and type(value) is type(default) and value == default:
+            yield f"{prefix}{name}"
 
 
 def _data_summary(batches: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Run:
             after a resume. Records at later steps that an earlier attempt left are superseded.
         name: what to call the run.
         config: arguments, model and data, as plain JSON values without secrets.
-        defaults: names of ``config`` that nobody set and that say little: a page of comparison leaves them out.
+        defaults: dotted names of ``config`` that nobody set or that say little: a page of comparison leaves them out.
         output_dir: where the checkpoints are; None when there are none.
         rank: of this process. Only a backend whose ``every_rank`` is true is opened on ranks other than 0.
         launch_id: letters and digits that name this (re)start, the same on every rank where such a backend is.

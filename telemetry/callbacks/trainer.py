@@ -32,7 +32,7 @@ from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.quiet import is_compiled
 from telemetry.redaction import redact
 from telemetry.session import DEFAULT_LOGGING_STEPS, Door, Session
-from telemetry.setting import Setting, default_logging_dir, local_directory, run_config
+from telemetry.setting import Setting, default_logging_dir, local_directory, model_defaults, run_config
 from telemetry.sound import SoundPolicy
 
 MAX_NAME = 120  # characters of a trial's name, which is a directory's too
@@ -42,8 +42,16 @@ logger = logging.getLogger(__name__)
 _TELLING = {
     "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "optim", "weight_decay", "max_grad_norm", "seed", "bf16", "fp16",
+    "model.model_type", "model.hidden_size", "model.num_hidden_layers",
 }  # fmt: skip
-"""Arguments that say something even where nobody set them."""
+"""Settings that say something even where nobody set them."""
+
+_SAYING_LITTLE = {
+    "accelerator_config", "command", "data.eval.dataset", "data.train.dataset", "debug", "disable_tqdm",
+    "eval_batch_size", "logging_dir", "report_to", "train_batch_size", "model.architectures",
+    "model.transformers_version",
+}  # fmt: skip
+"""What the Trainer or transformers fill in, or what other settings say."""
 
 HEARD = "zero_shot/"
 
@@ -445,14 +453,14 @@ def _judged_by_ear(args: TrainingArguments) -> str | None:
 
 
 def _defaults(args: TrainingArguments) -> frozenset[str]:
-    """Names of the arguments that have their default value, but for those that every comparison begins with."""
+    """Names of the arguments that have their default value, and of what says little."""
     found = set()
     for argument in dataclasses.fields(args):
         made = argument.default_factory
         default = made() if made is not dataclasses.MISSING else argument.default
         if default is not dataclasses.MISSING and getattr(args, argument.name) == default:
             found.add(argument.name)
-    return frozenset(found) - _TELLING
+    return frozenset(found) | _SAYING_LITTLE
 
 
 def _setting(
@@ -482,7 +490,7 @@ def _setting(
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
         max_grad_norm=float(args.max_grad_norm or 0),
-        defaults=_defaults(args),
+        defaults=lambda: (_defaults(args) | model_defaults(model)) - _TELLING,
         tokens_across_ranks=bool(args.average_tokens_across_devices),
         processor=processor,
         show_batches=PreparedBatches(calling_trainer(model)),

@@ -294,7 +294,7 @@ def test_configuration_says_first_what_differs(tmp_path: Path) -> None:
 
 def test_what_nobody_set_is_in_the_report_though_not_on_the_hparams_page(tmp_path: Path) -> None:
     config = {"rate": 0.5, "seed": 42, "on": False, "nested": {"a": "b"}, "huge": math.inf}
-    write_run(tmp_path, {1: [Scalar("train/loss", 1.0)]}, config=config, defaults=frozenset({"seed", "nested"}))
+    write_run(tmp_path, {1: [Scalar("train/loss", 1.0)]}, config=config, defaults=frozenset({"seed", "nested.a"}))
     (run,) = read_runs([tmp_path])
     assert run.config == {"rate": 0.5, "seed": 42.0, "on": False, "nested.a": "b", "huge": "inf"}
 

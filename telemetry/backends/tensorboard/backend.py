@@ -8,6 +8,7 @@ import logging
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,13 +131,13 @@ def launch_command(logging_dir: str | Path) -> str:
 
 
 def _above(logging_dir: Path) -> Path:
-    """The directory that holds a run; the run itself where that is all of a disk or of a home, which is too much."""
+    """The directory that holds a run; the run itself where that holds much else: a disk, a home, all temporary files."""
     run = logging_dir.resolve()
     for place in _LOGS:
         if run.parts[-len(place.parts) :] == place.parts:
             run = run.parents[len(place.parts) - 1]
     above = run.parent
-    return run if above in (Path(above.anchor), Path.home()) else above
+    return run if above in (Path(above.anchor), Path.home(), Path(tempfile.gettempdir())) else above
 
 
 def _program() -> str:

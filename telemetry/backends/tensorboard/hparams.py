@@ -18,11 +18,13 @@ def session_start(config: Mapping[str, Any], defaults: Collection[str], started:
 
     Args:
         config: nested settings. All of them are kept, as JSON, in the value's description, for other readers.
-        defaults: names that the page leaves out: two hundred columns compare nothing.
+        defaults: dotted names that the page leaves out: two hundred columns compare nothing.
         started: in seconds since the epoch.
     """
     info = plugin_data_pb2.SessionStartInfo(start_time_secs=started)
-    for name, hparam in flatten({name: value for name, value in config.items() if name not in defaults}).items():
+    for name, hparam in flatten(config).items():
+        if name in defaults:
+            continue
         value = info.hparams[name]
         if isinstance(hparam, bool):
             value.bool_value = hparam

@@ -12,7 +12,7 @@ from support.references import assert_same, differing, measured_records, scalars
 from support.steps import hooks_of
 from support.text_training import training
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from telemetry import InputLoggerCallback, OutputLoggerCallback, SharedAttentionLoggerCallback, StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
@@ -21,6 +21,7 @@ from telemetry.delivery.recorder import MAX_FAILURES
 from telemetry.families import CausalLMFamily
 from telemetry.probes.forward import Microbatch
 from telemetry.session import NO_FAMILY
+from telemetry.setting import model_defaults, run_config
 
 
 class BrokenError(RuntimeError):
@@ -236,8 +237,26 @@ def test_a_model_with_a_configuration_of_its_own_is_measured(tmp_path: Path) -> 
     # What nobody set says nothing, but for what every comparison begins with.
     defaults = backend.run.defaults
     assert len(defaults) >= 80
-    assert {"adam_beta2", "hub_token", "deepspeed"} <= defaults <= backend.run.config.keys()
+    assert {"adam_beta2", "hub_token", "deepspeed"} <= defaults
     assert defaults.isdisjoint({"output_dir", "max_steps", "seed", "learning_rate", "max_grad_norm"})
+
+
+def test_settings_of_a_model_that_are_its_classes_own_are_known() -> None:
+    model = nn.Module()
+    model.config = LlamaConfig(hidden_size=64, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    shown, defaults = run_config({}, model, {})["model"], model_defaults(model)
+    assert {"model.hidden_size", "model.rope_parameters.rope_theta"}.isdisjoint(defaults)
+    assert "model.model_type" in defaults
+    whole = LlamaConfig().to_dict()
+    same = {f"model.{name}" for name, value in shown.items() if name in whole and value == whole[name]}
+    assert {name for name in defaults if name.count(".") == 1} == same
+
+    class Demanding(LlamaConfig):
+        def __init__(self, needed: int, **others: Any) -> None:
+            super().__init__(**others)
+
+    model.config = Demanding(1)
+    assert model_defaults(model) == model_defaults(nn.Module()) == frozenset()
 
 
 class Headless(nn.Module):
