@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from support.tensorboard_server import LOADERS, Server, serve
 
+from telemetry.backends.tensorboard.layout import FIRST_LOOK
 from telemetry.catalogue import find
 from telemetry.charts import QUESTIONS, matcher
 from trainer.demo.prepare import Demonstration, prepare
@@ -112,7 +113,9 @@ def test_every_tag_that_applies_is_served(server: Server) -> None:
 
 def test_custom_scalars_have_every_question_with_data_in_every_chart(server: Server) -> None:
     tags = server.tags("scalars")
-    declared = {question.title: {chart.title: chart for chart in question.charts} for question in QUESTIONS}
+    declared = {
+        question.title: {chart.title: chart for chart in question.charts} for question in (FIRST_LOOK, *QUESTIONS)
+    }
     shown = server.json("plugin/custom_scalars/layout")["category"]
     assert [category["title"] for category in shown] == list(declared)
     for category in shown:
@@ -197,7 +200,9 @@ def test_hostile_text_comes_back_unharmed(server: Server) -> None:
 def test_the_console_shows_the_step_and_how_to_open_it(run: tuple[Path, str]) -> None:
     logs, console = run
     assert "Is the data what I think it is?" in console
-    assert re.search(rf"tensorboard --logdir {re.escape(str(logs))} --samples_per_plugin scalars=100000", console)
+    assert re.search(
+        rf"tensorboard --logdir {re.escape(str(logs.parent.parent))} --samples_per_plugin scalars=100000", console
+    )
     assert "HEALTHY" not in console
 
 

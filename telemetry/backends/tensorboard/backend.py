@@ -131,7 +131,7 @@ def launch_command(logging_dir: str | Path) -> str:
 
 
 def _above(logging_dir: Path) -> Path:
-    """The directory that holds a run; the run itself where that holds much else: a disk, a home, all temporary files."""
+    """The directory that holds a run; the run itself where that holds much else (a disk, a home, temporary files)."""
     run = logging_dir.resolve()
     for place in _LOGS:
         if run.parts[-len(place.parts) :] == place.parts:
