@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from telemetry.callbacks.trainer import StrategicCallback
     from telemetry.families.base import Family, LossPart, Stream, reads
+    from telemetry.families.codec_tokens import CodecTokens
     from telemetry.instruments.base import Instrument, Step
     from telemetry.logs import printable, setup_logging
     from telemetry.loop import Telemetry
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "COMPONENTS": "telemetry.callbacks.questions",
+    "CodecTokens": "telemetry.families.codec_tokens",
     "ConsoleBackend": "telemetry.backends.console",
     "DESTINATIONS": "telemetry.backends.registry",
     "Family": "telemetry.families.base",
@@ -56,6 +58,7 @@ _HOMES = {
 __all__ = [
     "COMPONENTS",
     "DESTINATIONS",
+    "CodecTokens",
     "ConsoleBackend",
     "Family",
     "InputLoggerCallback",

@@ -103,7 +103,7 @@ first."""
 
 _UNLABELLED = "no labels of the batch are known"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
-_ONLY_ENDS = "all that the codebook predicts is begin or end of stream"
+_ONLY_ENDS = "nothing that the codebook predicts is an entry of its own"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
 _NO_ATTENTION = "the layer's attention could not be read"
 _NO_POSITIONS = "it has no positions in the step"
@@ -193,7 +193,8 @@ CATALOGUE: tuple[Entry, ...] = (
     ),
     _count(
         "inputs/invalid_ids",
-        "Token ids, audio codes and labels outside their vocabulary. Anything but 0 is a data fault.",
+        "Token ids, audio codes and labels outside their vocabulary, and codec tokens at the place of another "
+        "codebook. Anything but 0 is a data fault.",
         "ids",
     ),
     Entry(

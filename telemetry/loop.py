@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
+from telemetry.families.base import FamilyMaker
 from telemetry.instruments.questions import choose
 from telemetry.probes.quiet import is_compiled
 from telemetry.session import DEFAULT_LOGGING_STEPS, Door, Session
@@ -46,7 +47,8 @@ class Telemetry(Door):
         config: what is to be shown of the run's configuration; secrets are taken out.
         name: of the run; by default the last part of ``output_dir``.
         starting_step: optimizer steps that an earlier attempt has made.
-        alert_to, stop_on, health_rules: as of :class:`telemetry.StrategicTelemetry`; the loop asks :meth:`should_stop`.
+        alert_to, stop_on, health_rules, family: as of :class:`telemetry.StrategicTelemetry`; the loop asks
+            :meth:`should_stop`.
 
     Raises:
         ValueError: when ``logging_steps`` is below 1, or for unknown components or options, or another optimizer.
@@ -70,9 +72,10 @@ class Telemetry(Door):
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
         health_rules: str | Path | Mapping[str, Any] | None = None,
+        family: FamilyMaker | None = None,
     ) -> None:
         chosen = choose(components, options)
-        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules)
+        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules, family)
         self.steps = starting_step
         self._model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the one that steps

@@ -22,7 +22,7 @@ from telemetry.clock import StepClock
 from telemetry.delivery.recorder import MAX_FAILURES, Recorder
 from telemetry.delivery.reduction import GATHER_SECONDS, RankGather
 from telemetry.delivery.word import RankWord
-from telemetry.families import Family, find_family
+from telemetry.families import Family, FamilyMaker, bound_family, find_family
 from telemetry.health import HealthMonitor, check_findings, rules_of
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.setup import training_share
@@ -59,6 +59,7 @@ class Door:
             separated by spaces.
         stop_on: findings that end the training: ``failing``, ``warning`` or names of rules.
         health_rules: other limits, and rules of one's own: see :mod:`telemetry.health.own_rules`.
+        family: reads the model; None for the one that is registered for its class.
 
     Attributes:
         stopped: why the training was ended, "" where it was not.
@@ -79,6 +80,7 @@ class Door:
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
         health_rules: str | Path | Mapping[str, Any] | None = None,
+        family: FamilyMaker | None = None,
     ) -> None:
         if logging_steps < 1:
             raise ValueError(f"logging_steps must be at least 1, got {logging_steps}")
@@ -89,6 +91,7 @@ class Door:
         self.instruments = [*instruments]
         self.alert_to = alert_addresses(alert_to)
         self.health_rules = health_rules
+        self.family = family
         self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on, rules_of(health_rules))
         self.stopped = ""
         self._session: Session | None = None
@@ -145,8 +148,6 @@ class Session:
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         self._once = Once(logger)
         self.family: Family | None = None
-        with self._isolated("reading the model"):
-            self.family = find_family(model)
         self.setting = setting
         self.tokenizer = getattr(setting.processor, "tokenizer", setting.processor)
         self._training: object = None
@@ -161,7 +162,10 @@ class Session:
         self._word = RankWord()
         self._sound: SoundPolicy | None = None
         self._watch = Watch(model, self._measure, not setting.compiled, setting.is_running)
-        self._reader = PassReader(self.family, partial(self._tell, "inputs"), partial(self._tell, "outputs"))
+        with self._isolated("reading the model"):
+            self.family = find_family(model)
+        self._reader = self._read_by(self.family)
+        self._given_family: FamilyMaker | None = None
         self._clock = StepClock()
         self._step: Step | None = None
         self._due: list[Instrument] = []
@@ -172,6 +176,15 @@ class Session:
         self._logged: object = None
         self._epoch_at = -1
 
+    def _read_by(self, family: Family | None) -> PassReader:
+        return PassReader(family, partial(self._tell, "inputs"), partial(self._tell, "outputs"))
+
+    def _take_family(self, given: FamilyMaker, model: nn.Module) -> None:
+        """Read the model by a family that a door brings; the first that does speaks for all."""
+        if self._given_family is None:
+            self.family, self._given_family = bound_family(given, model), given
+            self._reader = self._read_by(self.family)
+
     @classmethod
     def join(cls, door: Door, model: nn.Module, training: object, setting: Callable[[], Setting]) -> Session:
         """Return the session of a model's training, made by the first door that asks.
@@ -181,6 +194,9 @@ class Session:
             model: what is trained.
             training: names this training of the model: another one closes what an interrupted one has left.
             setting: makes what is known of the run.
+
+        Raises:
+            ValueError: where the door brings a family that does not fit the model.
         """
         for other in list(cls._by_model.values()):
             if not other.setting.is_running():
@@ -192,6 +208,8 @@ class Session:
         if session is None:
             session = cls._by_model[model] = cls(model, setting())
             session._training = training
+        if door.family is not None:
+            session._take_family(door.family, model)
         session._doors.append(door)
         session._sound = session._sound or door.sound
         if session._recorder is not None:  # opened by a door that joined earlier

@@ -8,6 +8,7 @@ from typing import Any
 
 from telemetry.backends.base import Backend
 from telemetry.callbacks.trainer import StrategicCallback
+from telemetry.families.base import FamilyMaker
 from telemetry.instruments.attention import DEFAULT_QUERIES
 from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS
 from telemetry.instruments.questions import choose
@@ -92,7 +93,8 @@ class StrategicTelemetry(StrategicCallback):
 
     Args:
         components: which of :data:`COMPONENTS`; all by default.
-        logging_steps, backends, logging_dir, sound, alert_to, stop_on, health_rules: as for each callback alone.
+        logging_steps, backends, logging_dir, sound, alert_to, stop_on, health_rules, family: as for each callback
+            alone.
         options: further arguments of single components: ``{"shared_attention": {"layers": [0, 5]}}``.
 
     Raises:
@@ -110,9 +112,10 @@ class StrategicTelemetry(StrategicCallback):
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
         health_rules: str | Path | Mapping[str, Any] | None = None,
+        family: FamilyMaker | None = None,
     ) -> None:
         chosen = choose(components, options)
-        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules)
+        super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules, family)
 
     @property
     def members(self) -> Sequence[StrategicCallback]:

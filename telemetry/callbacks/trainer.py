@@ -24,6 +24,7 @@ from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
 from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, trainers_in, within_step
+from telemetry.families.base import FamilyMaker
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clips import ClipInstrument
 from telemetry.instruments.questions import QUESTIONS
@@ -94,6 +95,9 @@ class StrategicCallback(Door, TrainerCallback):
         stop_on: what ends the training, with a checkpoint: ``failing``, ``warning`` or names of rules; nothing by
             default.
         health_rules: other limits for rules, and rules of one's own: a mapping, or a file of one (``docs/health.md``).
+        family: what reads the model in the place of the family that is registered for its class: a class of families,
+            or a declaration (:class:`telemetry.CodecTokens`). One that fits no part of it ends the training before it
+            begins, with a ValueError.
         options: of a callback for one question: the arguments of that question's function.
 
     Attributes:
@@ -117,9 +121,12 @@ class StrategicCallback(Door, TrainerCallback):
         alert_to: str | Sequence[str] | None = None,
         stop_on: str | Sequence[str] = (),
         health_rules: str | Path | Mapping[str, Any] | None = None,
+        family: FamilyMaker | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on, health_rules)
+        super().__init__(
+            logging_steps, backends, logging_dir, sound, instruments, alert_to, stop_on, health_rules, family
+        )
         self._once = Once(logger)
         self._unwatch: Callable[[], None] = _nothing
         self._around: list[Session] = []

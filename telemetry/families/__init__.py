@@ -10,6 +10,7 @@ from telemetry.families.base import (
     BatchView,
     Divided,
     Family,
+    FamilyMaker,
     FeedForward,
     Layer,
     LossPart,
@@ -20,6 +21,7 @@ from telemetry.families.base import (
     registered_family,
 )
 from telemetry.families.causal_lm import CausalLMFamily
+from telemetry.families.codec_tokens import CodecTokens, CodecTokensFamily
 from telemetry.families.csm import CsmFamily
 from telemetry.families.dia import DiaFamily
 from telemetry.families.higgs_audio import HiggsAudioFamily
@@ -31,10 +33,13 @@ __all__ = [
     "AudioView",
     "BatchView",
     "CausalLMFamily",
+    "CodecTokens",
+    "CodecTokensFamily",
     "CsmFamily",
     "DiaFamily",
     "Divided",
     "Family",
+    "FamilyMaker",
     "FeedForward",
     "HiggsAudioFamily",
     "HiggsAudioV2Family",
@@ -44,6 +49,7 @@ __all__ = [
     "Overruled",
     "Seen",
     "Stream",
+    "bound_family",
     "find_family",
     "reads",
 ]
@@ -52,3 +58,17 @@ __all__ = [
 def find_family(model: nn.Module) -> Family | None:
     """Return the family of a model, wrapped or not: a registered one, else that of language models, or None."""
     return registered_family(model) or CausalLMFamily.find(model)
+
+
+def bound_family(given: FamilyMaker, model: nn.Module) -> Family:
+    """Return a family of the user's choice for a model, an adapter's wrapper (PEFT) around it or not.
+
+    Raises:
+        ValueError: where it fits no part of the model.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    inner: nn.Module = unwrap() if callable(unwrap) else model
+    found = next((module for module in inner.modules() if given.fits(module)), None)
+    if found is None:
+        raise ValueError(f"family={given!r} fits no part of the model, a {type(inner).__name__}")
+    return given(found)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ Alignment = Literal["shifted", "aligned", "given_shifted"]
 
 
 WITHOUT_REFERENCE = "this kind of model is trained on samples without a reference voice too"
+NO_CHATML = "prompts of this kind of model are no conversations in ChatML"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class AudioView:
             labels, and so none but this one frame less; None where every label has its position.
         reference_codes: bool ``[batch, sequence, C]``: the reference's codes, where a delay pattern mixes them with
             those of the target; None where they are all codes of its positions.
+        held: bool ``[batch, sequence, C]``: where a position holds a code of a codebook; None where every position of
+            audio holds one of each, or an end.
         embedded: bool ``[batch, sequence]``: audio that is given without codes, as embeddings of ``features`` or as
             waveforms that the model encodes itself; None where there is no such audio.
         features: what an audio encoder of the model is given, ``[clips, channels, frames]``: no clips where nothing is
@@ -76,6 +79,7 @@ class AudioView:
     ends: Tensor | None = None
     after: Tensor | None = None
     reference_codes: Tensor | None = None
+    held: Tensor | None = None
     embedded: Tensor | None = None
     features: Tensor | None = None
     features_real: Tensor | None = None
@@ -174,6 +178,10 @@ class Stream:
             only: the index into ``batch × sequence`` of each. None where they cover all.
         each: 0-d, how many supervised tokens each row stands for, where logits were computed again beside a fused
             loss: more than 1 where there are too many for all. None for the model's own logits.
+        turns: int64, the labels' shape: those of all streams that take turns in these logits, of which a position has
+            one; None where all labels are the stream's own.
+        entries: first id of its codebook, and how many there are, where the vocabulary has others; None where it has
+            not.
         bos_id, eos_id: ids of its begin and its end, which are no entries of a codebook; None where it has none.
         ends: bool, the shape of :attr:`predicted`: where an end is to be predicted, for a stream whose ``eos_id`` is
             an entry of its codebook too; None where every ``eos_id`` is an end.
@@ -188,6 +196,8 @@ class Stream:
     denominator: Tensor | float | None = None
     rows: Tensor | None = None
     each: Tensor | None = None
+    turns: Tensor | None = None
+    entries: tuple[int, int] | None = None
     bos_id: int | None = None
     eos_id: int | None = None
     ends: Tensor | None = None
@@ -207,6 +217,12 @@ class Stream:
     def predicted(self) -> Tensor:
         """What each row of logits predicts: int64, the logits' shape without the last dimension."""
         return self.targets if self.rows is None else self.targets.flatten(0, 1)[self.rows]
+
+    def whole(self) -> Stream:
+        """All streams that take turns in its logits as one, of text; itself where it has the logits to itself."""
+        if self.turns is None:
+            return self
+        return replace(self, name="text", group="text", labels=self.turns, turns=None, entries=None)
 
     def fault(self) -> str:
         """Say what does not fit together, by shapes and dtypes alone; "" for a stream that can be read."""
@@ -405,14 +421,21 @@ class Family:
         raise TypeError(f"family {self.name} hides no references")
 
 
-FamilyT = TypeVar("FamilyT", bound=type[Family])
-_READERS: dict[str, type[Family]] = {}
+class FamilyMaker(Protocol):
+    """A class of families, or what declares one."""
+
+    def fits(self, model: nn.Module, /) -> bool: ...
+    def __call__(self, model: Any, /) -> Family: ...
 
 
-def reads(*class_names: str) -> Callable[[FamilyT], FamilyT]:
+MakerT = TypeVar("MakerT", bound=FamilyMaker)
+_READERS: dict[str, FamilyMaker] = {}
+
+
+def reads(*class_names: str) -> Callable[[MakerT], MakerT]:
     """Register a family for models by the names of their classes, or of classes that theirs derive from."""
 
-    def register(family: FamilyT) -> FamilyT:
+    def register(family: MakerT) -> MakerT:
         _READERS.update(dict.fromkeys(class_names, family))
         return family
 
@@ -540,6 +563,15 @@ def moved(values: Tensor, held: Tensor, asking: Tensor, otherwise: Tensor | int)
 def marked_rows(marked: Tensor, count: int) -> Tensor:
     """The first ``count`` marked places of bool ``[batch, sequence]``, in order: int64, indices into all places."""
     return torch.argsort(marked.flatten().to(torch.int8), descending=True, stable=True)[:count]
+
+
+def each_logits(streams: Iterable[Stream]) -> Iterator[tuple[Stream, list[Stream]]]:
+    """Go through the logits of streams: all that take turns in some as one, and those as they are declared."""
+    taking_turns: dict[int, list[Stream]] = {}
+    for at, stream in enumerate(streams):
+        taking_turns.setdefault(at if stream.turns is None else -1 - id(stream.turns), []).append(stream)
+    for together in taking_turns.values():
+        yield together[0].whole(), together
 
 
 def codebook_names(codebooks: int) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from telemetry.families.base import (
     DECODER_GROUPS,
     IGNORE_INDEX,
+    NO_CHATML,
     NO_LABELS,
     NO_LOGITS,
     WITHOUT_REFERENCE,
@@ -63,7 +64,9 @@ class CsmFamily(Family):
 
     name = "csm"
     modalities = ("text", "audio")
-    meaningless: Mapping[str, str] = MappingProxyType({"zero_shot/reference/present_fraction": WITHOUT_REFERENCE})
+    meaningless: Mapping[str, str] = MappingProxyType(
+        {"zero_shot/reference/present_fraction": WITHOUT_REFERENCE, "zero_shot/chatml/compliance": NO_CHATML}
+    )
     groups = (
         ("lora_", "lora"),
         ("codec_model", "other"),  # its layers have parts named like those of the decoder

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from telemetry.families.base import (
     IGNORE_INDEX,
+    NO_CHATML,
     NO_LABELS,
     NO_LOGITS,
     WITHOUT_REFERENCE,
@@ -49,7 +50,9 @@ class DiaFamily(Family):
 
     name = "dia"
     modalities = ("text", "audio")
-    meaningless: Mapping[str, str] = MappingProxyType({"zero_shot/reference/present_fraction": WITHOUT_REFERENCE})
+    meaningless: Mapping[str, str] = MappingProxyType(
+        {"zero_shot/reference/present_fraction": WITHOUT_REFERENCE, "zero_shot/chatml/compliance": NO_CHATML}
+    )
     groups = (
         ("lora_", "lora"),
         ("encoder.embedding", "text_embedding"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter, Recorder
-from telemetry.families.base import BatchView, Stream
+from telemetry.families.base import BatchView, Stream, each_logits
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.asked_labels import Asked, Top, asked_labels, codebook_matches, offset_matches, top_two
 from telemetry.probes.forward import Microbatch, Reading
@@ -94,15 +94,16 @@ class AskedLabels(FirstStep):
         """Wait for the gradient of every stream's logits."""
         if not self.looks:
             return
-        tops = {_key(stream): top_two(stream.logits) for stream in reading.streams}
+        streams = [whole for whole, _ in each_logits(reading.streams)]
+        tops = {_key(stream): top_two(stream.logits) for stream in streams}
         offered = reading.on_gradients(partial(step.watch.call, self, self._hear, step, microbatch.view, tops))
-        self._offered |= {name for stream in reading.streams for name in stream.names} if offered else set()
+        self._offered |= {name for stream in streams for name in stream.names} if offered else set()
         counted = microbatch.known.get("num_items_in_batch") is not None
         # What a loss is divided by otherwise, the family says: a mean over several sequences, say.
         self._unweighed |= {
-            name for one in reading.streams if one.denominator is not None and not counted for name in one.names
+            name for one in streams if one.denominator is not None and not counted for name in one.names
         }
-        for one in reading.streams if counted else ():
+        for one in streams if counted else ():
             for name, share in _due(one):
                 step.recorder.metric(f"setup/weight_due/{name}", HiddenSum(share))
 
@@ -110,7 +111,7 @@ class AskedLabels(FirstStep):
         self, step: Step, view: BatchView | None, tops: Mapping[str, Top], streams: Callable[[], Iterable[Stream]]
     ) -> None:
         """Reduce the gradient of some streams' logits."""
-        for stream in streams():
+        for stream, _ in each_logits(streams()):
             top = tops.get(_key(stream))
             if top is None or top.ids.shape[:-1] != stream.logits.shape[:-1]:
                 continue

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from telemetry.families.base import Family
+from telemetry.families.base import Family, each_logits
 from telemetry.instruments.asked import FirstStep
 from telemetry.instruments.base import Step
 from telemetry.probes.forward import Microbatch, Reading, streams_of, watched_aside
@@ -76,7 +76,7 @@ def _runs(family: Family | None, microbatch: Microbatch | None) -> dict[str, dic
         codes = view.audio.codes
         changed = family.swap_reference(inputs, torch.where(later[:, None], (codes + 1) % view.audio.vocabulary, codes))
     first = given.gather(1, view.text.long().argmax(1, keepdim=True))
-    changed["input_ids"] = torch.where(later & view.text & view.real, first, given)
+    changed["input_ids"] = torch.where(later & view.text & view.real, first, changed.get("input_ids", given))
     return {"own": own, "changed": changed}
 
 
@@ -92,6 +92,6 @@ def _logits(
     shape = microbatch.view.input_ids.shape if microbatch.view is not None else ()
     with torch.no_grad(), watched_aside(family, microbatch.view) as seen:
         outputs = step.model(**inputs)
-        for stream in streams_of(family, {**microbatch.known, **inputs}, outputs, seen):
+        for stream, _ in each_logits(streams_of(family, {**microbatch.known, **inputs}, outputs, seen)):
             if stream.rows is None and stream.each is None and stream.logits.shape[:2] == shape:
                 yield "/".join(stream.names), stream.logits.detach()

@@ -64,6 +64,8 @@ class ChatMLInstrument(Instrument):
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Have one microbatch checked in the background."""
         view, chat = microbatch.view, ChatFormat.of(step.tokenizer)
+        if not step.says(COMPLIANCE):
+            return
         if view is None or view.audio is None:
             step.recorder.absent(COMPLIANCE, "the batch has no audio")
         elif not view.audio.labelled:

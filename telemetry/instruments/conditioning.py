@@ -13,7 +13,8 @@ from telemetry.delivery.recorder import MAX_FAILURES, Emitter
 from telemetry.families.base import NO_LABELS, AudioView, Family, Stream
 from telemetry.families.references import Swap, swap_references
 from telemetry.instruments.base import LastMicrobatchInstrument, Step, training_precision
-from telemetry.measures.token_stats import masked_totals, token_statistics
+from telemetry.instruments.outputs import statistics_of
+from telemetry.measures.token_stats import masked_totals
 from telemetry.probes.forward import Microbatch, streams_of, watched_aside
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Mean
@@ -167,6 +168,7 @@ def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speake
     # Hidden from all others, a position still carries its own code on: what it predicts is not without the reference.
     before = torch.ones_like(audio.reference)
     before[:, 1:] = audio.reference[:, :-1]
+    predicted = predicted if audio.held is None else predicted & audio.held
     counted = predicted & swap.swapped[:, None, None] & ~before.unsqueeze(-1)
     runs: dict[str, Mapping[str, Any]] = {
         "own": family.swap_reference(inputs, None),
@@ -184,17 +186,17 @@ def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> tup
     first = microbatch.view.decoded_from if microbatch.view is not None else 0
     with watched_aside(comparison.family, microbatch.view) as seen:
         outputs = step.model(**inputs)
-        for stream in streams_of(comparison.family, {**microbatch.known, **inputs}, outputs, seen):
+        streams = streams_of(comparison.family, {**microbatch.known, **inputs}, outputs, seen)
+        for stream, stats in statistics_of(streams):
             if stream.group == "audio":
                 columns = [int(name.removeprefix("codebook_")) for name in stream.names]
-                _place(losses[:, first:], columns, stream)
+                _place(losses[:, first:], columns, stream, stats.nll)
                 predicted = [known or k in columns for k, known in enumerate(predicted)]
     return losses, torch.tensor(predicted, device=losses.device)
 
 
-def _place(losses: Tensor, columns: Sequence[int], stream: Stream) -> None:
+def _place(losses: Tensor, columns: Sequence[int], stream: Stream, nll: Tensor) -> None:
     """Write a stream's losses to where the codes stand that it predicts."""
-    nll = token_statistics(stream.logits, stream.predicted).nll
     if stream.rows is not None:
         everywhere = nll.new_zeros(stream.targets.shape)
         everywhere.flatten(0, 1).index_copy_(0, stream.rows, nll)

@@ -146,13 +146,16 @@ def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
         audio = view.audio.reference | view.audio.target
         yield "tokens/reference_audio_fraction", Mean(view.audio.reference.sum(), positions)
         yield "tokens/target_audio_fraction", Mean(view.audio.target.sum(), positions)
-        labelled = (view.audio.labels != IGNORE_INDEX).sum()
         taught = (view.audio.labels != IGNORE_INDEX).flatten(1).any(dim=1)
         if view.text_labels is not None:
             taught = taught | (view.text_labels != IGNORE_INDEX).any(dim=1)
         yield "supervised/samples_fraction", Mean(taught.sum(), len(taught))
         coded = audio if view.audio.embedded is None else audio & ~view.audio.embedded
-        yield "supervised/audio_fraction", Mean(labelled, coded.sum() * view.audio.codebooks)
+        labelled, held = view.audio.labels != IGNORE_INDEX, view.audio.held
+        if held is None:
+            yield "supervised/audio_fraction", Mean(labelled.sum(), coded.sum() * view.audio.codebooks)
+        else:
+            yield "supervised/audio_fraction", Mean((labelled & held).sum(), held.sum())
     yield "invalid_ids", Sum(_invalid_ids(view))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import IGNORE_INDEX, NO_LABELS, AudioView, Divided, Overruled, Stream
+from telemetry.families.base import IGNORE_INDEX, NO_LABELS, AudioView, Divided, Overruled, Stream, each_logits
 from telemetry.families.chat import decoded
 from telemetry.families.fused import SAMPLE
 from telemetry.instruments.base import COMPILED, Instrument, Step
@@ -33,7 +33,7 @@ SOME = (
 )
 UNREAD = "no part of the model's loss could be read"
 NO_LOSS = "the model returned no loss"
-ONLY_ENDS = "all that it predicts is begin or end of stream, which are no entries of a codebook"
+ONLY_ENDS = "nothing that it predicts is an entry of the codebook: begins and ends of stream, or tokens of others"
 MANY_ENDS = 0.5
 UNCHECKED = "The model returned no loss to compare it with."
 WITHHELD = (
@@ -168,8 +168,7 @@ class OutputInstrument(Instrument):
         withheld = WITHHELD if microbatch.withheld else ""
         shares: list[Tensor] = []
         shown: list[_Shown] = []
-        for stream in reading.streams:
-            stats = token_statistics(stream.logits, stream.predicted, probe_id=stream.eos_id)
+        for stream, stats in statistics_of(reading.streams):
             totals = _totals(stream, stats)
             some = SOME if stream.each is not None and stream.rows is not None else ""
             note = " ".join(filter(None, (some, withheld)))
@@ -195,6 +194,13 @@ class OutputInstrument(Instrument):
             step.recorder.absent("outputs", COMPILED)
         if last is not None and last[1]:
             _show(step, *last)
+
+
+def statistics_of(streams: Iterable[Stream]) -> Iterator[tuple[Stream, TokenStats]]:
+    """Measure the tokens of every stream, those that take turns in the same logits at once."""
+    for whole, together in each_logits(streams):
+        stats = token_statistics(whole.logits, whole.predicted, probe_id=whole.eos_id)
+        yield from ((stream, stats) for stream in together)
 
 
 def _totals(stream: Stream, stats: TokenStats) -> dict[str, tuple[Tensor, Tensor]]:
@@ -229,7 +235,8 @@ def _metrics(
 
 def _codebook_use(stream: Stream, stats: TokenStats) -> Iterator[tuple[str, Metric]]:
     predicted = _by_sequence(stats.prediction, stream)
-    counts = histogram_of_ids(predicted, _supervised(stream), stream.logits.shape[-1])
+    first, size = stream.entries or (0, stream.logits.shape[-1])
+    counts = histogram_of_ids(predicted - first, _supervised(stream), size)
     special = (stream.bos_id, stream.eos_id if stream.ends is None else None)
     counts = _without(counts, {one for one in special if one is not None})
     for k, name in enumerate(stream.names):
@@ -238,7 +245,7 @@ def _codebook_use(stream: Stream, stats: TokenStats) -> Iterator[tuple[str, Metr
 
 
 def _say_of_ends(codebooks: Sequence[str], _host: Mapping[str, Tensor], emit: Emitter) -> None:
-    """Say what codebooks that predict little but begin and end of stream are measured over; why some are not."""
+    """Say what codebooks that predict few of their entries are measured over; why some are not."""
     for name in codebooks:
         tags = [f"outputs/{name}/{kind}" for kind in ("used_fraction", "perplexity")]
         use, predicted = emit.merged(tags[0]), emit.merged(f"outputs/accuracy/{name}")
@@ -249,7 +256,7 @@ def _say_of_ends(codebooks: Sequence[str], _host: Mapping[str, Tensor], emit: Em
             if share == 1:
                 emit.absent(tag, ONLY_ENDS)
             elif share > MANY_ENDS:
-                emit.notes[tag] = f"{share:.0%} of its predictions are begin or end of stream, and left out."
+                emit.notes[tag] = f"{share:.0%} of its predictions are no entries of the codebook, and left out."
 
 
 def _by_sequence(values: Tensor, stream: Stream) -> Tensor:

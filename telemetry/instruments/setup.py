@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.families.base import Stream
+from telemetry.families.base import Stream, each_logits
 from telemetry.instruments.asked import FirstStep
 from telemetry.instruments.base import Step
 from telemetry.measures.token_stats import token_statistics
@@ -58,7 +58,7 @@ class SetupInstrument(FirstStep):
 
     def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
         """Measure the loss of every sequence against that of a guess."""
-        for stream in reading.streams if self.looks else ():
+        for stream, _ in each_logits(reading.streams if self.looks else ()):
             for tag, value in _against_chance(stream):
                 step.recorder.metric(tag, value)
 

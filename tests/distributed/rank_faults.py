@@ -79,9 +79,9 @@ def broken_gain(rank: int) -> Iterator[list[TrainerCallback]]:
     calls = itertools.count(1)
 
     def break_at_second(*args: Any) -> Any:
-        return _broken() if rank == FAULTY_RANK and next(calls) % 2 == 0 else _token_statistics(*args)
+        return _broken() if rank == FAULTY_RANK and next(calls) % 2 == 0 else _statistics_of(*args)
 
-    with patch.object(conditioning_log, "token_statistics", break_at_second):
+    with patch.object(conditioning_log, "statistics_of", break_at_second):
         yield []
 
 
@@ -91,7 +91,7 @@ def no_fault(rank: int) -> Iterator[list[TrainerCallback]]:
 
 
 _measure_inputs = InputInstrument.inputs
-_token_statistics = conditioning_log.token_statistics
+_statistics_of = conditioning_log.statistics_of
 _find_violations = chatml_log.violations
 
 # Name → what makes it happen on a rank, while the training runs with the callbacks that it hands over.

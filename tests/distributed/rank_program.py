@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from rank_faults import FAULTS
 from rank_scenarios import Batch, Outcome, Scenario
-from support import models, speech_models
+from support import codec_tokens, models, speech_models
 from support.programs import Keeper
 from support.steps import OF_HIGGS, Steps, make_trainer, quiet_arguments
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class OrderedTrainer(HiggsAudioTrainer):
 def run(scenario: Scenario, directory: Path) -> Outcome:
     """One training on this rank."""
     backend = MemoryBackend()
-    everything = StrategicTelemetry(logging_steps=1, backends=[backend], options=scenario.options)
+    family = codec_tokens.declared() if scenario.model == "codec_tokens" else None
+    everything = StrategicTelemetry(logging_steps=1, backends=[backend], options=scenario.options, family=family)
     telemetry = [everything] if scenario.telemetry else []
     evaluation = scenario.batches if "eval_strategy" in scenario.arguments else None
     with Keeper("telemetry", []) as log, FAULTS[scenario.fault](own_rank()) as faulty:
@@ -67,6 +68,7 @@ MODELS: dict[str, Callable[[Scenario], Any]] = {
     "higgs": _higgs,
     "csm": lambda _scenario: speech_models.csm(),
     "dia": lambda _scenario: speech_models.dia(),
+    "codec_tokens": lambda _scenario: codec_tokens.llama(),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rank_program import run
 from rank_scenarios import Batch, Outcome, Scenario, launch
-from support import speech_models
+from support import codec_tokens, speech_models
 from support.speech_models import taught
 
 from telemetry.backends.memory import MemoryBackend
@@ -61,6 +61,9 @@ SPEAKING: dict[str, list[Batch]] = {
         speech_models.csm_waveforms([(4, 3, taught(3))]),
     ],
     "dia": [speech_models.dia_batch((4, 2, 3), (6, 0, 4 + 2 * seed), seed=seed) for seed in range(4)],
+    "codec_tokens": [
+        codec_tokens.batch((3, seed, 2, 3), (5, 1, 1, 4 + seed), left=seed % 2 == 1, seed=seed) for seed in range(4)
+    ],
 }
 
 

@@ -233,7 +233,7 @@ def test_a_codebook_that_mostly_predicts_the_end_says_so(higgs: Any, voices: Voi
         ((_, record),) = backend.records[f"outputs/codebook_0/{kind}"]
         assert isinstance(record, Scalar)
         assert record.value == pytest.approx(value)
-        assert record.note == "90% of its predictions are begin or end of stream, and left out."
+        assert record.note == "90% of its predictions are no entries of the codebook, and left out."
     ((_, other),) = backend.records["outputs/codebook_1/perplexity"]
     assert isinstance(other, Scalar)
     assert other.note == ""
