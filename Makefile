@@ -21,7 +21,8 @@ demo: $(VENV)/.installed
 		--output_dir $(DEMO)/output --logging_dir $(DEMO)/logs \
 		--max_steps 150 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 \
 		--learning_rate 2e-3 --warmup_steps 20 --logging_steps 5 --eval_steps 50 --save_steps 150 \
-		--enable_strategic_logging --strategic_logging_steps 10 --zero_shot_clips 6
+		--enable_strategic_logging --strategic_logging_steps 10 --zero_shot_clips 6 \
+		--speaker_encoder resemblyzer --transcriber pocketsphinx --opinion_scorer dnsmos
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -51,9 +52,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) --editable '.[report]'
+	$(PIP_INSTALL) --editable '.[listeners,report]'
+	$(PIP_INSTALL) --no-deps resemblyzer
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --no-deps resemblyzer
 	touch $@ $(VENV)/.installed

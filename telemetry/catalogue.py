@@ -600,6 +600,13 @@ CATALOGUE: tuple[Entry, ...] = (
         absent="no speaker encoder was given, or no clip has a reference and is long enough to tell a voice",
     ),
     _of_clips(
+        "opinion_score",
+        "Mean opinion that people would have of the sound of generated speech, as a network predicts it: 1 is bad, 5 "
+        "excellent.",
+        better="higher",
+        absent="no opinion scorer was given",
+    ),
+    _of_clips(
         "wer",
         "Word error rate of generated speech: wrong words for each word that should be said.",
         reduction="errors over words of all clips",

@@ -159,6 +159,7 @@ QUESTIONS: tuple[Question, ...] = (
             ("zero_shot/conditioning/{loss_own,loss_swapped,loss_none}",),
         ),
         Chart("Speaker similarity, generated against reference", ("zero_shot/speaker_similarity",)),
+        Chart("Predicted opinion of the sound", ("zero_shot/opinion_score",)),
         Chart("Word and character error rate", ("zero_shot/{wer,cer}",)),
         Chart("Length and speed against the target", ("zero_shot/{duration_ratio,speaking_rate}",)),
         Chart(

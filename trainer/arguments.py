@@ -103,12 +103,13 @@ class ScriptArguments:
     )
     speaker_encoder: str | None = field(
         default=None,
-        metadata={"help": "Directory or hub id of an x-vector model (WavLM): measures the similarity of voices."},
+        metadata={"help": "'resemblyzer', or directory or hub id of an x-vector model: the similarity of voices."},
     )
     transcriber: str | None = field(
         default=None,
-        metadata={"help": "Directory or hub id of a speech recognition model: measures word and character errors."},
+        metadata={"help": "'pocketsphinx', or directory or hub id of a speech recognition model: word errors."},
     )
+    opinion_scorer: str | None = field(default=None, metadata={"help": "'dnsmos': how good the sound is, 1 to 5."})
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything.

@@ -178,6 +178,7 @@ def component_options(script: ScriptArguments) -> dict[str, dict[str, Any]]:
             "clips": script.zero_shot_clips,
             "speaker_encoder": script.speaker_encoder,
             "transcriber": script.transcriber,
+            "opinion_scorer": script.opinion_scorer,
         },
     }
     return {name: given for name, given in options.items() if name in script.strategic_logging_components}

@@ -14,7 +14,7 @@ from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECON
 from telemetry.instruments.questions import choose
 from telemetry.session import DEFAULT_LOGGING_STEPS
 from telemetry.sound import SoundPolicy
-from telemetry.speech.base import SpeakerEncoder, Transcriber
+from telemetry.speech.base import OpinionScorer, SpeakerEncoder, Transcriber
 
 
 class InputLoggerCallback(StrategicCallback):
@@ -66,6 +66,7 @@ class ZeroShotVerificationLoggerCallback(StrategicCallback):
         transcriber: Transcriber | str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         clips_max_seconds: float = MAX_SECONDS,
+        opinion_scorer: OpinionScorer | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -76,6 +77,7 @@ class ZeroShotVerificationLoggerCallback(StrategicCallback):
             transcriber=transcriber,
             max_new_tokens=max_new_tokens,
             clips_max_seconds=clips_max_seconds,
+            opinion_scorer=opinion_scorer,
             **kwargs,
         )
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from telemetry.families.speech import Prompt, Speech
 from telemetry.measures.audio import clipping_fraction, log_mel, mel_distance, seconds, silence_fraction, silent_seconds
 from telemetry.records import Clip, Mean
-from telemetry.speech.base import SpeakerEncoder, Transcriber
+from telemetry.speech.base import OpinionScorer, SpeakerEncoder, Transcriber
 from telemetry.speech.text import character_errors, leaked_share, normalize, word_errors
 
 NUMBERS = (
-    "speaker_similarity", "wer", "cer", "duration_ratio", "speaking_rate", "silence_fraction", "clipping_fraction",
-    "eos_hit_rate", "reference_leak", "codebook_use", "mel_distance", "mel_distance_shuffled",
+    "speaker_similarity", "opinion_score", "wer", "cer", "duration_ratio", "speaking_rate", "silence_fraction",
+    "clipping_fraction", "eos_hit_rate", "reference_leak", "codebook_use", "mel_distance", "mel_distance_shuffled",
 )  # fmt: skip
 NEEDS_ENCODER = ("speaker_similarity",)
+NEEDS_SCORER = ("opinion_score",)
 NEEDS_TRANSCRIBER = ("wer", "cer", "reference_leak")
 
 
@@ -50,7 +51,7 @@ class Listener:
     """Measures clips.
 
     Args:
-        encoder, transcriber: None leaves out what needs them.
+        encoder, transcriber, scorer: None leaves out what needs them.
         problem: is told, by the name of a number and a reason, what could not be measured.
     """
 
@@ -59,10 +60,12 @@ class Listener:
         encoder: SpeakerEncoder | None,
         transcriber: Transcriber | None,
         problem: Callable[[str, str], None],
+        scorer: OpinionScorer | None = None,
     ) -> None:
         self._encoder = encoder
         self._transcriber = transcriber
         self._problem = problem
+        self._scorer = scorer
 
     def transcript(self, clip: HeardClip) -> str | None:
         """What the model says; None where nothing transcribes it."""
@@ -88,6 +91,7 @@ class Listener:
         generated = clip.generated
         if len(generated.samples):
             yield from self._similarity(clip)
+            yield from self._opinion(generated)
             yield from _signal(generated)
         if clip.speech.ending == "time":  # cut off by a bound that says nothing of the model
             self._problem("duration_ratio", "a clip was cut off when its time was up")
@@ -118,6 +122,14 @@ class Listener:
             self._problem("speaker_similarity", f"the speaker encoder failed: {error}")
             return
         yield "speaker_similarity", Mean(cosine(ours, theirs), 1)
+
+    def _opinion(self, heard: Clip) -> Iterator[tuple[str, Mean]]:
+        if self._scorer is None:
+            return
+        try:
+            yield "opinion_score", Mean(float(self._scorer.score(heard.samples, heard.sampling_rate)), 1)
+        except Exception as error:  # noqa: BLE001  (whatever a scorer raises, the other numbers are measured)
+            self._problem("opinion_score", f"the opinion scorer failed: {error}")
 
 
 def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:

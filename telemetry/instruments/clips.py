@@ -20,14 +20,14 @@ from tqdm import tqdm
 from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.families.speech import Prompt, Speaker, Speech
 from telemetry.instruments.base import Instrument, Step, training_precision
-from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_TRANSCRIBER, HeardClip, Listener
+from telemetry.instruments.clip_numbers import NEEDS_ENCODER, NEEDS_SCORER, NEEDS_TRANSCRIBER, HeardClip, Listener
 from telemetry.instruments.clip_records import Baseline, MeasuredClip, baseline, metrics, save, shown
 from telemetry.once import Once
 from telemetry.probes.lockstep import can_keep_company, in_company
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Clip
-from telemetry.speech.base import SpeakerEncoder, Transcriber
-from telemetry.speech.loading import load_speaker_encoder, load_transcriber
+from telemetry.speech.base import OpinionScorer, SpeakerEncoder, Transcriber
+from telemetry.speech.loading import load_opinion_scorer, load_speaker_encoder, load_transcriber
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,18 @@ class ClipInstrument(Instrument):
 
     Args:
         clips: samples a rank; 0 turns it off.
-        speaker_encoder: an object, or directory or hub id of an x-vector model; None leaves ``speaker_similarity`` out.
-        transcriber: an object, or directory or hub id of a speech recognition model; None leaves ``wer``, ``cer`` and
-            ``reference_leak`` out.
+        speaker_encoder: an object, ``resemblyzer``, or directory or hub id of an x-vector model; None leaves
+            ``speaker_similarity`` out.
+        transcriber: an object, ``pocketsphinx``, or directory or hub id of a speech recognition model; None leaves
+            ``wer``, ``cer`` and ``reference_leak`` out.
         max_new_tokens: frames of codes of one clip at most; a clip may also be no more than twice as long as its
             target.
         max_seconds: wall time that the clips of one evaluation may take, at most half of it for generating. A clip for
             which no time is left is left out.
+        opinion_scorer: an object, or ``dnsmos``; None leaves ``opinion_score`` out.
 
     Raises:
-        ValueError: when a number is out of range, or an encoder or transcriber cannot be loaded.
+        ValueError: when a number is out of range, or what listens cannot be loaded.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class ClipInstrument(Instrument):
         transcriber: Transcriber | str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_seconds: float = MAX_SECONDS,
+        opinion_scorer: OpinionScorer | str | None = None,
     ) -> None:
         if clips < 0 or max_new_tokens < 1 or not max_seconds > 0:
             raise ValueError(
@@ -88,6 +91,7 @@ class ClipInstrument(Instrument):
         self.clips = clips
         self._encoder = load_speaker_encoder(speaker_encoder) if isinstance(speaker_encoder, str) else speaker_encoder
         self._transcriber = load_transcriber(transcriber) if isinstance(transcriber, str) else transcriber
+        self._scorer = load_opinion_scorer(opinion_scorer) if isinstance(opinion_scorer, str) else opinion_scorer
         self.max_new_tokens = max_new_tokens
         self.max_seconds = max_seconds
         self._forget()
@@ -115,18 +119,20 @@ class ClipInstrument(Instrument):
         listeners = (
             ("speaker encoder", NEEDS_ENCODER, self._encoder),
             ("transcriber", NEEDS_TRANSCRIBER, self._transcriber),
+            ("opinion scorer", NEEDS_SCORER, self._scorer),
         )
         return next((f"no {what} was given" for what, names, one in listeners if name in names and not one), "")
 
     def listener(self, recorder: Recorder) -> Listener:
         """What measures, and says once what it cannot."""
-        for name in (*NEEDS_ENCODER, *NEEDS_TRANSCRIBER):
+        for name in (*NEEDS_ENCODER, *NEEDS_TRANSCRIBER, *NEEDS_SCORER):
             if reason := self.lacks(name):
                 recorder.absent(f"zero_shot/{name}", reason)
         return Listener(
             self._encoder,
             self._transcriber,
             lambda name, reason: recorder.say_once(f"clip:{name}", "zero_shot/%s of a clip: %s", name, reason),
+            self._scorer,
         )
 
     def __getstate__(self) -> dict[str, Any]:

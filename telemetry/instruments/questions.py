@@ -20,7 +20,7 @@ from telemetry.instruments.reference import ReferenceInstrument
 from telemetry.instruments.setup import SetupInstrument
 from telemetry.instruments.text_audio_cosine import TextAudioCosine
 from telemetry.instruments.transcripts import TranscriptInstrument
-from telemetry.speech.base import SpeakerEncoder, Transcriber
+from telemetry.speech.base import OpinionScorer, SpeakerEncoder, Transcriber
 
 
 def inputs() -> list[Instrument]:
@@ -58,24 +58,25 @@ def zero_shot(
     transcriber: Transcriber | str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     clips_max_seconds: float = MAX_SECONDS,
+    opinion_scorer: OpinionScorer | str | None = None,
 ) -> list[Instrument]:
     """Return what asks: is every sample a well-formed prompt, and does the model use the reference voice?
 
     Args:
         conditioning_every: measure the conditioning gain every so many due steps, beginning with the first, and at
             every evaluation: three forward passes. 0 never.
-        clips, speaker_encoder, transcriber, max_new_tokens: what the model says freely at every evaluation, and what
-            listens to it: see :class:`telemetry.instruments.clips.ClipInstrument`. 0 clips never.
+        clips, speaker_encoder, transcriber, opinion_scorer, max_new_tokens: what the model says freely at every
+            evaluation, and what listens to it: see :class:`telemetry.instruments.clips.ClipInstrument`. 0 clips never.
         clips_max_seconds: wall time that the clips of one evaluation may take.
 
     Raises:
-        ValueError: when a number is out of range, or an encoder or transcriber cannot be loaded.
+        ValueError: when a number is out of range, or what listens cannot be loaded.
     """
     return [
         ReferenceInstrument(),
         ChatMLInstrument(),
         ConditioningInstrument(conditioning_every),
-        ClipInstrument(clips, speaker_encoder, transcriber, max_new_tokens, clips_max_seconds),
+        ClipInstrument(clips, speaker_encoder, transcriber, max_new_tokens, clips_max_seconds, opinion_scorer),
     ]
 
 

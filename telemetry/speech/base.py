@@ -1,4 +1,4 @@
-"""What a speaker encoder and a transcriber have to do. Any object with these methods will do."""
+"""What a speaker encoder, a transcriber and an opinion scorer have to do. Any object with these methods will do."""
 
 from __future__ import annotations
 
@@ -39,4 +39,21 @@ class Transcriber(Protocol):
             samples: float32 ``[samples]``, mono, full scale at ±1.
             sampling_rate: in hertz.
             language: code of the language, where it is known.
+        """
+
+
+class OpinionScorer(Protocol):
+    """Says how good people would find the sound."""
+
+    def score(self, samples: np.ndarray, sampling_rate: int) -> float:
+        """The mean opinion of a clip, from 1 (bad) to 5 (excellent).
+
+        Called on the training thread between steps, in a place where random numbers may be drawn without a trace.
+
+        Args:
+            samples: float32 ``[samples]``, mono, full scale at ±1.
+            sampling_rate: in hertz.
+
+        Raises:
+            ValueError: when the clip cannot be judged.
         """

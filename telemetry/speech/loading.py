@@ -1,4 +1,4 @@
-"""Loads the built-in speaker encoder and transcriber by path, when they are asked for."""
+"""Loads a speaker encoder, a transcriber and an opinion scorer by name, directory or hub id, when asked for."""
 
 from __future__ import annotations
 
@@ -8,38 +8,62 @@ from contextlib import contextmanager
 from torch import nn
 
 from telemetry.probes.quiet import set_aside
-from telemetry.speech.base import SpeakerEncoder, Transcriber
+from telemetry.speech.base import OpinionScorer, SpeakerEncoder, Transcriber
 
 
-def load_speaker_encoder(path: str) -> SpeakerEncoder:
-    """The speaker encoder at a directory or hub id: :class:`telemetry.speech.speaker.XVectorEncoder`.
+def load_speaker_encoder(name: str) -> SpeakerEncoder:
+    """Load ``resemblyzer``, or the x-vector model at a directory or hub id.
 
     Raises:
-        ValueError: when there is none; says the path, the reason and what to give.
+        ValueError: when there is none; says the name, the reason and what to give.
     """
-    with _loading("speaker encoder", path, "an x-vector model, such as microsoft/wavlm-base-plus-sv"):
+    wanted = "resemblyzer, or a directory or hub id of an x-vector model, such as microsoft/wavlm-base-plus-sv"
+    with _loading("speaker encoder", name, wanted):
+        if name == "resemblyzer":
+            from telemetry.speech.packaged import Resemblyzer
+
+            return Resemblyzer()
         from telemetry.speech.speaker import XVectorEncoder
 
-        return XVectorEncoder(path)
+        return XVectorEncoder(name)
 
 
-def load_transcriber(path: str) -> Transcriber:
-    """The transcriber at a directory or hub id: :class:`telemetry.speech.transcriber.PipelineTranscriber`.
+def load_transcriber(name: str) -> Transcriber:
+    """Load ``pocketsphinx``, or the speech recognition model at a directory or hub id.
 
     Raises:
-        ValueError: when there is none; says the path, the reason and what to give.
+        ValueError: when there is none; says the name, the reason and what to give.
     """
-    with _loading("transcriber", path, "a speech recognition model, such as openai/whisper-small"):
+    wanted = "pocketsphinx, or a directory or hub id of a speech recognition model, such as openai/whisper-small"
+    with _loading("transcriber", name, wanted):
+        if name == "pocketsphinx":
+            from telemetry.speech.packaged import PocketSphinx
+
+            return PocketSphinx()
         from telemetry.speech.transcriber import PipelineTranscriber
 
-        return PipelineTranscriber(path)
+        return PipelineTranscriber(name)
+
+
+def load_opinion_scorer(name: str) -> OpinionScorer:
+    """Load ``dnsmos``.
+
+    Raises:
+        ValueError: when it is not that or not installed; says the name, the reason and what to give.
+    """
+    with _loading("opinion scorer", name, "dnsmos, or an object with a method score(samples, sampling_rate)"):
+        if name != "dnsmos":
+            raise ValueError("there is none of this name.")
+        from telemetry.speech.packaged import Dnsmos
+
+        return Dnsmos()
 
 
 @contextmanager
-def _loading(what: str, path: str, wanted: str) -> Iterator[None]:
+def _loading(what: str, name: str, wanted: str) -> Iterator[None]:
     try:
         with set_aside(nn.Module()):  # weights are made at random before they are read: training must not notice
             yield
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)  # transformers adds tracebacks
-        raise ValueError(f"cannot load the {what} {path!r}: {reason} Give a directory or hub id of {wanted}") from error
+        raise ValueError(f"cannot load the {what} {name!r}: {reason} Give {wanted}") from error

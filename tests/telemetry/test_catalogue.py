@@ -155,6 +155,7 @@ ZERO_SHOT = [
     "zero_shot/conditioning/eval/codebook_7/gain",
     "zero_shot/conditioning/eval/loss_own",
     "zero_shot/speaker_similarity",
+    "zero_shot/opinion_score",
     "zero_shot/wer",
     "zero_shot/cer",
     "zero_shot/duration_ratio",

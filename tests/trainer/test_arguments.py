@@ -53,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "zero_shot_clips": 4,
     "speaker_encoder": None,
     "transcriber": None,
+    "opinion_scorer": None,
     "wandb_all_ranks": False,
     "skip_bad_samples": False,
 }
@@ -127,6 +128,7 @@ def test_every_argument_of_before_is_taken() -> None:
         "attention_layers": [1, 2],
         "speaker_encoder": "encoder",
         "transcriber": "transcriber",
+        "opinion_scorer": "dnsmos",
     }
     given = DEFAULTS | chosen
     assert None not in given.values()
@@ -241,7 +243,7 @@ def test_nothing_is_reported_twice(more: list[str], destinations: list[str]) -> 
 def test_components_that_were_chosen_are_told_what_was_asked_of_them() -> None:
     asked = ["--attention_layers", "1", "2", "--text_audio_cosine", "--zero_shot_clips", "7"]
     attention = {"layers": [1, 2], "text_audio_cosine": True}
-    clips = {"clips": 7, "speaker_encoder": None, "transcriber": None}
+    clips = {"clips": 7, "speaker_encoder": None, "transcriber": None, "opinion_scorer": None}
     assert component_options(parse(*asked)[0]) == {"shared_attention": attention, "zero_shot": clips}
     components = ["--strategic_logging_components", "inputs", "shared_attention"]
     assert component_options(parse(*asked, *components)[0]) == {"shared_attention": attention}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ class Hears:
 
     def transcribe(self, samples: np.ndarray, sampling_rate: int, language: str | None) -> str:
         return self.words
+
+
+class Judges:
+    """Likes what is loud."""
+
+    def score(self, samples: np.ndarray, sampling_rate: int) -> float:
+        return 1 + 4 * float(np.abs(samples).max())
 
 
 def numbers(clip: HeardClip, words: str | None = None, other: Clip | None = None) -> dict[str, float | None]:
@@ -141,6 +149,16 @@ def test_cosines() -> None:
     assert cosine(np.zeros(2), np.ones(2)) == 0
 
 
+def test_the_opinion_is_the_scorers_and_a_scorer_that_fails_is_said() -> None:
+    clip, said = heard(tune(1.0)), []
+    listener = Listener(None, None, lambda name, reason: said.append((name, reason)), Judges())
+    measured = dict(listener.measure(clip, None, None))["opinion_score"].result()
+    assert measured == pytest.approx(1 + 4 * float(np.abs(clip.generated.samples).max()))
+    broken = Listener(None, None, lambda name, reason: said.append((name, reason)), SimpleNamespace(score=None))  # type: ignore[arg-type]
+    assert "opinion_score" not in dict(broken.measure(clip, None, None))
+    assert said == [("opinion_score", "the opinion scorer failed: 'NoneType' object is not callable")]
+
+
 def test_speech_that_was_stopped_by_its_limits() -> None:
     endless = replace(heard(tune(2.0)), speech=Speech(codes(), "tokens"))
     assert numbers(endless, TARGET_TEXT)["eos_hit_rate"] == 0
@@ -152,7 +170,7 @@ def test_speech_that_was_stopped_by_its_limits() -> None:
 
 
 def test_the_catalogue_says_what_a_cut_by_time_leaves_out() -> None:
-    listener = Listener(Loudness(), Hears(f"{REFERENCE_TEXT} {TARGET_TEXT}"), lambda name, reason: None)
+    listener = Listener(Loudness(), Hears(f"{REFERENCE_TEXT} {TARGET_TEXT}"), lambda name, reason: None, Judges())
     ended = heard(tune(1.0))
     cut = replace(ended, speech=Speech(codes(), "time"))
     of_ended, of_cut = (

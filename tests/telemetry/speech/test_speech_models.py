@@ -95,7 +95,10 @@ def test_what_cannot_be_loaded_is_a_clear_error(load: object, kind: str, tmp_pat
         path.mkdir()
     if kind == "other":
         (path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"cannot load the (speaker encoder|transcriber) .*model.*Give a directory"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot load the (speaker encoder|transcriber) .*model.*Give (resemblyzer|pocketsphinx), or a directory",
+    ):
         load(str(path))  # type: ignore[operator]
 
 
