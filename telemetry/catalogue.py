@@ -233,6 +233,19 @@ CATALOGUE: tuple[Entry, ...] = (
         kind="audio",
         absent="the batch carries no target waveform, or sound is off",
     ),
+    Entry(
+        "inputs/hardest",
+        "The training samples whose losses on due steps are furthest above the mean of their step, of all ranks: "
+        "noise, wrong transcripts, another voice. What is remembered is in hardest.csv in the output directory.",
+        kind="table",
+        absent="the batch does not name its samples (sample_id)",
+    ),
+    Entry(
+        "inputs/hardest/<i>",
+        "The target audio of the hardest samples, of rank 0's own.",
+        kind="audio",
+        absent="the batch carries no target waveform, or sound is off",
+    ),
     # outputs
     Entry(
         "outputs/loss/total",

@@ -54,6 +54,7 @@ SCALARS = {
 TABLES = {
     "inputs/tensors",
     "inputs/sequence",
+    "inputs/hardest",
     "outputs/predictions",
     "zero_shot/chatml",
     "zero_shot/clips",
@@ -106,7 +107,10 @@ def test_every_tag_that_applies_is_served(server: Server) -> None:
     assert {tag for tag in tags if tag.startswith(("inputs/", "outputs/"))} == SCALARS
     assert {"gradients/total_norm", "zero_shot/chatml/compliance", "eval/loss", "train/grad_norm"} <= tags
     assert server.tags("text") >= TABLES
-    assert server.tags("audio") == {"inputs/reference", "inputs/target"} | HEARD
+    assert (
+        server.tags("audio")
+        == {"inputs/reference", "inputs/target", *(f"inputs/hardest/{i}" for i in range(5))} | HEARD
+    )
     assert server.tags("images") >= {f"zero_shot/clip_{i}/spectrogram" for i in CLIPS}
     assert all(find(tag) for tag in tags)
 

@@ -18,6 +18,7 @@ from telemetry.families.base import IGNORE_INDEX, NO_LABELS, AudioView, Divided,
 from telemetry.families.chat import decoded
 from telemetry.families.fused import SAMPLE
 from telemetry.instruments.base import COMPILED, Instrument, Step
+from telemetry.instruments.hardest import SampleLosses
 from telemetry.measures.token_stats import TokenStats, histogram_of_ids, masked_totals, token_statistics
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.records import Mean, Metric, Perplexity, Table, UsedFraction
@@ -147,10 +148,12 @@ class OutputInstrument(Instrument):
         self._readings: list[Reading] = []
         self._last: tuple[Microbatch, list[_Shown]] | None = None
         self._codebooks: set[str] = set()
+        self._samples = SampleLosses()
 
     def begin(self, step: Step) -> None:
         """Begin with nothing."""
         self._passes, self._readings, self._last, self._codebooks = [], [], None, set()
+        self._samples.begin()
 
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Forget the microbatch before; measure which stream ends are supervised."""
@@ -175,8 +178,10 @@ class OutputInstrument(Instrument):
             for tag, value in _metrics(stream, stats, totals):
                 step.recorder.metric(f"outputs/{tag}", value, note)
             shares.append(_share(stream, *totals["loss"]))
+            self._samples.stream(stream, stats)
             shown += _Shown.of(stream, stats)
             self._codebooks.update(stream.names if stream.group == "audio" else ())
+        self._samples.microbatch(step, microbatch)
         self._last = microbatch, shown
         self._passes.append(_pass(microbatch, reading, shares))
         self._readings.append(Reading(divided=reading.divided, overruled=reading.overruled))
@@ -184,6 +189,8 @@ class OutputInstrument(Instrument):
     def finish(self, step: Step) -> None:
         """Add the passes' losses up; show the last microbatch's predictions."""
         passes, readings, last, codebooks = self._passes, self._readings, self._last, sorted(self._codebooks)
+        if passes:
+            self._samples.finish(step)
         self.begin(step)
         _say_divided(step, [one for reading in readings for one in reading.divided], len(readings))
         _say_overruled(step, [one for reading in readings for one in reading.overruled])

@@ -234,3 +234,18 @@ def test_sharding_left_each_rank_a_part(on_ranks: dict[str, list[Outcome]]) -> N
     )
     assert sum(parts) == whole[0] == whole[1]
     assert max(parts) < whole[0]
+
+
+@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+def test_the_hardest_samples_are_those_of_all_ranks(
+    on_ranks: dict[str, list[Outcome]], alone: dict[int, MemoryBackend], accumulation: int
+) -> None:
+    ours, theirs = (
+        {row[0]: row[1:6] for step, record in backend.records["inputs/hardest"] if step == 1 for row in record.rows}  # type: ignore[union-attr]
+        for backend in (on_ranks[f"copied-{accumulation}"][0].backend, alone[accumulation])
+    )
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 1
+    for name, row in ours.items():
+        assert row[1:3] == pytest.approx(theirs[name][1:3], rel=1e-4, abs=1e-5)
+        assert (row[0], row[3:]) == (theirs[name][0], theirs[name][3:])

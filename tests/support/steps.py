@@ -93,7 +93,7 @@ class Steps:
         self.losses: list[float] = []
         self._loss = loss
         self._clips = clips
-        if hasattr(model.config, "num_codebooks"):
+        if loss is None and hasattr(model.config, "num_codebooks"):
             model.loss_function = AccumulatedLoss(model.config)
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.state = TrainerState(is_world_process_zero=self._ranks == 1 or dist.get_rank() == 0)

@@ -189,6 +189,7 @@ SCALARS = [*INPUTS, *OUTPUTS, *ATTENTION, *GRADIENTS, *ZERO_SHOT, *OTHERS]
 TABLES = [
     "inputs/tensors",
     "inputs/sequence",
+    "inputs/hardest",
     "outputs/predictions",
     "gradients/largest",
     "gradients/missing",
@@ -201,6 +202,8 @@ TABLES = [
 AUDIO = [
     "inputs/reference",
     "inputs/target",
+    "inputs/hardest/0",
+    "inputs/hardest/10",
     "zero_shot/clip_0/reference",
     "zero_shot/clip_0/target",
     "zero_shot/clip_10/generated",
