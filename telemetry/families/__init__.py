@@ -15,6 +15,7 @@ from telemetry.families.base import (
     Layer,
     LossPart,
     Overruled,
+    Rest,
     Seen,
     Stream,
     reads,
@@ -27,6 +28,8 @@ from telemetry.families.dia import DiaFamily
 from telemetry.families.higgs_audio import HiggsAudioFamily
 from telemetry.families.higgs_audio_v2 import HiggsAudioV2Family
 from telemetry.families.moshi import MoshiFamily
+from telemetry.families.musicgen import MusicgenFamily
+from telemetry.families.speech_lm import KyutaiSpeechToTextFamily, TalkerFamily, VibeVoiceFamily
 
 __all__ = [
     "Absent",
@@ -43,12 +46,17 @@ __all__ = [
     "FeedForward",
     "HiggsAudioFamily",
     "HiggsAudioV2Family",
+    "KyutaiSpeechToTextFamily",
     "Layer",
     "LossPart",
     "MoshiFamily",
+    "MusicgenFamily",
     "Overruled",
+    "Rest",
     "Seen",
     "Stream",
+    "TalkerFamily",
+    "VibeVoiceFamily",
     "bound_family",
     "find_family",
     "reads",

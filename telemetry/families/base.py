@@ -257,6 +257,16 @@ class LossPart:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """The part of the loss that is left when all that streams and other parts show is taken from what was returned.
+
+    For what a model adds without showing it: it cannot be checked, and neither can the sum with it.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Divided:
     """A part of the loss that the trainer has divided by what it has counted, to be held against its own tokens.
 
@@ -301,7 +311,7 @@ class Absent:
     in_loss: bool = True
 
 
-Declared: TypeAlias = Stream | LossPart | Divided | Overruled | Absent
+Declared: TypeAlias = Stream | LossPart | Rest | Divided | Overruled | Absent
 
 
 @dataclass(frozen=True)
@@ -527,6 +537,56 @@ def clip_length(audio: AudioView, begin: int) -> int:
     others[0] = False
     stops = ~spoken | others
     return int(stops.long().argmax()) if bool(stops.any()) else len(stops)
+
+
+def decoder_audio(
+    codes: Tensor,
+    shifted: Tensor | None,
+    is_audio: Tensor,
+    text: int,
+    is_code: Tensor,
+    **known: Any,
+) -> AudioView:
+    """Lay out the audio of an encoder-decoder after its encoder's text. What comes before a first label is reference.
+
+    Args:
+        codes: int64 ``[batch, frames, C]``, what the decoder is given, a begin first.
+        shifted: its labels, ``[batch, frames, C]``, each at the position that predicts it; None where they are unknown.
+        is_audio: bool ``[batch, text + frames]``.
+        text: positions of the encoder.
+        is_code: bool ``[batch, frames, C]``: the codes that are neither begin, end nor padding.
+        known: what else the view says: vocabulary, ids, delay.
+    """
+    labels, after = torch.full_like(codes, IGNORE_INDEX), None
+    if shifted is not None:  # the last label is that of a frame that the decoder is not given
+        labels[:, 1:], after = shifted[:, :-1], shifted[:, -1]
+    room = codes.new_zeros(codes.shape[0], text, codes.shape[2])
+    codes = torch.cat([room, codes], dim=1)
+    labels = torch.cat([torch.full_like(room, IGNORE_INDEX), labels], dim=1)
+    labels = labels.masked_fill(~is_audio.unsqueeze(-1), IGNORE_INDEX)
+    is_code = torch.cat([torch.zeros_like(room, dtype=torch.bool), is_code], dim=1) & is_audio.unsqueeze(-1)
+    unlabelled = is_code & (labels == IGNORE_INDEX)
+    begun = (labels != IGNORE_INDEX).any(dim=-1).long().cumsum(dim=1) > 0
+    reference = is_audio & ~begun & (unlabelled.any(dim=-1) & ~begun).any(dim=1, keepdim=True)
+    count = is_audio.sum(dim=1)
+    return AudioView(
+        codes=codes.masked_fill(~is_audio.unsqueeze(-1), 0),
+        labels=labels,
+        reference=reference,
+        target=is_audio & ~reference,
+        starts=_first(is_audio) | _first(is_audio & ~reference),
+        frames=count,
+        placeholders=count,
+        after=after,
+        reference_codes=unlabelled & reference.any(dim=1)[:, None, None],
+        labelled=shifted is not None,
+        **known,
+    )
+
+
+def _first(marked: Tensor) -> Tensor:
+    """The first marked position of every sample, bool ``[batch, sequence]``."""
+    return marked & (marked.long().cumsum(dim=1) == 1)
 
 
 def decoder_layers(decoder: Any) -> list[Any]:

@@ -47,7 +47,7 @@ class CausalLMFamily(Family):
     """
 
     name = "causal_lm"
-    groups = (
+    groups: Sequence[tuple[str, str]] = (
         *(("lora_", "lora"), ("ia3_", "lora"), ("prompt_encoder", "lora")),  # what PEFT adds, whatever it is added to
         ("lm_head", "text_head"),
         *DECODER_GROUPS,
@@ -63,8 +63,8 @@ class CausalLMFamily(Family):
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
         """Whether it has a text head and says how large its vocabulary is."""
-        get_head, config = getattr(model, "get_output_embeddings", None), getattr(model, "config", None)
-        known = callable(get_head) and isinstance(getattr(config, "vocab_size", None), int)
+        get_head = getattr(model, "get_output_embeddings", None)
+        known = callable(get_head) and isinstance(getattr(_text_config(model), "vocab_size", None), int)
         return known and isinstance(get_head(), nn.Module)  # type: ignore[misc]
 
     def watched(self) -> Mapping[str, nn.Module]:
@@ -169,10 +169,27 @@ class CausalLMFamily(Family):
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             return None
         labels = inputs.get("labels")
-        real = real_positions(inputs, input_ids, getattr(self.model.config, "pad_token_id", None), labels)
+        config: Any = _text_config(self.model)
+        real = real_positions(inputs, input_ids, getattr(config, "pad_token_id", None), labels)
         if self._encodes or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
             labels = None
-        return BatchView(input_ids, real, real, labels, int(self.model.config.vocab_size))
+        text = real
+        for placeholder in _placeholders(self.model.config):  # of images and sound, which are put there
+            text = text & (input_ids != placeholder)
+        return BatchView(input_ids, real, text, labels, int(config.vocab_size))
+
+
+def _text_config(model: Any) -> Any:
+    """The configuration of the part that predicts text, of a model that has others beside it."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get(decoder=True) if callable(get) else config
+
+
+def _placeholders(config: Any) -> list[int]:
+    """Ids that stand for what is no text."""
+    named = (f"{kind}_token_{end}" for kind in ("image", "audio", "video") for end in ("id", "index"))
+    return sorted({one for name in named if isinstance(one := getattr(config, name, None), int)})
 
 
 def _logits(outputs: Any) -> Tensor | None:

@@ -31,6 +31,7 @@ from telemetry.families.base import (
     Seen,
     Stream,
     codebook_names,
+    decoder_audio,
     output,
     reads,
     real_positions,
@@ -144,34 +145,17 @@ class DiaFamily(Family):
 
     def _audio_view(self, given: Any, codes: Tensor, is_audio: Tensor, text: int) -> AudioView:
         decoder = self._config.decoder_config
-        labels, after = torch.full_like(codes, IGNORE_INDEX), None
-        if isinstance(given, Tensor):  # the last label is that of a frame that the decoder is not given
-            shifted = self._by_frame(given.reshape(-1, codes.shape[1]))
-            labels[:, 1:], after = shifted[:, :-1], shifted[:, -1]
-        room = codes.new_zeros(codes.shape[0], text, codes.shape[2])
-        codes = torch.cat([room, codes], dim=1)
-        labels = torch.cat([torch.full_like(room, IGNORE_INDEX), labels], dim=1)
-        labels = labels.masked_fill(~is_audio.unsqueeze(-1), IGNORE_INDEX)
-        is_code = (codes < self._first_special) & is_audio.unsqueeze(-1)
-        unlabelled = is_code & (labels == IGNORE_INDEX)
-        begun = (labels != IGNORE_INDEX).any(dim=-1).long().cumsum(dim=1) > 0
-        reference = is_audio & ~begun & (unlabelled.any(dim=-1) & ~begun).any(dim=1, keepdim=True)
-        count = is_audio.sum(dim=1)
-        return AudioView(
-            codes=codes.masked_fill(~is_audio.unsqueeze(-1), 0),
-            labels=labels,
-            reference=reference,
-            target=is_audio & ~reference,
-            starts=_first(is_audio) | _first(is_audio & ~reference),
+        shifted = self._by_frame(given.reshape(-1, codes.shape[1])) if isinstance(given, Tensor) else None
+        return decoder_audio(
+            codes,
+            shifted,
+            is_audio,
+            text,
+            codes < self._first_special,
             vocabulary=decoder.vocab_size,
             bos_id=decoder.bos_token_id,
             eos_id=decoder.eos_token_id,
-            frames=count,
-            placeholders=count,
             delay=tuple(self._config.delay_pattern),
-            after=after,
-            reference_codes=unlabelled & reference.any(dim=1)[:, None, None],
-            labelled=isinstance(given, Tensor),
         )
 
     @property
@@ -198,8 +182,3 @@ class DiaFamily(Family):
         counted = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         own = {"decoder_position_ids": counted} | self.swap_reference(inputs, None)
         return own | {"decoder_attention_mask": mask.masked_fill(hidden, 0)}
-
-
-def _first(marked: Tensor) -> Tensor:
-    """The first marked position of every sample, bool ``[batch, sequence]``."""
-    return marked & (marked.long().cumsum(dim=1) == 1)

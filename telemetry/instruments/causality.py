@@ -43,12 +43,19 @@ class CausalityInstrument(FirstStep):
         with set_aside(step.model):
             runs = _runs(step.family, microbatch)
             found: list[dict[str, Tensor]] = []
+            why = ""
             for name in ("own", "changed"):
                 agreed = step.lockstep.agree(runs is not None and len(found) == ("own", "changed").index(name), TAG)
                 if not agreed or runs is None or microbatch is None or step.family is None:
-                    step.recorder.absent(TAG, "the batch could not be run a second time")
+                    step.recorder.absent(TAG, f"the batch could not be run a second time{why}")
                     return
-                found.append(dict(_logits(step, step.family, microbatch, runs[name])))
+                try:
+                    found.append(dict(_logits(step, step.family, microbatch, runs[name])))
+                except Exception as error:  # noqa: BLE001  (a model that cannot do without its labels; ranks go on)
+                    why = f": {type(error).__name__}: {error}"
+            if len(found) < 2:
+                step.recorder.absent(TAG, f"the batch could not be run a second time{why}")
+                return
         cut = runs["own"]["input_ids"].shape[1] // 2 if runs is not None else 0
         for name in found[0].keys() & found[1].keys():
             apart = (found[0][name].float() - found[1][name].float()).abs().flatten(2).amax(-1)
@@ -81,7 +88,10 @@ def _runs(family: Family | None, microbatch: Microbatch | None) -> dict[str, dic
 
 
 def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in inputs.items() if "label" not in name and name != "num_items_in_batch"}
+    """Nor with what else is there for the loss alone."""
+    kept = {
+        name: value for name, value in inputs.items() if not any(part in name for part in ("label", "loss", "items"))
+    }
     return kept | {"use_cache": False}
 
 

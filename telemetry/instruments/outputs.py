@@ -311,6 +311,11 @@ def _share(stream: Stream, total: Tensor, count: Tensor) -> Tensor:
 def _pass(microbatch: Microbatch, reading: Reading, shares: Sequence[Tensor]) -> _Pass:
     tensors = {f"outputs/loss/{part.name}": part.value.detach().clone() for part in reading.parts}
     read = [*shares, *tensors.values()]
+    if reading.loss is not None and not any(one.in_loss for one in reading.absent):
+        for rest in reading.rests:
+            left = reading.loss - torch.stack([one.to(reading.loss) for one in read]).sum()
+            tensors[f"outputs/loss/{rest.name}"] = left
+            read.append(left)
     rounding = _FINE
     if reading.loss is not None:
         tensors[MODEL] = reading.loss

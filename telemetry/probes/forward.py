@@ -20,6 +20,7 @@ from telemetry.families.base import (
     Family,
     LossPart,
     Overruled,
+    Rest,
     Seen,
     Stream,
     output,
@@ -80,6 +81,7 @@ class Reading:
     Attributes:
         streams: what it has predicted; every one fits together.
         parts: what else its loss consists of.
+        rests: the part that is left of it, where there is one.
         divided: parts of its loss that the trainer has divided by what it has counted.
         overruled: what its batch asks for and the model does otherwise.
         absent: what of it cannot be read, and why.
@@ -92,6 +94,7 @@ class Reading:
 
     streams: Sequence[Stream] = ()
     parts: Sequence[LossPart] = ()
+    rests: Sequence[Rest] = ()
     divided: Sequence[Divided] = ()
     overruled: Sequence[Overruled] = ()
     absent: Sequence[Absent] = ()
@@ -208,6 +211,7 @@ class PassReader:
         return Reading(
             streams=streams,
             parts=[one for one in of_loss if isinstance(one, LossPart)],
+            rests=[one for one in of_loss if isinstance(one, Rest)],
             divided=[one for one in of_loss if isinstance(one, Divided)],
             overruled=[one for one in of_loss if isinstance(one, Overruled)],
             absent=[one for one in declared if isinstance(one, Absent)],

@@ -340,7 +340,7 @@ def of_step(batches: Sequence[Batch], step: int, accumulation: int) -> list[Batc
 
 def shown(backend: MemoryBackend, step: int, tags: Iterable[str]) -> dict[str, float]:
     """What was written of a step under some tags."""
-    return {tag: backend.scalars(tag)[step] for tag in tags}
+    return {tag: backend.scalars(tag).get(step, math.nan) for tag in tags}
 
 
 class OrderedTrainer(Trainer):
