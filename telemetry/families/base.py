@@ -452,6 +452,15 @@ def reads(*class_names: str) -> Callable[[MakerT], MakerT]:
     return register
 
 
+def registered_families() -> dict[type[Family], list[str]]:
+    """Return the families of telemetry's own and of users, each with the names of the classes that it reads."""
+    found: dict[type[Family], list[str]] = {}
+    for name, maker in _READERS.items():
+        if isinstance(maker, type) and issubclass(maker, Family):
+            found.setdefault(maker, []).append(name)
+    return found
+
+
 def registered_family(model: nn.Module) -> Family | None:
     """Return the registered family of a model, wrapped (DDP, FSDP, PEFT) or not; None for an unknown one."""
     for module in model.modules():

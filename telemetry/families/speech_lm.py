@@ -58,6 +58,10 @@ class TalkerFamily(CausalLMFamily):
                 yield replace(one, name="codebook_0") if isinstance(one, Absent) else one
         yield Absent("depth_decoder", NOT_CALLED, in_loss=False)
 
+    def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
+        """Nothing: it is given embeddings in the place of token ids."""
+        return None
+
 
 @reads("VibeVoiceForConditionalGeneration")
 class VibeVoiceFamily(CausalLMFamily):

@@ -142,6 +142,14 @@ def talked(seed: int, lengths: tuple[int, int], left: bool) -> Batch:
     return {**embedded, "attention_mask": batch["attention_mask"], "labels": labels}
 
 
+def latents(seed: int, lengths: tuple[int, int], left: bool) -> Batch:
+    """Text, a begin, and three frames of latents."""
+    batch = words(seed, lengths, True)
+    ids = torch.cat([batch["input_ids"], torch.tensor([[WORDS, *[PLACEHOLDER + 1] * 3]] * 2)], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.long)], dim=1)
+    return {"input_ids": ids, "attention_mask": mask, "labels": _noise(seed, 2, 3, 4)}
+
+
 def diffused_words(seed: int, lengths: tuple[int, int], left: bool) -> Batch:
     """The last three positions of every sample are sound."""
     batch = words(seed, (max(lengths), max(lengths)), left)
@@ -292,6 +300,21 @@ def _vibevoice() -> Any:
     )  # fmt: skip
 
 
+def _pocket() -> Any:
+    named = ("audio_bos", "audio_latent", "audio_prompt", "audio_prompt_bos")
+    head = {
+        "hidden_size": 16,
+        "condition_dim": 16,
+        "latent_dim": 4,
+        "num_hidden_layers": 1,
+        "loss_weighting_hidden_size": 8,
+    }
+    return hf.PocketTTSConfig(
+        **SIZES | {"vocab_size": WORDS + 4, "num_key_value_heads": 2}, latent_dim=4, flow_head_config=head,
+        **{f"{name}_token_id": WORDS + at for at, name in enumerate(named)},
+    )  # fmt: skip
+
+
 def _speecht5() -> Any:
     still = ("hidden", "attention", "activation", "positional", "speech_decoder_prenet", "speech_decoder_postnet")
     return hf.SpeechT5Config(
@@ -399,6 +422,7 @@ KINDS: dict[str, Kind] = {
         )), described_codes, by_codebook,
     ),
     "SpeechT5": Kind(_made("SpeechT5ForTextToSpeech", _speecht5, 0.3), spectrograms, absent=_NONE),
+    "PocketTTS": Kind(_made("PocketTTSForConditionalGeneration", _pocket, 0.3), latents, absent=_NONE),
     "Wav2Vec2ForCTC": Kind(_made("Wav2Vec2ForCTC", _wav2vec, 0.2), waves, absent=_NONE),
     "BertForSequenceClassification": Kind(
         _made("BertForSequenceClassification", lambda: _bert(num_labels=3)), classes, absent=_NONE
