@@ -1,4 +1,7 @@
-"""What a due step of other speech models costs: Csm with codes, and Dia, as ratios to the steps around it."""
+"""What a due step of other models costs, as ratios to the steps around it: Csm with codes, Dia, and a fused loss.
+
+The last is a language model by TRL's SFTTrainer, whose logits are computed again on a due step.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     CsmConfig,
@@ -16,6 +20,9 @@ from transformers import (
     DiaDecoderConfig,
     DiaEncoderConfig,
     DiaForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -23,7 +30,7 @@ from transformers import (
 
 from tests.benchmarks.step_time import ON_GPU, SMALL, Stopwatch, telemetry
 
-FRAMES, BATCH = 128, 2
+FRAMES, BATCH, WORDS = 128, 2, 32_000
 SHAPE: dict[str, Any] = SMALL
 
 
@@ -63,7 +70,14 @@ def dia() -> tuple[Any, list[dict[str, Tensor]]]:
     return model, data
 
 
-MODELS: dict[str, Callable[[], tuple[Any, list[dict[str, Tensor]]]]] = {"Csm": csm, "Dia": dia}
+def text() -> tuple[Any, list[dict[str, Tensor]]]:
+    """A language model of 32,000 words; all of them are taught."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=WORDS, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    ids = torch.randint(3, WORDS, (8, 4 * FRAMES), generator=torch.Generator().manual_seed(0))
+    return model, [{"input_ids": one} for one in ids]
+
+
+MODELS: dict[str, Callable[[], tuple[Any, list[dict[str, Tensor]]]]] = {"Csm": csm, "Dia": dia, "SFT": text}
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -72,32 +86,46 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {**batch, "labels": batch["labels"].flatten(0, 1)} if "decoder_input_ids" in batch else batch
 
 
+def fine_tuner(model: Any, data: list[dict[str, Tensor]], common: dict[str, Any], callbacks: list[Any]) -> Any:
+    """TRL's SFTTrainer."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>")),
+        pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"input_ids": [row["input_ids"].tolist() for row in data]})
+    arguments = trl.SFTConfig(**common, max_length=None, gradient_checkpointing=False)
+    return trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=words, callbacks=callbacks)
+
+
 def measure(name: str, components: list[str] | None, pairs: int, directory: str) -> list[tuple[float, float]]:
     """Seconds of a due step, and the mean of the two steps around it, which are not due."""
     torch.manual_seed(0)
     model, data = MODELS[name]()
     watch = Stopwatch()
-    arguments = TrainingArguments(
-        output_dir=directory,
-        max_steps=2 * pairs + 4,
-        per_device_train_batch_size=BATCH,
-        learning_rate=1e-5,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=not ON_GPU,
-        bf16=ON_GPU,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,  # type: ignore[arg-type]
-        data_collator=collate,
-        callbacks=[telemetry(components, 2), watch],
-    )
+    common: dict[str, Any] = {
+        "output_dir": directory,
+        "max_steps": 2 * pairs + 4,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-5,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not ON_GPU,
+        "bf16": ON_GPU,
+    }
+    callbacks = [telemetry(components, 2), watch]
+    if name == "SFT":
+        trainer = fine_tuner(model, data, common, callbacks)
+    else:
+        arguments = TrainingArguments(**common)
+        trainer = Trainer(model, arguments, collate, data, callbacks=callbacks)  # type: ignore[arg-type]
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     seconds = watch.seconds  # of step 1, 2, ...; even steps are due, and the first two warm up

@@ -29,7 +29,10 @@ from transformers import (
     MoshiConfig,
     MoshiDepthConfig,
     MoshiForConditionalGeneration,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
     Trainer,
+    TrainingArguments,
 )
 
 from telemetry.backends.memory import MemoryBackend
@@ -350,6 +353,12 @@ class OrderedTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
+class OrderedSeq2SeqTrainer(Seq2SeqTrainer):
+    """The same for encoder-decoders."""
+
+    _get_train_sampler = OrderedTrainer._get_train_sampler  # type: ignore[assignment]
+
+
 def train(
     model: Any,
     batches: Sequence[Batch],
@@ -369,9 +378,10 @@ def train(
     }
     sizes |= {"per_device_eval_batch_size": 1, "prediction_loss_only": True}
     given = {"learning_rate": 0.01, "remove_unused_columns": False, **sizes, **arguments}
-    made = OrderedTrainer(
+    encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    made = (OrderedSeq2SeqTrainer if encodes else OrderedTrainer)(
         model=model,
-        args=quiet_arguments(directory, **given),
+        args=quiet_arguments(directory, Seq2SeqTrainingArguments if encodes else TrainingArguments, **given),
         train_dataset=batches,  # type: ignore[arg-type]
         data_collator=lambda rows: dict(rows[0]),
         eval_dataset=eval_dataset,

@@ -29,10 +29,12 @@ OF_HIGGS: Mapping[str, Any] = {
 }
 
 
-def quiet_arguments(directory: Path, **arguments: Any) -> TrainingArguments:
+def quiet_arguments(
+    directory: Path, kind: type[TrainingArguments] = TrainingArguments, **arguments: Any
+) -> TrainingArguments:
     """Of a training on the CPU that logs every step, reports to nobody and saves nothing, unless told to."""
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    return TrainingArguments(output_dir=str(directory), **{**quiet, "dataloader_pin_memory": False, **arguments})
+    return kind(output_dir=str(directory), **{**quiet, "dataloader_pin_memory": False, **arguments})
 
 
 def make_trainer(
