@@ -41,19 +41,21 @@ def within_step(
 ) -> Callable[[], None]:
     """Have a function called when all gradients are there and the Trainer is about to clip, another when it is cut off.
 
-    Cut off is a step whose forward or backward pass, or one of its callbacks, is left by an exception, Ctrl-C among
-    them: no callback is told.
+    Cut off is a step whose forward or backward pass, update, or one of its callbacks, is left by an exception, Ctrl-C
+    among them: no callback is told.
 
     Returns:
         What ends that.
     """
     if trainer is None:
         return lambda: None
-    stands = (
+    stands: list[_Stand] = [
         _Clipping(trainer, about_to_clip),
         _Stepping(trainer, cut_off),
         _Telling(trainer.callback_handler, cut_off),
-    )
+    ]
+    if trainer.optimizer is not None:
+        stands.append(_Updating(trainer.optimizer, cut_off))
 
     def end() -> None:
         for stand in stands:
@@ -63,7 +65,7 @@ def within_step(
 
 
 class _Stand:
-    """Takes the place of a method of a Trainer, or of its callback handler; of a copy it becomes the copy's own."""
+    """Takes the place of a method of a Trainer, its callback handler or its optimizer; of a copy it becomes its own."""
 
     name = ""
 
@@ -76,6 +78,11 @@ class _Stand:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._own(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_own":  # which is not there yet
+            raise AttributeError(name)
+        return getattr(self._own, name)  # what others have marked it with: a scheduler asks for its own
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._trainer(), self.name)
@@ -120,6 +127,12 @@ class _Telling(_Stepping):
     """In the place of what tells callbacks of an event."""
 
     name = "call_event"
+
+
+class _Updating(_Stepping):
+    """In the place of what updates the weights."""
+
+    name = "step"
 
 
 class _Clipping(_Stand):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,37 @@ def test_no_hook_is_left_by_ctrl_c_in_another_callback(tmp_path: Path, event: st
     assert hooks_of(model) == 0
     assert not {"_clip_grad_norm", "training_step", "_prepare_inputs"} & vars(made).keys()
     assert "call_event" not in vars(made.callback_handler)
+
+
+class LeavesUpdate(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_no_hook_is_left_by_ctrl_c_in_the_update(tmp_path: Path) -> None:
+    model: Any = models.make("llama", **tiny.SHAPE)
+    made = Trainer(
+        model=model,
+        args=quiet_arguments(tmp_path, max_steps=2, per_device_train_batch_size=2),
+        train_dataset=tiny.rows(),  # type: ignore[arg-type]
+        callbacks=[SharedAttentionLoggerCallback(1, [MemoryBackend()])],
+        optimizer_cls_and_kwargs=(LeavesUpdate, {"lr": 0.1}),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert hooks_of(model) == 0
+    assert made.optimizer is not None
+    assert not type(vars(made.optimizer).get("step")).__module__.startswith("telemetry")
+    assert not {"_clip_grad_norm", "training_step", "_prepare_inputs"} & vars(made).keys()
+
+
+def test_a_scheduler_finds_the_optimizers_step_as_it_left_it(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = Trainer(
+            model=models.make("llama", **tiny.SHAPE),
+            args=quiet_arguments(tmp_path, max_steps=3, per_device_train_batch_size=2),
+            train_dataset=tiny.rows(),  # type: ignore[arg-type]
+            callbacks=[SharedAttentionLoggerCallback(1, [MemoryBackend()])],
+        )
+        made.train()
