@@ -15,8 +15,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     metrics = commands.add_parser("metrics", help="print the metric reference")
     metrics.set_defaults(run=_metrics)
-    models = commands.add_parser("models", help="print the model reference")
-    models.set_defaults(run=_models)
     wandb = commands.add_parser("wandb", help="create or update the Weights & Biases workspace of a project")
     wandb.add_argument("--entity", required=True, help="user or team")
     wandb.add_argument("--project", required=True, help="project that runs are logged to")
@@ -41,12 +39,6 @@ def _metrics(_arguments: argparse.Namespace) -> None:
     from dashboards.metric_reference import metric_reference
 
     sys.stdout.write(metric_reference())
-
-
-def _models(_arguments: argparse.Namespace) -> None:
-    from dashboards.model_reference import model_reference
-
-    sys.stdout.write(model_reference())
 
 
 def _wandb(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from fault_runs import MEASURED, scenario, steps_of
 from scenarios import HELD
 from support import programs
 
-STEPS, EVERY, SETTLED = 180, 20, 120  # the rules of health look back a hundred steps
+STEPS, EVERY, SETTLED = 160, 10, 120  # the rules of health look back a hundred steps
 LIMIT = 5e6 / 9000  # bytes a step
 
 

@@ -11,7 +11,6 @@ from mistakes.trainings import Planted, observe
 AT_ONCE = (
     "labels shifted twice in an own loss",
     "codebook 0 alone in the loss",
-    "reference equals the target",
     "bidirectional attention",
 )
 WELL = ("as it should be", "LoRA", "bfloat16 by autocast")

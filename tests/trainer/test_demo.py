@@ -377,9 +377,7 @@ def test_command_needs_a_directory(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "first", ["trainer.demo.codec", "transformers", "transformers.processing_utils", "transformers.trainer"]
-)
+@pytest.mark.parametrize("first", ["trainer.demo.codec", "transformers.processing_utils", "transformers.trainer"])
 def test_a_processor_takes_the_codec_whatever_was_imported_first(first: str) -> None:
     script = f"""
         import importlib

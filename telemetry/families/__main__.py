@@ -1,19 +1,20 @@
-"""The model reference: which models are read, what of them is measured, and what is not and why."""
+"""``python -m telemetry.families > docs/models.md``: which models are read, what is measured of them, and what not."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from telemetry.families import CausalLMFamily, CodecTokensFamily, Family
 from telemetry.families.base import registered_families
 
-GUIDE = Path(__file__).parents[1] / "docs" / "strategic_logging.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "strategic_logging.md"
 HEAD = """# Models
 
-Made from the families themselves: `python -m dashboards models > docs/models.md`.
+Made from the families themselves: `python -m telemetry.families > docs/models.md`.
 
 Every model has tensor statistics, gradients and update ratios of its parts, and its own loss (`outputs/loss/model`).
 What it predicts is read by its *family*, found by the name of its class, wrapped by DDP, FSDP or PEFT or not. On every
@@ -96,3 +97,7 @@ def _example() -> str:
     """The family that the guide declares."""
     found = re.findall(r"```python\n.*?```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     return next(code for code in found if "class ParrotFamily" in code)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(model_reference())

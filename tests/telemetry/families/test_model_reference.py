@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from dashboards.model_reference import model_reference
+from telemetry.families.__main__ import model_reference
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 def test_the_document_is_up_to_date() -> None:
