@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -502,7 +503,7 @@ def _setting(
         processor=processor,
         show_batches=PreparedBatches(calling_trainer(model)),
         within=within,
-        is_running=functools.partial(_is_running, state) if _is_running(state) else lambda: True,
+        is_running=_running(state),
     )
 
 
@@ -525,10 +526,19 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name} ({number})"
 
 
-def _is_running(state: TrainerState) -> bool:
-    """Whether some thread is inside of a method of the Trainer whose state this is.
+def _running(state: TrainerState) -> Callable[[], bool]:
+    """Return what says whether this thread is still inside of a method of the Trainer whose state this is.
 
     What ends a training otherwise than by its end (Ctrl-C, an exception, a trial that is pruned) tells no callback.
+    Asked from another thread, it runs while this one lives: the frames of a thread that goes on meanwhile must not be
+    walked, which can crash the interpreter (CPython 3.11).
     """
-    stacks = sys._current_frames().values()
-    return any(getattr(trainer, "state", None) is state for stack in stacks for trainer in trainers_in(stack))
+    thread = threading.current_thread()
+
+    def inside() -> bool:
+        return any(getattr(trainer, "state", None) is state for trainer in trainers_in(sys._getframe()))
+
+    def is_running() -> bool:
+        return inside() if threading.get_ident() == thread.ident else thread.is_alive()
+
+    return is_running if inside() else lambda: True
