@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from telemetry.backends.locks import is_locked, lock, unlock
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"tfevents\.(\d+)")
+
+_naming = threading.Lock()  # two that begin in one second and process would take one name
 
 _files: weakref.WeakSet[EventFile] = weakref.WeakSet()
 
@@ -58,14 +61,15 @@ class EventFile:
 
     def __init__(self, directory: Path, first_step: int, first_values: Sequence[Summary.Value] = ()) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        seconds, self._clock = _after(directory)
-        self.path = directory / f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
         self.lost_steps = 0
         self._owner = os.getpid()
         self._size = 0
         self._failing = False
         self._descriptor: int | None = None
-        self._descriptor = self._made()
+        with _naming:
+            seconds, self._clock = _after(directory)
+            self.path = directory / f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}"
+            self._descriptor = self._made()
         _files.add(self)
         self._beginning = b"".join(
             (

@@ -559,6 +559,31 @@ def test_a_disk_that_is_full_from_the_start_is_written_once_it_is_not(tmp_path: 
     assert steps_in(path, "_hparams_/session_start_info") == [0]
 
 
+def test_two_that_begin_at_once_in_one_process_have_a_file_each(tmp_path: Path) -> None:
+    failed: list[Exception] = []
+    for attempt in range(20):
+        run, backends = Run(tmp_path / str(attempt)), [TensorBoardBackend() for _ in range(4)]
+        barrier = threading.Barrier(len(backends))
+
+        def begin(backend: TensorBoardBackend, run: Run = run, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            try:
+                backend.open(run)
+                backend.write(1, [Scalar("train/loss", 1.0)])
+            except Exception as error:  # noqa: BLE001
+                failed.append(error)
+
+        threads = [threading.Thread(target=begin, args=(backend,)) for backend in backends]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        for backend in backends:
+            backend.close()
+        assert len(list(run.logging_dir.rglob("*tfevents*"))) == len(backends)
+
+
 def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     script = """
         backend.open(Run(Path(sys.argv[1])))
