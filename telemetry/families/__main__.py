@@ -73,7 +73,7 @@ def _row(family: type[Family], names: Sequence[str]) -> tuple[str, ...]:
         classes,
         *(_says(family, method) for method in ("streams", "view", "layers")),
         "yes" if family.swap_reference is not Family.swap_reference else "–",
-        "yes" if "Speaker(" in inspect.getsource(family.__init__) else "–",
+        "yes" if family.speaker is not Family.speaker else "–",
     )
 
 

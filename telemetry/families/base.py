@@ -30,8 +30,11 @@ Group = Literal["text", "audio"]
 Alignment = Literal["shifted", "aligned", "given_shifted"]
 
 
-WITHOUT_REFERENCE = "this kind of model is trained on samples without a reference voice too"
-NO_CHATML = "prompts of this kind of model are no conversations in ChatML"
+# Tags that say nothing of models that are no conversations about a reference voice → why.
+NO_CONVERSATION: Mapping[str, str] = MappingProxyType({
+    "zero_shot/reference/present_fraction": "this kind of model is trained on samples without a reference voice too",
+    "zero_shot/chatml/compliance": "prompts of this kind of model are no conversations in ChatML",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -345,14 +348,12 @@ class Family:
         name: what it is called in messages.
         modalities: what its models read and predict.
         groups: part of a parameter's name → gradient group of the catalogue; the first that fits.
-        speaker: makes the model speak, or None.
         meaningless: tags of the catalogue that would say nothing of such models → why.
     """
 
     name: ClassVar[str] = ""
     modalities: tuple[Group, ...] = ("text",)
     groups: Sequence[tuple[str, str]] = ()
-    speaker: Speaker | None = None
     meaningless: Mapping[str, str] = MappingProxyType({})
 
     def __init_subclass__(cls) -> None:
@@ -360,6 +361,11 @@ class Family:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    @functools.cached_property
+    def speaker(self) -> Speaker | None:
+        """What makes the model speak; None where nothing does."""
+        return None
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
@@ -426,9 +432,17 @@ class Family:
     def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
         """As :meth:`swap_reference`, with no position reading some ``positions``, bool ``[batch, sequence]``.
 
-        All positions stay where they are.
+        All positions stay where they are: position ids are those that the model would have counted.
+
+        Raises:
+            ValueError: when the batch's attention mask is not ``[batch, sequence]``.
         """
-        raise TypeError(f"family {self.name} hides no references")
+        given, mask = self.swap_reference(inputs, None), inputs.get("attention_mask")
+        mask = torch.ones_like(positions, dtype=torch.long) if mask is None else mask
+        if mask.shape != positions.shape:
+            raise ValueError(f"positions {tuple(positions.shape)} cannot be hidden by a mask {tuple(mask.shape)}")
+        counted = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0)
+        return {"position_ids": counted, **given, "attention_mask": mask.masked_fill(positions, 0)}
 
 
 class FamilyMaker(Protocol):

@@ -64,7 +64,7 @@ class CausalLMFamily(Family):
     def fits(cls, model: nn.Module) -> bool:
         """Whether it has a text head and says how large its vocabulary is."""
         get_head = getattr(model, "get_output_embeddings", None)
-        known = callable(get_head) and isinstance(getattr(_text_config(model), "vocab_size", None), int)
+        known = callable(get_head) and isinstance(getattr(text_config(model), "vocab_size", None), int)
         return known and isinstance(get_head(), nn.Module)  # type: ignore[misc]
 
     def watched(self) -> Mapping[str, nn.Module]:
@@ -169,7 +169,7 @@ class CausalLMFamily(Family):
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             return None
         labels = inputs.get("labels")
-        config: Any = _text_config(self.model)
+        config: Any = text_config(self.model)
         real = real_positions(inputs, input_ids, getattr(config, "pad_token_id", None), labels)
         if self._encodes or not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
             labels = None
@@ -179,7 +179,7 @@ class CausalLMFamily(Family):
         return BatchView(input_ids, real, text, labels, int(config.vocab_size))
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
     """The configuration of the part that predicts text, of a model that has others beside it."""
     config = getattr(model, "config", None)
     get = getattr(config, "get_text_config", None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from telemetry.families.base import (
     IGNORE_INDEX,
-    NO_CHATML,
-    WITHOUT_REFERENCE,
+    NO_CONVERSATION,
     Absent,
     AudioView,
     BatchView,
@@ -26,7 +25,7 @@ from telemetry.families.base import (
     codebook_names,
     shift_labels,
 )
-from telemetry.families.causal_lm import CausalLMFamily
+from telemetry.families.causal_lm import CausalLMFamily, text_config
 from telemetry.families.codec_tokens_speech import CodecTokensSpeaker
 
 NO_PLACE = "codebooks share their ids, and which one a label is of does not show: labels are not those of the token ids"
@@ -92,7 +91,7 @@ class CodecTokens:
 
     def fits(self, model: nn.Module) -> bool:
         """Return whether a model is a language model whose vocabulary has all codes."""
-        return CausalLMFamily.fits(model) and max(self.firsts) + self.size <= int(model.config.vocab_size)  # type: ignore[arg-type, union-attr]
+        return CausalLMFamily.fits(model) and max(self.firsts) + self.size <= text_config(model).vocab_size  # type: ignore[no-any-return]
 
     def __call__(self, model: Any) -> CodecTokensFamily:
         return CodecTokensFamily(model, self)
@@ -111,16 +110,17 @@ class CodecTokensFamily(CausalLMFamily):
 
     name = "codec_tokens"
     modalities: tuple[Group, ...] = ("text", "audio")
-    meaningless: Mapping[str, str] = MappingProxyType(
-        {"zero_shot/reference/present_fraction": WITHOUT_REFERENCE, "zero_shot/chatml/compliance": NO_CHATML}
-    )
+    meaningless = NO_CONVERSATION
 
     def __init__(self, model: Any, tokens: CodecTokens) -> None:
         super().__init__(model)
         self.tokens = tokens
         self._end = tokens.size  # of a codebook: one more than its codes
-        if tokens.places:
-            self.speaker = CodecTokensSpeaker(model, self)
+
+    @functools.cached_property
+    def speaker(self) -> CodecTokensSpeaker | None:
+        """Speaks after the batch's prompt, where tokens lie in frames."""
+        return CodecTokensSpeaker(self.model, self) if self.tokens.places else None
 
     def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
         """The text, and every codebook: tokens of one sequence, from the same logits."""
@@ -130,14 +130,14 @@ class CodecTokensFamily(CausalLMFamily):
                 if isinstance(one, Absent):
                     yield replace(one, name="audio")
                 continue
+            by = (one.targets != IGNORE_INDEX).sum() if one.denominator is None else one.denominator
+            shared = replace(one, denominator=by, turns=one.labels)
             held = self._held_by(one, seen.view)
+            other = (self._within(one.labels) if held is None else held).any(dim=-1)
+            yield replace(shared, labels=one.labels.masked_fill(other, IGNORE_INDEX), eos_id=self.tokens.end)
             if held is None:
                 yield Absent("audio", NO_PLACE)
                 continue
-            by = (one.targets != IGNORE_INDEX).sum() if one.denominator is None else one.denominator
-            shared = replace(one, denominator=by, turns=one.labels)
-            other = held.any(dim=-1)
-            yield replace(shared, labels=one.labels.masked_fill(other, IGNORE_INDEX), eos_id=self.tokens.end)
             for k, name in enumerate(codebook_names(self.tokens.codebooks)):
                 yield replace(
                     shared,
@@ -230,17 +230,3 @@ class CodecTokensFamily(CausalLMFamily):
                 token = torch.where(codes[..., k] == self._end, end, codes[..., k] + first)
                 ids = torch.where(view.audio.held[..., k] & (codes[..., k] >= 0), token, ids)
         return given | {"input_ids": ids, "use_cache": False}
-
-    def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
-        """A batch with positions masked; position ids are those that the model would have counted.
-
-        Raises:
-            ValueError: when the batch's attention mask is not ``[batch, sequence]``.
-        """
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(positions, dtype=torch.long) if mask is None else mask
-        if mask.shape != positions.shape:
-            raise ValueError(f"positions {tuple(positions.shape)} cannot be hidden by a mask {tuple(mask.shape)}")
-        counted = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0)
-        own = {"position_ids": counted} | self.swap_reference(inputs, None)
-        return own | {"attention_mask": mask.masked_fill(positions, 0)}

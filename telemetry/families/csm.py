@@ -7,8 +7,8 @@ zeros in every codebook; a single zero is a code as any other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from telemetry.families.base import (
     DECODER_GROUPS,
     IGNORE_INDEX,
-    NO_CHATML,
+    NO_CONVERSATION,
     NO_LABELS,
     NO_LOGITS,
-    WITHOUT_REFERENCE,
     Absent,
     AudioView,
     BatchView,
@@ -64,9 +63,7 @@ class CsmFamily(Family):
 
     name = "csm"
     modalities = ("text", "audio")
-    meaningless: Mapping[str, str] = MappingProxyType(
-        {"zero_shot/reference/present_fraction": WITHOUT_REFERENCE, "zero_shot/chatml/compliance": NO_CHATML}
-    )
+    meaningless = NO_CONVERSATION
     groups = (
         ("lora_", "lora"),
         ("codec_model", "other"),  # its layers have parts named like those of the decoder
@@ -81,7 +78,11 @@ class CsmFamily(Family):
         super().__init__(model)
         self._config = model.config
         self._end = int(self._config.codebook_eos_token_id)
-        self.speaker = CsmSpeaker(model, self)
+
+    @functools.cached_property
+    def speaker(self) -> CsmSpeaker:
+        """Speaks text after a reference's text and sound."""
+        return CsmSpeaker(self.model, self)
 
     def watched(self) -> Mapping[str, nn.Module]:
         """What embeds codes: it is given those that the model makes of waveforms."""
@@ -268,13 +269,3 @@ class CsmFamily(Family):
         codes = inputs[CODES] if codes is None else codes
         spoken, text = self.model.backbone_model.embed_tokens(codes), self.model.embed_text_tokens(ids)
         return own | {"inputs_embeds": torch.where(self._is_audio(ids).unsqueeze(-1), spoken, text)}
-
-    def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
-        """A batch with positions masked; position ids are those that the model would have counted."""
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(positions, dtype=torch.long) if mask is None else mask
-        if mask.shape != positions.shape:
-            raise ValueError(f"positions {tuple(positions.shape)} cannot be hidden by a mask {tuple(mask.shape)}")
-        counted = torch.arange(positions.shape[1], device=positions.device).unsqueeze(0)
-        own = {"position_ids": counted} | self.swap_reference(inputs, None)
-        return own | {"attention_mask": mask.masked_fill(positions, 0)}

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from telemetry.families.base import (
     IGNORE_INDEX,
-    NO_CHATML,
+    NO_CONVERSATION,
     NO_LABELS,
     NO_LOGITS,
-    WITHOUT_REFERENCE,
     Absent,
     AudioView,
     BatchView,
@@ -51,9 +50,7 @@ class DiaFamily(Family):
 
     name = "dia"
     modalities = ("text", "audio")
-    meaningless: Mapping[str, str] = MappingProxyType(
-        {"zero_shot/reference/present_fraction": WITHOUT_REFERENCE, "zero_shot/chatml/compliance": NO_CHATML}
-    )
+    meaningless = NO_CONVERSATION
     groups = (
         ("lora_", "lora"),
         ("encoder.embedding", "text_embedding"),
@@ -69,7 +66,11 @@ class DiaFamily(Family):
         super().__init__(model)
         self._config = model.config
         self._codebooks = int(self._config.decoder_config.num_channels)
-        self.speaker = DiaSpeaker(model, self.view)
+
+    @functools.cached_property
+    def speaker(self) -> DiaSpeaker:
+        """Speaks text after a reference's text and sound."""
+        return DiaSpeaker(self.model, self.view)
 
     def group_of(self, parameter_name: str) -> str:
         """As the list says, but the encoder's own attention sees text alone."""

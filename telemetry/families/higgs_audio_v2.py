@@ -6,6 +6,7 @@ shifted by *k* frames between stream BOS and EOS); placeholder tokens in ``input
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,11 @@ class HiggsAudioV2Family(Family):
     def __init__(self, model: HiggsAudioV2ForConditionalGeneration) -> None:
         super().__init__(model)
         self._config = model.config
-        self.speaker = HiggsAudioV2Speaker(model, self.view)
+
+    @functools.cached_property
+    def speaker(self) -> HiggsAudioV2Speaker:
+        """Speaks the target's text in the reference's voice."""
+        return HiggsAudioV2Speaker(self.model, self.view)
 
     def watched(self) -> Mapping[str, nn.Module]:
         """The text head: the model's output holds no text logits."""
@@ -118,20 +123,6 @@ class HiggsAudioV2Family(Family):
             return given
         frames = inputs["audio_input_ids"]
         return given | {"audio_input_ids": moved(codes, self._is_audio(inputs["input_ids"]), _valid(inputs), frames)}
-
-    def hide_reference(self, inputs: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
-        """A batch with positions masked; position ids are those that the model would have counted.
-
-        Raises:
-            ValueError: when the batch's attention mask is not ``[batch, sequence]``.
-        """
-        input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        if mask.shape != positions.shape:
-            raise ValueError(f"positions {tuple(positions.shape)} cannot be hidden by a mask {tuple(mask.shape)}")
-        counted = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        own = {"position_ids": counted} | self.swap_reference(inputs, None)
-        return own | {"attention_mask": mask.masked_fill(positions, 0)}
 
     def _is_audio(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self._config.audio_token_id) | (input_ids == self._config.audio_delay_token_id)

@@ -8,7 +8,6 @@ has positions of melody and text in front of its frames.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from telemetry.families.base import (
     IGNORE_INDEX,
-    NO_CHATML,
+    NO_CONVERSATION,
     NO_LABELS,
     NO_LOGITS,
-    WITHOUT_REFERENCE,
     Absent,
     BatchView,
     Declared,
@@ -51,9 +49,7 @@ class MusicgenFamily(Family):
 
     name = "musicgen"
     modalities = ("text", "audio")
-    meaningless: Mapping[str, str] = MappingProxyType(
-        {"zero_shot/reference/present_fraction": WITHOUT_REFERENCE, "zero_shot/chatml/compliance": NO_CHATML}
-    )
+    meaningless = NO_CONVERSATION
     groups = (
         ("lora_", "lora"),
         ("audio_encoder", "other"),
@@ -118,8 +114,8 @@ class MusicgenFamily(Family):
         else:
             return None
         mask = inputs.get("decoder_attention_mask" if self._encodes else "attention_mask")
-        given = (codes != self._pad).any(dim=-1) if mask is None else mask.bool()
-        given[:, :1] |= mask is None
+        begin = torch.arange(codes.shape[1], device=codes.device) == 0
+        given = (codes != self._pad).any(dim=-1) | begin if mask is None else mask.bool()
         text = codes.new_zeros(codes.shape[0], 0)
         if self._encodes and isinstance(ids, Tensor):
             text = ids

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 COMPILED = "a compiled model is not watched by hooks"
+NO_FAMILY = "telemetry knows no family for this model"
 NO_LAYERS = "telemetry does not know the layers of this model"
 NO_POSITIONS = "the family cannot tell what is at which position of the batch"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -81,11 +83,12 @@ class Ledger:
 
     Args:
         directory: where :data:`FILE` is kept up to date.
+        resumed: whether it goes on with the file that is there.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, resumed: bool = False) -> None:
         self._path = directory / FILE
-        self._lines: dict[str, _Line] = {}
+        self._lines = _read_lines(self._path) if resumed else {}
         self._sounds: dict[str, Any] = {}
         self._shown: tuple[str, ...] = ()
 
@@ -118,11 +121,10 @@ class Ledger:
 
     def _heard(self, at: int, name: str) -> Audio:
         """One clip, an empty one where there is none: TensorBoard fails on a tag whose number of clips changes."""
-        source = self._sounds.get(name)
-        try:
-            clip = Clip(np.zeros(0, np.float32), 16000, name) if source is None else _read(source, name)
-        except (OSError, ValueError):  # a file that is no longer there: the data set says so itself
-            clip = Clip(np.zeros(0, np.float32), 16000, name)
+        source, clip = self._sounds.get(name), Clip(np.zeros(0, np.float32), 16000, name)
+        if source is not None:
+            with contextlib.suppress(OSError, ValueError):  # a file that is gone: the data set says so itself
+                clip = Clip(source.samples, source.sampling_rate, name)
         return Audio(f"{TAG}/{at}", (clip,))
 
     def _write(self, ordered: Sequence[_Line]) -> None:
@@ -180,23 +182,21 @@ class SampleLosses:
         if not any(one.get("sample_id") is not None for one in known):
             step.recorder.absent(TAG, NO_NAMES)
             return
-        if self._ledger is None or self._run is None or self._run() is not step.recorder:  # another training
-            self._run, self._ledger = weakref.ref(step.recorder), Ledger(step.output_dir)
         if step.is_main and step.sound.enabled:
             self._sounds.update(_sounds(known))
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             losses = zip(known, *host["sums"].tolist(), strict=False)
             named = [(one, total / count) for one, total, count in losses if count and one.get("sample_id") is not None]
-            emit.metric(TAG, Samples([_sample(one, loss) for one, loss in named if loss - loss == 0]))
+            emit.metric(TAG, Samples([_sample(one, loss) for one, loss in named if math.isfinite(loss)]))
 
         step.recorder.defer({"sums": sums}, build)
 
     def finish(self, step: Step) -> None:
         """Have the step's samples entered, and the hardest shown."""
+        if self._ledger is None or self._run is None or self._run() is not step.recorder:  # another training
+            self._run, self._ledger = weakref.ref(step.recorder), Ledger(step.output_dir, resumed=step.number > 1)
         ledger, sounds = self._ledger, self._sounds
-        if ledger is None:
-            return
 
         def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
             found = emit.merged(TAG)
@@ -207,16 +207,25 @@ class SampleLosses:
         step.recorder.show({}, build)
 
 
+def _read_lines(path: Path) -> dict[str, _Line]:
+    """What a ledger has written, of a run that goes on."""
+    if not path.exists():
+        return {}
+    lines = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            loss, hardness, seen, step = (float(row[name]) for name in NUMBERS)
+            last = Sample(row["sample"], row["speaker"], row["transcript"], loss)
+            lines[last.name] = _Line(last, hardness * seen, int(seen), int(step))
+    return lines
+
+
 def _sample(known: Mapping[str, Any], loss: float) -> Sample:
     text = known.get("target_transcript")
     return Sample(str(known["sample_id"]), str(known.get("speaker") or ""), text if isinstance(text, str) else "", loss)
 
 
-def _read(source: Any, name: str) -> Clip:
-    return Clip(source.samples, source.sampling_rate, name)
-
-
 def _sounds(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The targets' sound of samples that have one, by name."""
-    named = {str(one["sample_id"]): next(iter(one.get("target") or ()), None) for one in known if "sample_id" in one}
-    return {name: sound for name, sound in named.items() if sound is not None}
+    named = [(one.get("sample_id"), next(iter(one.get("target") or ()), None)) for one in known]
+    return {str(name): sound for name, sound in named if not (name is None or sound is None)}

@@ -43,9 +43,10 @@ class Resemblyzer(_Packaged):
 
         weights = _file_of("resemblyzer", "pretrained.pt", "pip install --no-deps Resemblyzer")
         state = torch.load(weights, map_location="cpu", weights_only=True)["model_state"]
-        self._lstm = nn.LSTM(40, 256, 3, batch_first=True)
-        self._linear = nn.Linear(256, 256)
-        parts = nn.ModuleDict({"lstm": self._lstm, "linear": self._linear})
+        with torch.device("meta"):  # which draws no random numbers: a training may run
+            self._lstm = nn.LSTM(40, 256, 3, batch_first=True)
+            self._linear = nn.Linear(256, 256)
+        parts = nn.ModuleDict({"lstm": self._lstm, "linear": self._linear}).to_empty(device="cpu")
         parts.load_state_dict({name: value for name, value in state.items() if name.startswith(("lstm.", "linear."))})
         parts.eval().requires_grad_(False)
         filters = mel_filter_bank(201, 40, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")

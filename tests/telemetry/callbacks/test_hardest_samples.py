@@ -129,6 +129,11 @@ def test_the_ledger_is_bounded_and_says_only_what_is_new(tmp_path: Path) -> None
     assert len((tmp_path / "hardest.csv").read_text().splitlines()) == KEPT + 1
     assert ledger.add(2, [Sample("easy", "", "", 1.0)], {}) == []
     assert [type(one) for one in ledger.add(3, [Sample("new", "", "", 1e6), *many[:9]], {})] == [Audio] * 5 + [Table]
+    again = Ledger(tmp_path, resumed=True)
+    assert again._lines.keys() == ledger._lines.keys()
+    for name, line in ledger._lines.items():
+        assert again._lines[name].hardness == pytest.approx(line.hardness)
+        assert (again._lines[name].seen, again._lines[name].step) == (line.seen, line.step)
 
 
 def test_a_callback_that_is_copied_knows_of_no_run(tmp_path: Path) -> None:

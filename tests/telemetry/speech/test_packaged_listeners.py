@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from telemetry.speech.loading import load_opinion_scorer, load_speaker_encoder, load_transcriber
 from telemetry.speech.packaged import Dnsmos, PocketSphinx, Resemblyzer
@@ -63,9 +64,10 @@ def test_noise_and_clipping_take_from_the_opinion() -> None:
 
 @pytest.mark.parametrize("kind", [Resemblyzer, PocketSphinx, Dnsmos])
 def test_they_are_copied_and_pickled_with_a_callback(kind: Callable[[], Any]) -> None:
-    made = kind()
+    made, random = kind(), torch.get_rng_state()
     for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert type(again) is kind
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize(
