@@ -272,6 +272,13 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="as outputs/loss/model",
         absent="the model has no experts, or does not train their router",
     ),
+    Entry(
+        "outputs/loss/{diffusion,flow,depth_decoder,spectrogram,end_of_speech,guided_attention}",
+        "Part of the loss that is no stream of tokens, weighted as it is added. Diffusion, flow and guided attention do"
+        " not show: they are what all other parts leave of the loss; so is a sub-talker whose codes are not known.",
+        reduction="as outputs/loss/model",
+        absent="the model's loss has no such part",
+    ),
     *_all(
         Entry("outputs/loss/text", "Cross-entropy of supervised text tokens.", "nats per token", absent=_NO_TEXT),
         Entry(

@@ -23,13 +23,14 @@ from telemetry.families.base import (
 )
 from telemetry.families.causal_lm import CausalLMFamily
 from telemetry.families.codec_tokens import CodecTokens, CodecTokensFamily
+from telemetry.families.continuous import FlowSpeechFamily, SpeechT5Family
 from telemetry.families.csm import CsmFamily
 from telemetry.families.dia import DiaFamily
 from telemetry.families.higgs_audio import HiggsAudioFamily
 from telemetry.families.higgs_audio_v2 import HiggsAudioV2Family
 from telemetry.families.moshi import MoshiFamily
 from telemetry.families.musicgen import MusicgenFamily
-from telemetry.families.speech_lm import KyutaiSpeechToTextFamily, TalkerFamily, VibeVoiceFamily
+from telemetry.families.speech_lm import KyutaiSpeechToTextFamily, Qwen3TTSFamily, TalkerFamily, VibeVoiceFamily
 
 __all__ = [
     "Absent",
@@ -44,6 +45,7 @@ __all__ = [
     "Family",
     "FamilyMaker",
     "FeedForward",
+    "FlowSpeechFamily",
     "HiggsAudioFamily",
     "HiggsAudioV2Family",
     "KyutaiSpeechToTextFamily",
@@ -52,8 +54,10 @@ __all__ = [
     "MoshiFamily",
     "MusicgenFamily",
     "Overruled",
+    "Qwen3TTSFamily",
     "Rest",
     "Seen",
+    "SpeechT5Family",
     "Stream",
     "TalkerFamily",
     "VibeVoiceFamily",

@@ -38,11 +38,11 @@ StrategicTelemetry(family=CodecTokens(first=128266, codebooks=7, size=4096, end=
 """
 WITHOUT = """## Without a family
 
-Connectionist temporal classification (Wav2Vec2, HuBERT), classifiers, SpeechT5 (spectrograms), PocketTTS (latents)
-and modules of one's own: tensors, gradients, updates, and their own loss; `outputs/loss/total` says that no part of it
-could be read. Bark, VITS and Qwen2.5-Omni's talker return no loss in transformers: the Trainer cannot train them.
+Connectionist temporal classification (Wav2Vec2, HuBERT), classifiers and modules of one's own: tensors, gradients,
+updates, and their own loss; `outputs/loss/total` says that no part of it could be read. Bark, VITS and Qwen2.5-Omni's
+talker return no loss in transformers: the Trainer cannot train them.
 
-Not tried, for want of packages that run on transformers 5: Qwen3-TTS, and Parler-TTS, whose labels lie as MusicGen's:
+Not tried, for want of a package that runs on transformers 5: Parler-TTS, whose labels lie as MusicGen's:
 `reads("ParlerTTSForConditionalGeneration")(MusicgenFamily)`, and the check against its loss says whether that holds.
 """
 COLUMNS = (

@@ -1,4 +1,4 @@
-"""Language models with speech beside their text: Qwen3-Omni's talker, VibeVoice, Kyutai's speech to text."""
+"""Language models with speech beside their text: Qwen's talkers, VibeVoice, Kyutai's speech to text."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import (
     DECODER_GROUPS,
+    IGNORE_INDEX,
     Absent,
     BatchView,
     Declared,
     LossPart,
+    Overruled,
     Rest,
     Seen,
     Stream,
+    codebook_names,
+    marked_rows,
     output,
     reads,
 )
 from telemetry.families.causal_lm import CausalLMFamily
 
 NOT_CALLED = "the predictor of the residual codebooks does not run in training"
+_HEAD, _SUB_TALKER = "codec_head", "code_predictor.lm_head"
 
 
 @reads("Qwen3OmniMoeTalkerForConditionalGeneration")
@@ -56,11 +62,67 @@ class TalkerFamily(CausalLMFamily):
                 yield replace(one, name="codebook_0", group="audio", eos_id=getattr(config, "codec_eos_token_id", None))
             else:
                 yield replace(one, name="codebook_0") if isinstance(one, Absent) else one
+        yield from self._residual(inputs, seen)
+
+    def _residual(self, inputs: Mapping[str, Any], seen: Seen) -> Iterable[Declared]:
         yield Absent("depth_decoder", NOT_CALLED, in_loss=False)
 
     def view(self, inputs: Mapping[str, Any]) -> BatchView | None:
         """Nothing: it is given embeddings in the place of token ids."""
         return None
+
+
+@reads("Qwen3TTSTalkerForConditionalGeneration")
+class Qwen3TTSFamily(TalkerFamily):
+    """Reads Qwen3-TTS (the package ``qwen-tts-hf``): its talker, and the sub-talker of all codebooks but the first.
+
+    It is trained through a module of one's own that calls both, and adds 0.3 of the sub-talker's loss, as the authors'
+    script does. That module's ``codec_ids`` ``[batch, sequence, codebooks]`` and ``codec_mask`` ``[batch, sequence]``
+    say what the sub-talker is to predict; without them its part of the loss is what the talker leaves.
+
+    The sub-talker's loss shifts labels that fit its logits already: every head learns the codebook after its own.
+    """
+
+    name = "qwen3_tts"
+    SUB_TALKER_WEIGHT = 0.3
+
+    def watched(self) -> Mapping[str, nn.Module]:
+        """All heads: what the module around them returns need not hold their logits."""
+        heads = {f"{_SUB_TALKER}.{k}": head for k, head in enumerate(self.model.code_predictor.lm_head)}
+        return {**super().watched(), _HEAD: self.model.codec_head, **heads}
+
+    def streams(self, inputs: Mapping[str, Any], outputs: Any, seen: Seen) -> Iterable[Declared]:
+        """The first codebook, and all others."""
+        logits = seen.modules.get(_HEAD)
+        return super().streams(inputs, outputs if logits is None else {"logits": logits}, seen)
+
+    def _residual(self, inputs: Mapping[str, Any], seen: Seen) -> Iterable[Declared]:
+        heads = range(len(self.model.code_predictor.lm_head))
+        logits = [seen.modules[name] for k in heads if (name := f"{_SUB_TALKER}.{k}") in seen.modules]
+        codes, mask = inputs.get("codec_ids"), inputs.get("codec_mask")
+        if len(logits) < len(heads):
+            yield Absent("depth_decoder", NOT_CALLED, in_loss=False)
+        elif not isinstance(codes, Tensor) or not isinstance(mask, Tensor):
+            yield Rest("depth_decoder")
+        else:
+            rows = marked_rows(mask.bool(), logits[0].shape[0])
+            taught = mask.sum() * (len(heads) - 1)
+            yield Stream(
+                codebook_names(len(heads) + 1)[2:],
+                torch.stack(logits[:-1], dim=1),
+                codes[..., 2:].masked_fill(~mask.bool().unsqueeze(-1), IGNORE_INDEX),
+                "audio",
+                "aligned",
+                weight=self.SUB_TALKER_WEIGHT,
+                denominator=taught,
+                rows=rows,
+            )
+            yield Overruled(
+                "the sub-talker is given {} codes to predict, each with the head of its codebook",
+                "its loss shifts them once more, and holds {} against the head of the codebook before",
+                mask.sum() * len(heads),
+                taught,
+            )
 
 
 @reads("VibeVoiceForConditionalGeneration")

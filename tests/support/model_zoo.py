@@ -102,7 +102,9 @@ def classes(seed: int, lengths: tuple[int, int], left: bool) -> Batch:
 
 def spectrograms(seed: int, lengths: tuple[int, int], left: bool) -> Batch:
     given = {name: one for name, one in words(seed, lengths, False).items() if name != "labels"}
-    return {**given, "labels": _noise(seed, 2, 8, 4), "speaker_embeddings": _noise(seed, 2, 4)}
+    labels = _noise(seed, 2, 8, 4)
+    labels[1, 6:] = IGNORED
+    return {**given, "labels": labels, "speaker_embeddings": _noise(seed, 2, 4)}
 
 
 def codes(seed: int, lengths: tuple[int, int], left: bool) -> Batch:
@@ -185,6 +187,11 @@ def shifted(model: Any, batch: Batch) -> Iterator[Token]:
         for at in range(1, len(labels)):
             if labels[at] != IGNORED:
                 yield "text", logits[row, at - 1].tolist(), labels[at]
+
+
+def nothing(model: Any, batch: Batch) -> Iterator[Token]:
+    """Of a loss that is made of no tokens, and can be read all the same."""
+    return iter(())
 
 
 def first_codebook(model: Any, batch: Batch) -> Iterator[Token]:
@@ -421,8 +428,14 @@ KINDS: dict[str, Kind] = {
             hf.MusicgenMelodyConfig, hf.MusicgenMelodyDecoderConfig, num_chroma=4, chroma_length=3,
         )), described_codes, by_codebook,
     ),
-    "SpeechT5": Kind(_made("SpeechT5ForTextToSpeech", _speecht5, 0.3), spectrograms, absent=_NONE),
-    "PocketTTS": Kind(_made("PocketTTSForConditionalGeneration", _pocket, 0.3), latents, absent=_NONE),
+    "SpeechT5": Kind(
+        _made("SpeechT5ForTextToSpeech", _speecht5, 0.3), spectrograms, nothing,
+        shown=("outputs/loss/spectrogram", "outputs/loss/end_of_speech", "gradients/audio_ffn/norm"),
+    ),
+    "PocketTTS": Kind(
+        _made("PocketTTSForConditionalGeneration", _pocket, 0.3), latents, nothing,
+        shown=("outputs/loss/flow", "outputs/loss/end_of_speech", "gradients/audio_embedding/norm"),
+    ),
     "Wav2Vec2ForCTC": Kind(_made("Wav2Vec2ForCTC", _wav2vec, 0.2), waves, absent=_NONE),
     "BertForSequenceClassification": Kind(
         _made("BertForSequenceClassification", lambda: _bert(num_labels=3)), classes, absent=_NONE

@@ -53,6 +53,8 @@ OUTPUTS = [
     "outputs/loss/model",
     "outputs/loss/total",
     "outputs/loss/router",
+    "outputs/loss/flow",
+    "outputs/loss/diffusion",
     "outputs/loss/text",
     "outputs/loss/audio",
     "outputs/loss/codebook_0",
