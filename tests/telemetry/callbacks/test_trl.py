@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PromptTuningConfig
 from support.references import assert_same, differing, scalars_at
-from support.trl_training import SENTENCES, Run, llama, train
+from support.trl_training import SENTENCES, Run, llama, plain, train
 
-from telemetry import StrategicTelemetry
+from telemetry import CodecTokens, StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from telemetry.instruments.outputs import TOTAL
 from telemetry.records import Table
@@ -101,3 +103,25 @@ def test_rewards(more: dict[str, Any], tmp_path: Path, telemetry_log: pytest.Log
     why = {str(row[0]): str(row[1]) for row in backend.last("telemetry/absent", Table).rows}
     assert ("a temperature" in why.get(TOTAL, "")) == (TOTAL not in backend.tags()) == scaled
     assert run.passes.others >= 4
+
+
+def test_codec_tokens_under_a_fused_loss(tmp_path: Path) -> None:
+    """Words that stand for codes of three codebooks, seven of each: the first of them has id 7."""
+    backend, size = MemoryBackend(), 7
+    family = CodecTokens(first=7, codebooks=3, size=size, layout=(), end=2)
+    run = train("SFT", TEXT, tmp_path, [StrategicTelemetry(logging_steps=1, backends=[backend], family=family)])
+    for step in (1, 2):
+        surprises: dict[int, list[float]] = {}
+        for inputs in run.passes.of_step[step]:
+            with torch.no_grad():
+                given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+                chances = plain(run.snapshots.models[step])(**given).logits.double().log_softmax(-1)
+            for row, labels in enumerate(inputs["labels"].tolist()):
+                for at, label in enumerate(labels[1:]):
+                    if 7 <= label < 7 + 3 * size:
+                        surprises.setdefault((label - 7) // size, []).append(-float(chances[row, at, label]))
+        assert set(surprises) == {0, 1, 2}
+        for k, own in surprises.items():
+            shown = backend.scalars(f"outputs/loss/codebook_{k}")[step]
+            assert shown == pytest.approx(math.fsum(own) / len(own), rel=1e-5)
+    assert backend.scalars("outputs/loss/total") == pytest.approx(backend.scalars("outputs/loss/model"), rel=1e-5)
