@@ -381,6 +381,33 @@ CATALOGUE: tuple[Entry, ...] = (
         "rows",
         _NO_ATTENTION,
     ),
+    *_all(
+        Entry(
+            "attention/layer_<l>/cross/entropy",
+            "Entropy of a decoder's attention to its encoder's text: high where it does not follow the words.",
+            "nats",
+        ),
+        Entry(
+            "attention/layer_<l>/cross/entropy_fraction",
+            "The same as a share of the largest possible one: 1 where all of the text weighs the same.",
+            absent="the text has one token",
+        ),
+        Entry(
+            "attention/layer_<l>/cross/max_logit",
+            "Largest pre-softmax logit of a decoder's attention to its encoder's text.",
+            reduction="max over sampled queries",
+            better="lower",
+        ),
+        Entry("attention/layer_<l>/cross/sink", "Share of it on the first token of the text."),
+        reduction="mean over sampled queries",
+        absent=f"the model has no encoder of text, or {_NO_ATTENTION}",
+    ),
+    _count(
+        "attention/layer_<l>/cross/nonfinite",
+        "Rows of a decoder's attention to its encoder's text, one for each head, with a NaN or infinity.",
+        "rows",
+        _NO_ATTENTION,
+    ),
     Entry(
         "attention/mass",
         "Attention mass between text, reference and target, layer by layer.",

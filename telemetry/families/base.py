@@ -154,11 +154,13 @@ class Layer:
         index: counted from 0.
         attention: the module that is handed to the attention function.
         feed_forward: ``text_ffn``, and ``audio_ffn`` where audio has a network of its own.
+        cross_attention: the same for attention to an encoder's positions; None without one.
     """
 
     index: int
     attention: nn.Module
     feed_forward: Mapping[str, FeedForward]
+    cross_attention: nn.Module | None = None
 
 
 @dataclass(frozen=True)

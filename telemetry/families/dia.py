@@ -113,9 +113,14 @@ class DiaFamily(Family):
         return values.unflatten(0, (-1, self._codebooks)).transpose(1, 2)
 
     def layers(self) -> Sequence[Layer]:
-        """Every layer of the decoder, with its self-attention and its feed-forward network."""
+        """Every layer of the decoder, with both attentions and its feed-forward network."""
         return [
-            Layer(index, one.self_attention, {"audio_ffn": FeedForward(one.mlp, one.mlp, one.pre_mlp_norm)})
+            Layer(
+                index,
+                one.self_attention,
+                {"audio_ffn": FeedForward(one.mlp, one.mlp, one.pre_mlp_norm)},
+                one.cross_attention,
+            )
             for index, one in enumerate(self.model.model.decoder.layers)
         ]
 

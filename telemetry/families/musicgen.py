@@ -97,7 +97,7 @@ class MusicgenFamily(Family):
     def layers(self) -> Sequence[Layer]:
         """Every layer of the decoder; its feed-forward networks are no modules of their own."""
         return [
-            Layer(index, one.self_attn, {})
+            Layer(index, one.self_attn, {}, getattr(one, "encoder_attn", None))
             for index, one in enumerate(decoder_layers(self._language_model.get_decoder()))
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +52,12 @@ class AttentionInstrument(Instrument):
         self._layers = layers
         self._queries = queries
         self._generator: torch.Generator | None = None
-        self._batch: AttendedBatch | None = None
+        self._batch: Mapping[bool, AttendedBatch] = {}  # by whether keys are an encoder's
         self._laid_out = False  # whether any microbatch of the step is
         self._expected: set[int] = set()
         self._failed: set[int] = set()
         self._totals: dict[int, list[AttentionTotals]] = {}
+        self._across: dict[int, list[AttentionTotals]] = {}
 
     def begin(self, step: Step) -> None:
         """A due step begins: watch the layers."""
@@ -68,7 +69,7 @@ class AttentionInstrument(Instrument):
 
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """The model is about to run: choose the queries to look at."""
-        self._batch = None
+        self._batch = {}
         if not self._expected or microbatch.view is None:
             return
         if self._generator is None or self._generator.device != microbatch.view.real.device:
@@ -79,14 +80,21 @@ class AttentionInstrument(Instrument):
         kinds = _kinds(microbatch.view, _hears(step))[:, decoded:]
         sample = sample_queries(kinds, self._queries, self._generator)
         starts = _starts(microbatch, microbatch.view.real[:, decoded:])
-        self._batch = AttendedBatch(sample, kinds, starts.gather(1, sample.rows))
+        self._batch = {False: AttendedBatch(sample, kinds, kinds, starts.gather(1, sample.rows))}
+        if decoded:
+            encoded = microbatch.view.real[:, :decoded]
+            first = encoded.long().argmax(dim=1, keepdim=True).expand_as(sample.rows)
+            self._batch |= {True: AttendedBatch(sample, kinds, encoded.unsqueeze(-1), first)}
 
     def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
-        totals = dict(self._totals)
+        totals, across = dict(self._totals), dict(self._across)
         for layer in self._expected - totals.keys() - self._failed:
             step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN if self._laid_out else NO_POSITIONS)
         self._forget()
+        for layer, parts in across.items():
+            for tag, value in _spread(merged_totals(parts)):
+                step.recorder.metric(f"attention/layer_{layer}/cross/{tag}", value)
         if totals:
             for layer, parts in totals.items():
                 for tag, value in _metrics(merged_totals(parts)):
@@ -94,22 +102,25 @@ class AttentionInstrument(Instrument):
             step.recorder.show({}, lambda _host, emit: _show_images(sorted(totals), emit))
 
     def _forget(self) -> None:
-        self._batch = self._generator = None
+        self._batch, self._generator = {}, None
         self._laid_out = False
         self._expected = set()
         self._failed.clear()
         self._totals.clear()
+        self._across.clear()
 
     def _observe(self, step: Step, call: AttentionCall) -> None:
-        if self._batch is None:
+        batch = self._batch.get(call.across)
+        if batch is None:
             return
         try:
-            totals = self._batch.totals(call)
+            totals = batch.totals(call)
         except UnmeasurableError as reason:
-            self._failed.add(call.layer)
-            step.recorder.absent(f"attention/layer_{call.layer}", str(reason))
+            if not call.across:
+                self._failed.add(call.layer)
+            step.recorder.absent(f"attention/layer_{call.layer}{'/cross' if call.across else ''}", str(reason))
             return
-        self._totals.setdefault(call.layer, []).append(totals)
+        (self._across if call.across else self._totals).setdefault(call.layer, []).append(totals)
 
 
 @dataclass(frozen=True)
@@ -119,11 +130,13 @@ class AttendedBatch:
     Attributes:
         sample: the queries.
         kinds: bool ``[batch, sequence, kinds]``, what is at each position.
-        starts: int64 ``[batch, rows]``, where the sequence of each query begins.
+        key_kinds: bool ``[batch, keys, kinds]``: the same, or an encoder's positions, of one kind.
+        starts: int64 ``[batch, rows]``, where the sequence of keys of each query begins.
     """
 
     sample: QuerySample
     kinds: Tensor
+    key_kinds: Tensor
     starts: Tensor
 
     def totals(self, call: AttentionCall) -> AttentionTotals:
@@ -134,11 +147,13 @@ class AttendedBatch:
         """
         if call.query.shape[2] != self.kinds.shape[1] or call.query.shape[0] != self.kinds.shape[0]:
             raise UnmeasurableError("its queries are not the positions of the batch")
+        if call.across and call.key.shape[2] != self.key_kinds.shape[1]:
+            raise UnmeasurableError("its keys are not the encoder's positions in the batch")
         rows = self.sample.rows
         values = attention_rows(
-            call.query, call.key, rows, call.row_mask(rows), self.kinds, self.starts, call.scaling, call.softcap
+            call.query, call.key, rows, call.row_mask(rows), self.key_kinds, self.starts, call.scaling, call.softcap
         )
-        return attention_totals(values, self.sample, self.kinds)
+        return attention_totals(values, self.sample, self.key_kinds)
 
 
 def _hears(step: Step) -> bool:
@@ -166,14 +181,18 @@ def _metrics(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
     kinds = KINDS[: len(totals.queries)]
     for (q, query), (k, key) in itertools.product(enumerate(kinds), repeat=2):
         yield f"{query}_to_{key}", PresentMean(totals.mass[q, k], totals.queries[q], totals.keys[k])
+    yield from _spread(totals)
+    if kinds == KINDS:
+        yield "heads", Means(totals.heads, totals.queries[TARGET])
+
+
+def _spread(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
     queries = totals.queries.sum()
     yield "entropy", Mean(totals.entropy, queries)
     yield "entropy_fraction", Mean(*totals.fraction)
     yield "sink", Mean(totals.sink, queries)
     yield "max_logit", Max(totals.max_logit)
     yield "nonfinite", PresentSum(totals.nonfinite, queries)
-    if kinds == KINDS:
-        yield "heads", Means(totals.heads, totals.queries[TARGET])
 
 
 def _show_images(layers: Sequence[int], emit: Emitter) -> None:

@@ -56,7 +56,7 @@ class AttentionTotals(NamedTuple):
     """Sums over sampled queries, in float64 (float32 on "mps"), that combine over microbatches and ranks.
 
     Attributes:
-        mass: ``[kinds, kinds]``, attention from each kind to each, mean over heads, summed over queries.
+        mass: ``[kinds, kinds of keys]``, attention from each kind to each, mean over heads, summed over queries.
         queries: ``[kinds]``, queries of each kind.
         keys: ``[kinds]``, keys of each kind in the batch.
         entropy: 0-d, mean over heads, summed over queries.
@@ -189,7 +189,7 @@ def attention_totals(values: AttentionRows, sample: QuerySample, key_kinds: Tens
     Args:
         values: of the sampled rows.
         sample: where they are.
-        key_kinds: bool ``[batch, keys, kinds]``.
+        key_kinds: bool ``[batch, keys, kinds]``; of an encoder's keys, one kind.
     """
     device = values.mass.device
     with undisturbed(device):
@@ -204,8 +204,9 @@ def attention_totals(values: AttentionRows, sample: QuerySample, key_kinds: Tens
         finite = torch.isfinite(values.entropy) & torch.isfinite(values.max_logit)
         largest_entropy = values.visible.to(dtype).log()
         spread = used & (values.visible > 1).all(dim=1)
-        target = kinds[:, None, :, TARGET] if kinds.shape[-1] > TARGET else torch.zeros_like(used)[:, None]
-        reference = values.mass[..., REFERENCE] if kinds.shape[-1] > TARGET else torch.zeros_like(values.entropy)
+        all_kinds = key_kinds.shape[-1] > TARGET
+        target = kinds[:, None, :, TARGET] if all_kinds else torch.zeros_like(used)[:, None]
+        reference = values.mass[..., REFERENCE] if all_kinds else torch.zeros_like(values.entropy)
         return AttentionTotals(
             mass=torch.where(kinds[..., None], mass, 0.0).sum(dim=(0, 1)),
             queries=kinds.sum(dim=(0, 1)).to(dtype),

@@ -48,6 +48,7 @@ class AttentionCall:
         module: the attention module.
         kernel: what the function computes; None for one that is not known.
         options: further keyword arguments.
+        across: whether its keys are an encoder's, and not those of its queries.
     """
 
     layer: int
@@ -57,6 +58,7 @@ class AttentionCall:
     module: nn.Module
     kernel: Kernel | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    across: bool = False
 
     @property
     def scaling(self) -> float:
@@ -103,7 +105,7 @@ class AttentionCall:
         for name, reason in _UNKNOWN.items():
             if self.options.get(name) is not None:
                 raise UnmeasurableError(reason)
-        if self.query.shape[2] != self.key.shape[2]:
+        if self.query.shape[2] != self.key.shape[2] and not self.across:
             raise UnmeasurableError("it has other keys than those of its queries (a cache, or a learned prefix)")
         if self.query.shape[-1] != self.key.shape[-1] or self.query.shape[1] % self.key.shape[1]:
             raise UnmeasurableError("its queries and keys do not fit each other")
@@ -148,14 +150,16 @@ def watch_attention(watch: Watch, owner: Any, layers: Sequence[Layer], sink: Sin
 
     Whatever kernel is used, its function is called with its own arguments, and what it gives goes on untouched.
     """
-    indices = {layer.attention: layer.index for layer in layers}
+    indices = {layer.attention: (layer.index, False) for layer in layers}
+    indices |= {one: (layer.index, True) for layer in layers if (one := layer.cross_attention) is not None}
 
     def observe(function: Callable[..., Any], eager: bool, arguments: tuple[Any, ...], options: Any) -> None:
         given = dict(zip(_PARAMETERS, arguments, strict=False)) | dict(options)
         module, query, key, _, mask = (given.pop(name, None) for name in _PARAMETERS)
         if isinstance(query, Tensor) and isinstance(key, Tensor):
             kernel = "eager" if eager else next((known for other, known in _KERNELS if other is function), None)
-            sink(AttentionCall(indices[module], query, key, mask, module, kernel, given))
+            layer, across = indices[module]
+            sink(AttentionCall(layer, query, key, mask, module, kernel, given, across))
 
     def observed(*call: Any) -> None:
         watch.see(owner, observe, *call)

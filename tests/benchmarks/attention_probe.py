@@ -43,7 +43,7 @@ class Forward:
         self.model.to(DEVICE, torch.bfloat16 if step_time.ON_GPU else torch.float32)
         self.inputs = _inputs()
         self.sample, self.kinds, self.starts = _looked_at()
-        self.batch = AttendedBatch(self.sample, self.kinds, self.starts)
+        self.batch = AttendedBatch(self.sample, self.kinds, self.kinds, self.starts)
         self.outputs: Any = None
 
     def run(self, sink: Callable[[AttentionCall], Any] | None = None) -> None:

@@ -421,7 +421,10 @@ KINDS: dict[str, Kind] = {
     "Musicgen": Kind(
         _made("MusicgenForConditionalGeneration", lambda: _described(hf.MusicgenConfig, hf.MusicgenDecoderConfig)),
         described_codes, by_codebook,
-        shown=("attention/layer_0/target_to_target", "inputs/tokens/target_audio_fraction"),
+        shown=(
+            "attention/layer_0/target_to_target", "attention/layer_0/cross/entropy",
+            "inputs/tokens/target_audio_fraction",
+        ),
     ),
     "MusicgenMelody": Kind(
         _made("MusicgenMelodyForConditionalGeneration", lambda: _described(

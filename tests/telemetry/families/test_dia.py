@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_positions_and_attention_are_those_of_a_model_gone_through_by_hand(tmp_p
     kept.set_attn_implementation("eager")
     with torch.no_grad():
         given = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        attended = kept(**given, output_attentions=True).decoder_attentions
+        outputs = kept(**given, output_attentions=True)
+    attended, across = outputs.decoder_attentions, outputs.cross_attentions
     masses: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row, of_row in enumerate(rows):
         for query, query_kind in enumerate(of_row):
@@ -131,6 +133,17 @@ def test_positions_and_attention_are_those_of_a_model_gone_through_by_hand(tmp_p
             values = masses[query_kind, wanted]
             found = backend.scalars(f"attention/layer_1/{query_kind}_to_{wanted}")[1]
             assert found == pytest.approx(sum(values) / len(values), abs=1e-5)
+    entropies, firsts = [], []
+    for row, of_row in enumerate(rows):
+        words = [at for at, one in enumerate(batch["attention_mask"][row].tolist()) if one]
+        for query, kind in enumerate(of_row):
+            weights = across[1][row, :, query].double()
+            if kind != "padding":
+                entropies += [-sum(w * math.log(w) for w in head if w > 0) for head in weights.tolist()]
+                firsts += weights[:, words[0]].tolist()
+    shown_across = {name: backend.scalars(f"attention/layer_1/cross/{name}")[1] for name in ("entropy", "sink")}
+    by_hand = {"entropy": math.fsum(entropies) / len(entropies), "sink": math.fsum(firsts) / len(firsts)}
+    assert shown_across == pytest.approx(by_hand, rel=1e-5)
     wanted_tags = {"activations/layer_1/audio_ffn/rms", "gradients/layer_1/audio_ffn/norm", "gradients/text_ffn/norm"}
     assert wanted_tags <= set(backend.tags())
 
