@@ -83,6 +83,7 @@ SECTIONS: dict[str, str] = {
     "gradients": "Do gradients reach every part?",
     "zero_shot": "Does the model use the reference voice, and can I hear it?",
     "health": "What is wrong, in one line, with the evidence and what to do?",
+    "steps": "Was every step trained on, those between due steps too?",
     "train": "What the Trainer logs while training.",
     "eval": "What the Trainer logs at evaluation.",
     "telemetry": "What telemetry itself costs.",
@@ -796,6 +797,18 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("health/<name>", "0 ok, 1 warning, 2 failing.", reduction="max", better="lower"),
     # the Trainer's own
     Entry("{train,eval}/loss", "Loss as the Trainer logs it: the mean since it last logged.", "nats", better="lower"),
+    _count(
+        "steps/nonfinite_losses",
+        "Microbatches since the last due step whose loss, as it was trained on, was NaN or infinite.",
+        "microbatches",
+        "only the Trainer shows the loss of every step",
+    ),
+    _count(
+        "steps/zero_losses",
+        "Microbatches since the last due step whose loss was exactly 0: they had no labels, or were skipped.",
+        "microbatches",
+        "only the Trainer shows the loss of every step",
+    ),
     Entry("train/grad_norm", "Gradient norm before clipping, as the Trainer logs it."),
     Entry("train/learning_rate", "Learning rate of the first parameter group."),
     Entry("{train,eval}/epoch", "Passes over the training data: once a step, under train/.", "epochs"),

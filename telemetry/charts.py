@@ -185,6 +185,10 @@ QUESTIONS: tuple[Question, ...] = (
         Chart("Verdict of every rule: 0 ok, 1 warning, 2 failing", ("health/<name>",)),
     ),
     _question(
+        "steps",
+        Chart("Losses of all steps that were bad", ("steps/{nonfinite_losses,zero_losses}",)),
+    ),
+    _question(
         "train",
         Chart("Loss as the Trainer logs it", ("train/loss", "eval/loss")),
         Chart("Learning rate", ("train/learning_rate",)),

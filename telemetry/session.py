@@ -25,11 +25,13 @@ from telemetry.delivery.word import RankWord
 from telemetry.families import Family, FamilyMaker, bound_family, find_family
 from telemetry.health import HealthMonitor, check_findings, rules_of
 from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.every_step import judged
 from telemetry.instruments.setup import training_share
 from telemetry.once import Once
 from telemetry.probes.batches import EvaluationBatches, is_stream
 from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
+from telemetry.probes.sentinel import Sentinel
 from telemetry.probes.watch import Watch
 from telemetry.records import Record, Scalar
 from telemetry.setting import Setting, logged_numbers, logs_directory
@@ -158,6 +160,7 @@ class Session:
         self._recorder: Recorder | None = None
         self._meeting: tuple[RankGather | None, str] | None = None
         self._lockstep: Lockstep | None = None
+        self.sentinel = Sentinel()
         self._monitor = HealthMonitor()
         self._word = RankWord()
         self._sound: SoundPolicy | None = None
@@ -225,12 +228,26 @@ class Session:
     def close(self) -> None:
         """Let go of hooks and close the backends."""
         self._end()
+        self.sentinel.end()
         model = self._model()
         if model is not None:
             self._by_model.pop(model, None)
+        with self._isolated("looking at the last steps"):
+            self._look_at_the_last_steps()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
+
+    def _look_at_the_last_steps(self) -> None:
+        """What this rank has trained on since the last due step: say so where a loss was bad."""
+        seen = self.sentinel.take()
+        if self._recorder is None or not seen:
+            return
+        named = [(number, metadata) for number, _, metadata in seen]
+        rank = self.setting.rank if self.setting.world_size > 1 else None
+        losses = [float(loss) for _, loss, _ in seen]
+        bad = [Scalar(tag, float(n), one.name) for tag, n, one in judged(named, losses, rank) if one is not None]
+        self._recorder.write(seen[-1][0], bad)
 
     @property
     def is_open(self) -> bool:
@@ -531,6 +548,7 @@ class Session:
             evaluation_set=str(evaluation_set).replace("/", "|"),  # one part of a tag
             tokens_across_ranks=setting.tokens_across_ranks,
             max_grad_norm=setting.max_grad_norm,
+            sentinel=self.sentinel,
         )
 
     def _backends(self) -> Sequence[Backend]:

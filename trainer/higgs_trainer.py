@@ -64,6 +64,7 @@ class HiggsAudioTrainer(Trainer):
         base.loss_function = self._loss
         self.callback_handler = self._step_data_handler = StepDataHandler(self.callback_handler)
         self._metadata: Any = None
+        self._told: list[Any] = []  # of every microbatch
         self._observers: list[Any] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -78,11 +79,12 @@ class HiggsAudioTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The Trainer's own step, backward included."""
+        self._told = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "on_microbatch")]
         self._observers = self._due_observers()
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         finally:
-            self._observers = []
+            self._told = self._observers = []
             self._metadata = None
 
     def compute_loss(
@@ -116,10 +118,10 @@ class HiggsAudioTrainer(Trainer):
         return counts
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs on the device, without the metadata; observers of a due step are told what it was."""
+        """Inputs on the device, without the metadata, which callbacks are told."""
         inputs = dict(inputs)
         self._metadata = inputs.pop(METADATA, None) or []
-        for observer in self._observers:
+        for observer in self._told:
             observer.on_microbatch(self.args, self.state, self.control, metadata=self._metadata)
         return super()._prepare_inputs(inputs)
 

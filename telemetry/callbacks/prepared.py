@@ -64,6 +64,15 @@ def within_step(
     return end
 
 
+def every_loss(trainer: Trainer | None, note: Callable[[int, Any], None]) -> Callable[[], None] | None:
+    """Have every loss noted that a Trainer trains on, with the step that it is of.
+
+    Returns:
+        What ends that; None without a Trainer.
+    """
+    return None if trainer is None else _Keeping(trainer, note).end
+
+
 class _Stand:
     """Takes the place of a method of a Trainer, its callback handler or its optimizer; of a copy it becomes its own."""
 
@@ -121,6 +130,19 @@ class _Stepping(_Stand):
         except BaseException:
             self._see()
             raise
+
+
+class _Keeping(_Stand):
+    """In the same place, for what it returns."""
+
+    name = _STEP
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        loss = self._own(*args, **kwargs)
+        trainer = self._trainer()
+        if trainer is not None:
+            self._see(trainer.state.global_step + 1, loss)
+        return loss
 
 
 class _Telling(_Stepping):

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
-from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, trainers_in, within_step
+from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, every_loss, trainers_in, within_step
 from telemetry.families.base import FamilyMaker
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clips import ClipInstrument
@@ -188,6 +188,7 @@ class StrategicCallback(Door, TrainerCallback):
         self._unwatch()
         if self._session is not None:
             self._session.abandon_step(self)
+            self._session.sentinel.end()
 
     def on_microbatch(
         self,
@@ -201,6 +202,8 @@ class StrategicCallback(Door, TrainerCallback):
 
         See :class:`telemetry.probes.forward.Microbatch` for the keys of ``metadata``.
         """
+        if self._session is not None:
+            self._session.sentinel.metadata = metadata
         if (session := self._led()) is not None:
             session.announce(metadata)
 
@@ -369,6 +372,7 @@ class StrategicCallback(Door, TrainerCallback):
         loaders = {"train": train_dataloader, "eval": eval_dataloader}
         setting = functools.partial(_setting, args, state, model, processing_class, loaders, self.logging_dir)
         self._session = Session.join(self, model, state, setting)
+        self._session.sentinel.watch(functools.partial(every_loss, calling_trainer(model)))
 
     # -- what a subclass may override ---------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ class History:
         self.step = 0
         self._first: dict[str, tuple[int, float]] = {}
         self._values: dict[str, deque[tuple[int, float]]] = {}
+        self._notes: dict[str, str] = {}
 
     def add(self, step: int, records: Iterable[Record]) -> None:
         """Take in the scalars of a step."""
@@ -29,12 +30,17 @@ class History:
         for record in records:
             if isinstance(record, Scalar):
                 self._first.setdefault(record.tag, (step, record.value))
+                self._notes[record.tag] = record.note
                 self._values.setdefault(record.tag, deque(maxlen=KEPT)).append((step, record.value))
 
     def latest(self, tag: str) -> float | None:
         """The last value of a tag, or None for one never recorded."""
         values = self._values.get(tag)
         return values[-1][1] if values else None
+
+    def note(self, tag: str) -> str:
+        """What was said beside the last value of a tag; "" where nothing was."""
+        return self._notes.get(tag, "")
 
     def past(self, tag: str) -> list[tuple[int, float]]:
         """Steps and values of a tag, oldest first: the first ever, and the last ones."""

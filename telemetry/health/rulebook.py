@@ -120,13 +120,36 @@ def _loss_is_steady(history: History, limits: Limits) -> Verdict | None:
 
 def _step_skipped(history: History, limits: Limits) -> Verdict | None:
     """A loss of exactly 0 where it is not near 0: something has put it in the place of a bad one."""
+    tag = "steps/zero_losses"
+    if (history.latest(tag) or 0) > 0 and (history.latest("outputs/loss/model") or math.inf) > limits["least"]:
+        return Verdict(Level.FAILING, _noted(history, tag))
     past = [value for value in history.values("train/loss") if math.isfinite(value)]
     if len(past) < limits["fewest"] or not any(past):
-        return None
+        return None if history.latest(tag) is None else Verdict(Level.OK, _noted(history, tag))
     usual, zeros = statistics.median(past), [step for step, loss in history.past("train/loss") if loss == 0]
     if usual > limits["least"] and zeros:
         return Verdict(Level.FAILING, f"train/loss = 0 at step {zeros[-1]}, median {usual:.4g}")
     return Verdict(Level.OK, f"train/loss = {past[-1]:.4g}, median {usual:.4g}")
+
+
+def _noted(history: History, tag: str) -> str:
+    note = history.note(tag)
+    return evidence({tag: history.latest(tag) or 0.0}) + (f", {note}" if note else "")
+
+
+def _losses_are_finite(history: History, limits: Limits) -> Verdict | None:
+    tag = "steps/nonfinite_losses"
+    count = history.latest(tag)
+    return None if count is None else Verdict(Level.FAILING if count > 0 else Level.OK, _noted(history, tag))
+
+
+def _rate_is_positive(history: History, limits: Limits) -> Verdict | None:
+    """A warm-up may begin at 0: twice in a row."""
+    tag = "train/learning_rate"
+    last = history.values(tag)[-2:]
+    if len(last) < 2:
+        return None
+    return Verdict(Level.FAILING if not any(last) else Level.OK, evidence({tag: last[-1]}))
 
 
 def _transcripts_fit(history: History, limits: Limits) -> Verdict | None:
@@ -224,8 +247,30 @@ RULES: tuple[Rule, ...] = (
         "gradients/largest and inputs/tensors name the parameter and the tensor; lower the learning rate, check the "
         "data",
         "float16 that overflows without a loss scaler; a batch without a single label",
+        follows=("loss_finite",),
         absent="nothing but telemetry's own numbers was recorded",
         proof="NaN from one sample",
+    ),
+    Rule(
+        "loss_finite",
+        "every step's loss is finite",
+        "a step's loss was not finite",
+        _losses_are_finite,
+        "look at the samples that are named; train without them, or lower the learning rate",
+        "float16 that overflows; a batch without a single label",
+        absent="the trainer does not show the loss of every step",
+        proof="NaN from one sample, between two due steps",
+    ),
+    Rule(
+        "learning_rate",
+        "the learning rate is above 0",
+        "the learning rate is 0",
+        _rate_is_positive,
+        "look at the scheduler: a warm-up that never ends, or more steps than it was made for",
+        "a scheduler that is meant to end before the training does",
+        {},
+        absent="fewer than two values are logged",
+        proof="learning rate 0; a schedule that ends too early",
     ),
     Rule(
         "invalid_ids",
@@ -418,7 +463,7 @@ RULES: tuple[Rule, ...] = (
         _gradients_arrive,
         "the part is cut off from the loss, or the batch has no use for it",
         "batches of text alone beside batches with audio",
-        follows=("nonfinite", "labels", "loss_weight", "adapters", "frozen"),
+        follows=("loss_finite", "nonfinite", "labels", "loss_weight", "adapters", "frozen"),
         absent="no parameter has a gradient",
         proof="audio loss × 0",
     ),
@@ -430,7 +475,7 @@ RULES: tuple[Rule, ...] = (
         "see that the optimizer holds the part and that its learning rate is above 0",
         "bfloat16 weights that swallow steps smaller than their precision: keep float32 weights, or raise the rate",
         {"least": 0},
-        ("nonfinite", "labels", "gradients_arrive", "optimizer"),
+        ("loss_finite", "nonfinite", "labels", "learning_rate", "gradients_arrive", "optimizer"),
         absent="fewer than two due steps",
         proof="learning rate 0; parameters outside of the optimizer",
     ),

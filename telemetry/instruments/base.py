@@ -14,6 +14,7 @@ from torch import nn
 from telemetry.delivery.recorder import Recorder
 from telemetry.families.base import Family, Layer
 from telemetry.probes.lockstep import Lockstep
+from telemetry.probes.sentinel import Sentinel
 from telemetry.probes.watch import Watch
 from telemetry.sound import SoundPolicy
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 COMPILED = "a compiled model is not watched by hooks"
-NO_FAMILY = "telemetry knows no family for this model"
+NOT_KNOWN = "which kind of model this is, and so what is at which position, is not known"
 NO_LAYERS = "telemetry does not know the layers of this model"
 NO_POSITIONS = "the family cannot tell what is at which position of the batch"
 
@@ -49,6 +50,7 @@ class Step:
         world_size: number of ranks.
         tokens_across_ranks: whether the trainer divides its loss by the tokens of all ranks, where it counts them.
         max_grad_norm: what the trainer clips the norm of all gradients to; 0 where it does not, or nobody knows.
+        sentinel: the losses of every step; None where there is none.
         scaled: whether gradients, when they are shown, still have the factor of a loss scaler, where there is one.
     """
 
@@ -70,6 +72,7 @@ class Step:
     tokens_across_ranks: bool = True
     scaled: bool = True
     max_grad_norm: float = 0.0
+    sentinel: Sentinel | None = None
 
     def says(self, tag: str) -> bool:
         """Whether a tag says something of this kind of model; where it does not, the reason is said once."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.families.base import IGNORE_INDEX, NO_LABELS, BatchView
 from telemetry.families.chat import ChatFormat, decoded
-from telemetry.instruments.base import COMPILED, NO_FAMILY, NO_POSITIONS, LastMicrobatchInstrument, Step
+from telemetry.instruments.base import COMPILED, NO_POSITIONS, NOT_KNOWN, LastMicrobatchInstrument, Step
 from telemetry.measures.tensor_stats import TensorStats, first_values, tensor_statistics
 from telemetry.probes.forward import Microbatch
 from telemetry.records import Audio, Cell, Clip, Max, Mean, Metric, Min, Spread, Sum, Table
@@ -81,7 +81,7 @@ class InputInstrument(LastMicrobatchInstrument):
     def _show_sequences(self, step: Step, microbatch: Microbatch) -> None:
         view = microbatch.view
         if view is None:
-            step.recorder.absent("inputs/sequence", NO_FAMILY if step.family is None else NO_POSITIONS)
+            step.recorder.absent("inputs/sequence", NOT_KNOWN if step.family is None else NO_POSITIONS)
             return
         tokenizer = step.tokenizer
         samples = [microbatch.sample_id(row) for row in range(min(SHOWN_SAMPLES, view.input_ids.shape[0]))]

@@ -13,6 +13,7 @@ from telemetry.instruments.causality import CausalityInstrument
 from telemetry.instruments.chatml import ChatMLInstrument
 from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS, ClipInstrument
 from telemetry.instruments.conditioning import ConditioningInstrument
+from telemetry.instruments.every_step import EveryStepInstrument
 from telemetry.instruments.gradients import GradientInstrument
 from telemetry.instruments.inputs import InputInstrument
 from telemetry.instruments.outputs import OutputInstrument
@@ -30,7 +31,7 @@ def inputs() -> list[Instrument]:
 
 def outputs() -> list[Instrument]:
     """Return what asks: what does the model predict, per stream, and what is it asked for?"""
-    return [OutputInstrument(), AskedLabels(), CausalityInstrument()]
+    return [OutputInstrument(), EveryStepInstrument(), AskedLabels(), CausalityInstrument()]
 
 
 def shared_attention(

@@ -52,6 +52,8 @@ INPUTS = [
 OUTPUTS = [
     "outputs/loss/model",
     "outputs/loss/total",
+    "steps/nonfinite_losses",
+    "steps/zero_losses",
     "outputs/loss/router",
     "outputs/loss/flow",
     "outputs/loss/diffusion",

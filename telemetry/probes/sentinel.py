@@ -1,0 +1,56 @@
+"""Keeps the loss of every microbatch of every step until a due step looks at them. Nothing is waited for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+KEPT = 10_000  # microbatches
+
+Metadata: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+class Sentinel:
+    """The losses that a trainer has trained on, from step to step.
+
+    Attributes:
+        watches: whether a trainer shows them.
+        metadata: what is known of the samples of the microbatch that runs: see
+            :class:`telemetry.probes.forward.Microbatch`.
+    """
+
+    def __init__(self) -> None:
+        self.metadata: Metadata = ()
+        self._seen: deque[tuple[int, Any, Metadata]] = deque(maxlen=KEPT)
+        self._end: Callable[[], None] | None = None
+
+    @property
+    def watches(self) -> bool:
+        """Whether a trainer shows its losses."""
+        return self._end is not None
+
+    def watch(self, begin: Callable[[Callable[[int, Any], None]], Callable[[], None] | None]) -> None:
+        """Have ``begin(note)`` see to it that every loss is noted, unless another does; it returns what ends that."""
+        if self._end is None:
+            self._end = begin(self.note)
+
+    def note(self, step: int, loss: Any) -> None:
+        """Keep what a microbatch of a step, counted as after its update, has been trained on. Costs a list's entry."""
+        if isinstance(loss, Tensor):
+            self._seen.append((step, loss.detach() if loss.requires_grad else loss, self.metadata))
+            self.metadata = ()
+
+    def take(self) -> list[tuple[int, Tensor, Metadata]]:
+        """Hand over all that was kept: step, loss (0-d), and what is known of the samples."""
+        seen = [*self._seen]
+        self._seen.clear()
+        return seen
+
+    def end(self) -> None:
+        """Watch no more."""
+        if self._end is not None:
+            self._end()
+            self._end = None
