@@ -778,13 +778,26 @@ CATALOGUE: tuple[Entry, ...] = (
         Entry("setup/targets/{samples,different}", "Samples of rank 0's first step with a target; how many different."),
         Entry("setup/targets/commonest_fraction", "Share of them that have the commonest target."),
         Entry(
+            "setup/alone/changes",
+            "Largest change of the logits of samples whose neighbours and padding are changed, over that of the"
+            " neighbours' own. Above 0: samples see padding, or each other.",
+            reduction="max",
+            absent="the batch has one sample, or could not be run a second time",
+        ),
+        Entry(
+            "setup/ranks/weights_apart",
+            "How far ranks' weights lie apart after the step, over their size: 0 where all have the same.",
+            reduction="over ranks",
+            absent="one process, or parameters are sharded",
+        ),
+        Entry(
             "setup/causality/earlier_changes",
             "How far logits move when later tokens are changed, over how far those of the changed tokens do. 0 is "
             "right.",
         ),
         Entry(
             "setup/{asked_labels,loss_weight,supervised,recombined,chance,optimizer,frozen,adapters,modes,causality,"
-            "targets,references}",
+            "alone,ranks,targets,references}",
             "0 ok, 1 warning, 2 failing.",
             reduction="max",
             better="lower",

@@ -158,6 +158,21 @@ def _causality(history: History, limits: Limits) -> Verdict | None:
     return Verdict(level, evidence({"setup/causality/earlier_changes": moved}))
 
 
+def _alone(history: History, limits: Limits) -> Verdict | None:
+    moved = history.latest("setup/alone/changes")
+    if moved is None or not math.isfinite(moved):
+        return None
+    return Verdict(Level.OK if moved <= limits["most"] else Level.FAILING, evidence({"setup/alone/changes": moved}))
+
+
+def _ranks(history: History, limits: Limits) -> Verdict | None:
+    apart = history.latest("setup/ranks/weights_apart")
+    if apart is None or not math.isfinite(apart):
+        return None
+    level = Level.OK if apart <= limits["most"] else Level.FAILING
+    return Verdict(level, evidence({"setup/ranks/weights_apart": apart}))
+
+
 SETUP_RULES: tuple[Rule, ...] = (
     Rule(
         "asked_labels",
@@ -269,6 +284,31 @@ SETUP_RULES: tuple[Rule, ...] = (
         "a model that is meant to be trained without dropout: set it to 0",
         absent="the model has no dropout and no batch norm",
         proof="dropout active in evaluation; training in evaluation mode",
+        section="setup",
+    ),
+    Rule(
+        "alone",
+        "no sample sees padding or another sample",
+        "samples see padding, or each other",
+        _alone,
+        "mask padding in the attention mask; give packed samples position ids that begin anew",
+        "layers that mix samples on purpose: batch statistics, a bound on what an expert takes",
+        {"most": 1e-2},
+        ("causality",),
+        absent="the batch has one sample, or could not be run a second time",
+        proof="padding on the left that no mask hides",
+        section="setup",
+    ),
+    Rule(
+        "ranks",
+        "all ranks have the same weights",
+        "ranks train weights of their own",
+        _ranks,
+        "call the model that DDP has wrapped, and not the one inside of it; wrap it after its weights are loaded",
+        "devices of several kinds, which round otherwise; experts that are spread over ranks",
+        {"most": 1e-6},
+        absent="one process, or parameters are sharded",
+        proof="two ranks whose DDP wrapper is bypassed; ranks with unlike seeds",
         section="setup",
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""Set-up: does a position see what comes after it? The model is run aside with the later half of its batch changed."""
+"""Set-up: does a position see what comes after it, or another sample? The model is run aside on changed batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from telemetry.probes.forward import Microbatch, Reading, streams_of, watched_as
 from telemetry.probes.quiet import set_aside
 from telemetry.records import Max
 
-TAG = "setup/causality/earlier_changes"
+EARLIER, ALONE = "setup/causality/earlier_changes", "setup/alone/changes"
+RUNS = {"own": EARLIER, "later": EARLIER, "others": ALONE}
+"""What is run → what says that it could not be: the batch, and the batch changed in two ways."""
+ONE_SAMPLE = "the batch has one sample"
 
 
 class CausalityInstrument(FirstStep):
-    """Two forward passes on the first due step's last microbatch, together with all ranks that they need."""
+    """Three forward passes on the first due step's last microbatch, together with all ranks that they need.
+
+    One has other tokens in the later half of every sample; one has other samples in every other row, and other tokens
+    at padding: what is before the half, and what is in the rows that are kept, must come out as it did.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,51 +47,64 @@ class CausalityInstrument(FirstStep):
         microbatch, self._last = self._last, None
         if not self.looks:
             return
+        found: dict[str, dict[str, Tensor]] = {}
         with set_aside(step.model):
-            runs = _runs(step.family, microbatch)
-            found: list[dict[str, Tensor]] = []
+            runs = _runs(step.family, microbatch) or {}
             why = ""
-            for name in ("own", "changed"):
-                agreed = step.lockstep.agree(runs is not None and len(found) == ("own", "changed").index(name), TAG)
-                if not agreed or runs is None or microbatch is None or step.family is None:
-                    step.recorder.absent(TAG, f"the batch could not be run a second time{why}")
-                    return
+            for name, tag in RUNS.items():
+                able = name in runs and not why
+                if not step.lockstep.agree(able, tag) or not able or microbatch is None or step.family is None:
+                    alone = bool(runs) and not why and name == "others"
+                    step.recorder.absent(tag, ONE_SAMPLE if alone else f"the batch could not be run a second time{why}")
+                    continue
                 try:
-                    found.append(dict(_logits(step, step.family, microbatch, runs[name])))
+                    found[name] = dict(_logits(step, step.family, microbatch, runs[name]))
                 except Exception as error:  # noqa: BLE001  (a model that cannot do without its labels; ranks go on)
                     why = f": {type(error).__name__}: {error}"
-            if len(found) < 2:
-                step.recorder.absent(TAG, f"the batch could not be run a second time{why}")
-                return
-        cut = runs["own"]["input_ids"].shape[1] // 2 if runs is not None else 0
-        for name in found[0].keys() & found[1].keys():
-            apart = (found[0][name].float() - found[1][name].float()).abs().flatten(2).amax(-1)
-            earlier, later = apart[:, :cut].max(), apart[:, cut:].max()
-            step.recorder.metric(TAG, Max(torch.where(later > 0, earlier / later.clamp(min=1e-30), 0.0)))
+                    step.recorder.absent(tag, f"the batch could not be run a second time{why}")
+        if microbatch is None or microbatch.view is None or "own" not in found:
+            return
+        real = microbatch.view.real
+        row = torch.arange(real.shape[0], device=real.device)[:, None] % 2 == 0
+        early = (torch.arange(real.shape[1], device=real.device) < _cut(real)).expand_as(real)
+        for name, kept, changed in (("later", early, ~early), ("others", row & real, ~row & real)):
+            for stream in found["own"].keys() & found.get(name, {}).keys():
+                apart = (found["own"][stream].float() - found[name][stream].float()).abs().flatten(2).amax(-1)
+                still, moved = (torch.where(part, apart, 0.0).max() for part in (kept, changed))
+                ratio = torch.where(moved > 0, still / moved.clamp(min=1e-30), 0.0)
+                step.recorder.metric(RUNS[name], Max(ratio))
+
+
+def _cut(positions: Tensor) -> int:
+    return positions.shape[1] // 2
 
 
 def _runs(family: Family | None, microbatch: Microbatch | None) -> dict[str, dict[str, Any]] | None:
-    """The batch, and the batch with other tokens in its later half; None where that cannot be made."""
+    """The batch, and with other tokens in places; None where that cannot be made."""
     if family is None or microbatch is None or microbatch.view is None:
         return None
-    audio = microbatch.view.audio
-    if audio is not None and audio.embedded is not None:  # sound that the model encodes in its pass
+    view, given = microbatch.view, microbatch.inputs.get("input_ids")
+    if view.audio is not None and view.audio.embedded is not None:  # sound that the model encodes in its pass
         return None
-    view, inputs = microbatch.view, microbatch.inputs
-    given = inputs.get("input_ids")
-    if not isinstance(given, Tensor) or given.shape != view.input_ids.shape or given.shape[1] < 4:
+    if not isinstance(given, Tensor) or given.shape[:2] != view.input_ids.shape or given.shape[1] < 4:
         return None
     swaps = family.swaps_references and view.audio is not None
-    own = family.swap_reference(inputs, None) if swaps else _without_labels(inputs)
-    cut = given.shape[1] // 2
-    later = torch.arange(given.shape[1], device=given.device) >= cut
-    changed = dict(own)
-    if swaps and view.audio is not None:
-        codes = view.audio.codes
-        changed = family.swap_reference(inputs, torch.where(later[:, None], (codes + 1) % view.audio.vocabulary, codes))
-    first = given.gather(1, view.text.long().argmax(1, keepdim=True))
-    changed["input_ids"] = torch.where(later & view.text & view.real, first, changed.get("input_ids", given))
-    return {"own": own, "changed": changed}
+    own = family.swap_reference(microbatch.inputs, None) if swaps else _without_labels(microbatch.inputs)
+
+    def changed(places: Tensor) -> dict[str, Any]:
+        made = dict(own)
+        if swaps and view.audio is not None:
+            codes = torch.where(places.unsqueeze(-1), (view.audio.codes + 1) % view.audio.vocabulary, view.audio.codes)
+            made = family.swap_reference(microbatch.inputs, codes)
+        if given.dim() == 2:
+            first = given.gather(1, view.text.long().argmax(1, keepdim=True))
+            made["input_ids"] = torch.where(places & (view.text | ~view.real), first, made.get("input_ids", given))
+        return made
+
+    later = (torch.arange(given.shape[1], device=given.device) >= _cut(given)).expand_as(view.real)
+    other = torch.arange(given.shape[0], device=given.device)[:, None] % 2 == 1
+    runs = {"own": own, "later": changed(later & view.real)}
+    return runs if given.shape[0] < 2 else {**runs, "others": changed(other | ~view.real)}
 
 
 def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:

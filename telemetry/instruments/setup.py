@@ -19,10 +19,11 @@ from telemetry.instruments.base import Step
 from telemetry.measures.token_stats import token_statistics
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.sharding import forwards_are_collective
-from telemetry.records import Max, Mean, Scalar
+from telemetry.records import Max, Mean, Metric, Scalar
 
 SAMPLED = 64  # parameters of which it is looked whether a step moves them
 _ENTRIES = 4096  # of each at most
+_NORMED = 1024  # values of each parameter by which ranks are compared
 
 
 class SetupInstrument(FirstStep):
@@ -86,7 +87,10 @@ class SetupInstrument(FirstStep):
             step.recorder.metric("setup/optimizer/moved_fraction", Mean(moved.sum(), pushed.sum()))
 
     def finish(self, step: Step) -> None:
-        """Show what is trained, and compare references."""
+        """Show what is trained, and compare references; on every due step, compare ranks."""
+        if step.world_size > 1 and not forwards_are_collective(step.model):
+            size = _size(step.model)
+            step.recorder.metric("setup/ranks/weights_apart", Apart(size, -size))
         if not self.looks:
             return
         for name, (trained, count) in _trained(step).items():
@@ -101,6 +105,24 @@ class SetupInstrument(FirstStep):
                 f"{kind}{at}": one for at, clip in enumerate(clips) for kind, one in zip("crt", clip, strict=True)
             }
             step.recorder.show(tensors, partial(_references, len(clips)))
+
+
+class Apart(Metric):
+    """How far the largest and the smallest of a value that ranks should share lie apart, over its size.
+
+    Components: the value, and minus the value. Absent of a value of 0.
+    """
+
+    ops = ("max", "max")
+
+    def _result(self, most: np.ndarray, least: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(most + least) / abs(float(most)) if most else None
+
+
+def _size(model: nn.Module) -> Tensor:
+    """0-d float64: the norms of some values of every parameter, added up. The same to the bit where they are."""
+    some = [parameter.detach().flatten()[:_NORMED].float() for parameter in model.parameters() if parameter.numel()]
+    return torch.stack([one.to(some[0].device) for one in torch._foreach_norm(some)]).double().sum()
 
 
 def training_share(model: nn.Module) -> float | None:

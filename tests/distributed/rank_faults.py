@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
@@ -86,6 +87,32 @@ def broken_gain(rank: int) -> Iterator[list[TrainerCallback]]:
 
 
 @contextmanager
+def bypassed_wrapper(rank: int) -> Iterator[list[TrainerCallback]]:
+    """DDP's wrapper only hands on to the model inside of it: nothing brings gradients together."""
+    with patch.object(
+        DistributedDataParallel, "forward", lambda wrapper, *args, **given: wrapper.module(*args, **given)
+    ):
+        yield []
+
+
+class OtherWeights(TrainerCallback):
+    """The faulty rank begins with weights of its own."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._rank == FAULTY_RANK:
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.01)
+
+
+@contextmanager
+def unlike_seeds(rank: int) -> Iterator[list[TrainerCallback]]:
+    yield [OtherWeights(rank)]
+
+
+@contextmanager
 def no_fault(rank: int) -> Iterator[list[TrainerCallback]]:
     yield []
 
@@ -101,4 +128,6 @@ FAULTS: dict[str, Callable[[int], AbstractContextManager[list[TrainerCallback]]]
     "broken_input_measure": broken_input_measure,
     "broken_check": broken_check,
     "broken_gain": broken_gain,
+    "bypassed_wrapper": bypassed_wrapper,
+    "unlike_seeds": unlike_seeds,
 }

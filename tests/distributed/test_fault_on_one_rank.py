@@ -45,6 +45,7 @@ def outcomes(
     scenarios = [
         Scenario("sound", batches, STEPS),
         *(Scenario(fault, batches, STEPS, fault=fault) for fault in faults),
+        *(Scenario(fault, batches, 2, fault=fault) for fault in ("bypassed_wrapper", "unlike_seeds")),
         Scenario("lone token", with_lone_token, STEPS, arguments=UNUSED),
         Scenario("lone token, unmeasured", with_lone_token, STEPS, telemetry=False, arguments=UNUSED),
     ]
@@ -111,6 +112,18 @@ def test_the_tables_show_its_rows(outcomes: dict[str, list[Outcome]]) -> None:
     assert not any(other.values())
     own = {name for name in samples[POISONED_STEP] if not name.startswith("rank ")}
     assert own == {f"sample-{10 * (at - FAULTY_RANK)}"}
+
+
+# -- weights that come apart ------------------------------------------------------------------------------------------
+
+
+def test_ranks_with_weights_of_their_own_are_named_at_step_1(outcomes: dict[str, list[Outcome]]) -> None:
+    assert outcomes["sound"][0].backend.scalars("setup/ranks/weights_apart") == dict.fromkeys(EVERY_STEP, 0.0)
+    assert outcomes["sound"][0].backend.scalars("setup/ranks") == {1: 0.0}
+    for fault in ("bypassed_wrapper", "unlike_seeds"):
+        backend = outcomes[fault][0].backend
+        assert backend.scalars("setup/ranks/weights_apart")[1] > 1e-5, fault
+        assert backend.scalars("setup/ranks")[1] == 2, fault
 
 
 # -- a measure that raises on rank 1 -----------------------------------------------------------------------------------

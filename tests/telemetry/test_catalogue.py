@@ -24,6 +24,10 @@ SETUP = [
     *(f"setup/references/{what}" for what in ("samples", "different", "equal_fraction", "constant_fraction")),
     *(f"setup/targets/{what}" for what in ("samples", "different", "commonest_fraction")),
     "setup/causality/earlier_changes",
+    "setup/alone/changes",
+    "setup/ranks/weights_apart",
+    "setup/alone",
+    "setup/ranks",
     *(f"setup/{check}" for check in (
         "asked_labels", "loss_weight", "supervised", "recombined", "chance", "optimizer", "frozen", "adapters", "modes",
         "causality", "targets", "references",

@@ -22,6 +22,7 @@ from telemetry.records import Alert, Table
 from trainer.model import add_lora
 
 STEPS = 2
+PAD = 0
 Batch = dict[str, Tensor]
 
 
@@ -128,6 +129,25 @@ def in_bfloat16(trainer: Trainer) -> None:
     trainer.model.to(torch.bfloat16)  # type: ignore[union-attr]
 
 
+def padded_on_the_left(batch: Batch) -> Batch:
+    """Every sample has other padding, which no mask hides."""
+    ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+    for row in range(len(ids)):
+        ids[row, : 1 + row % 3], labels[row, : 1 + row % 3] = PAD, -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def with_padding(trainer: Trainer) -> None:
+    trainer.model.config.pad_token_id = PAD  # type: ignore[union-attr]
+
+
+def bidirectional(trainer: Trainer) -> None:
+    for module in trainer.model.modules():  # type: ignore[union-attr]
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    trainer.model.config.is_causal = False  # type: ignore[union-attr]
+
+
 PLANTED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "labels shifted twice in the batch": ("asked_labels", {"batch": lambda batch: moved(batch, 1)}),
     "labels not shifted": ("asked_labels", {"batch": lambda batch: moved(batch, -1)}),
@@ -137,6 +157,8 @@ PLANTED: dict[str, tuple[str, Mapping[str, Any]]] = {
     "LoRA outside of the optimizer": ("optimizer", {"change": lora_outside}),
     "bfloat16 that swallows steps": ("optimizer", {"change": in_bfloat16, "learning_rate": 1e-7}),
     "training in evaluation mode": ("modes", {"kind": Evaluating}),
+    "bidirectional attention": ("causality", {"change": bidirectional}),
+    "padding that no mask hides": ("alone", {"batch": padded_on_the_left, "change": with_padding}),
 }
 
 
@@ -176,6 +198,36 @@ def test_a_healthy_training_is_not_blamed(name: str, tmp_path: Path) -> None:
     assert fired(backend) == {}
     assert backend.scalars("setup/asked/text/next")[1] == 1
     assert backend.scalars("setup/loss_weight/text")[1] == pytest.approx(1, abs=0.15)
+
+
+def test_changes_are_those_of_passes_by_hand(tmp_path: Path) -> None:
+    """Padding on the left of a batch of two; measured after the update."""
+    seen: list[Any] = []
+
+    def batch(given: Batch) -> Batch:
+        seen.append(padded_on_the_left(given))
+        return seen[-1]
+
+    def change(trainer: Trainer) -> None:
+        with_padding(trainer)
+        seen.append(trainer.model)
+
+    size = {"per_device_train_batch_size": 2, "max_steps": 1}
+    backend = train(tmp_path, batch=batch, change=change, **size)
+    model, ids = seen[0].eval(), seen[1]["input_ids"]
+    others = ids.clone()
+    others[0, 0], others[1] = ids[0, 1], ids[1, 2]  # of the first sample its padding alone: all is the first token
+    later = ids.clone()
+    half = ids.shape[1] // 2
+    for row, first in enumerate((1, 2)):
+        later[row, half:] = ids[row, first]
+    with torch.no_grad():
+        own, alone, early = (model(input_ids=one).logits for one in (ids, others, later))
+    moved = (own - alone).abs().amax(-1)
+    assert backend.scalars("setup/alone/changes")[1] == pytest.approx(float(moved[0, 1:].max() / moved[1, 2:].max()))
+    moved = (own - early).abs().amax(-1)
+    expected = float(moved[:, :half].max() / moved[:, half:].max())
+    assert backend.scalars("setup/causality/earlier_changes")[1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_everything_is_looked_at_once(tmp_path: Path) -> None:

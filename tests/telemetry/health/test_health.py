@@ -220,6 +220,10 @@ PLANTED = [
         )
         for bad in ({f"{OWN}/different": 1.0}, {f"{OWN}/equal_fraction": 0.5}, {f"{OWN}/constant_fraction": 1.0})
     ],
+    *[
+        (name, [{f"setup/{name}/{of}": 0.0}], [{f"setup/{name}/{of}": 0.4}], Level.FAILING)
+        for name, of in (("alone", "changes"), ("ranks", "weights_apart"))
+    ],
     (
         "causality",
         [{"setup/causality/earlier_changes": 0.0}],
