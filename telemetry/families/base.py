@@ -26,6 +26,8 @@ DECODER_GROUPS = (
     ("norm", "norms"),
 )
 
+BOOK = "codebook_"  # and its number: the name of a codebook's stream
+
 Group = Literal["text", "audio"]
 Alignment = Literal["shifted", "aligned", "given_shifted"]
 
@@ -661,4 +663,4 @@ def each_logits(streams: Iterable[Stream]) -> Iterator[tuple[Stream, list[Stream
 
 def codebook_names(codebooks: int) -> tuple[str, ...]:
     """Names of the streams of ``codebooks`` codebooks."""
-    return tuple(f"codebook_{k}" for k in range(codebooks))
+    return tuple(f"{BOOK}{k}" for k in range(codebooks))

@@ -46,7 +46,11 @@ def _gradients_arrive(history: History, limits: Limits) -> Verdict | None:
 
 def _updates_arrive(history: History, limits: Limits) -> Verdict | None:
     """Of a group that has a gradient, twice: a warm-up may begin with a learning rate of 0."""
-    ratios = {tag: history.values(tag)[-2:] for tag in history.matching(_UPDATE_RATIO)}
+    norms = history.matching(_GROUP_NORM)
+    tags = [
+        tag for tag in history.matching(_UPDATE_RATIO) if not norms or norms.get(tag.replace("update_ratio", "norm"))
+    ]
+    ratios = {tag: history.values(tag)[-2:] for tag in tags}
     known = {tag: values for tag, values in ratios.items() if len(values) == 2 and all(map(math.isfinite, values))}
     if not known:
         return None
@@ -150,6 +154,13 @@ def _rate_is_positive(history: History, limits: Limits) -> Verdict | None:
     if len(last) < 2:
         return None
     return Verdict(Level.FAILING if not any(last) else Level.OK, evidence({tag: last[-1]}))
+
+
+def _prompt_is_masked(history: History, limits: Limits) -> Verdict | None:
+    """Of a batch with speech to be learnt: text alone may all be there to be learnt."""
+    if history.latest("inputs/tokens/target_audio_fraction") is None:
+        return None
+    return at_most("inputs/supervised/text_fraction", Level.WARNING)(history, limits)
 
 
 def _transcripts_fit(history: History, limits: Limits) -> Verdict | None:
@@ -298,12 +309,12 @@ RULES: tuple[Rule, ...] = (
         "prompt_masked",
         "the prompt's text is not trained on",
         "the prompt's text may be trained on",
-        at_most("inputs/supervised/text_fraction", Level.WARNING),
+        _prompt_is_masked,
         "mask the prompt in the labels",
         "pre-training on whole texts, where this is meant",
         {"most": 0.95},
         follows=("asked_labels",),
-        absent="the batch has no text labels",
+        absent="the batch has no text labels, or no audio: then nobody knows what is a prompt",
         proof="prompt text supervised",
     ),
     Rule(

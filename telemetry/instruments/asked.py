@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter, Recorder
-from telemetry.families.base import BatchView, Stream, each_logits
+from telemetry.families.base import BOOK, BatchView, Stream, each_logits
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.asked_labels import Asked, Top, asked_labels, codebook_matches, offset_matches, top_two
 from telemetry.probes.forward import Microbatch, Reading
@@ -184,7 +184,7 @@ def _rows(stream: Stream, view: BatchView | None) -> _Rows | None:
     shape = tuple(stream.labels.shape if block else (*stream.labels.shape, 1))
     if len(shape) != 3:
         return None
-    tokens = view.input_ids[..., None] if stream.group == "text" else view.audio.codes if view.audio else None
+    tokens = view.input_ids[..., None] if stream.group == "text" else _codes(stream, view)
     if tokens is None or tuple(tokens.shape) != shape:
         return None
     index = stream.rows
@@ -201,6 +201,14 @@ def _rows(stream: Stream, view: BatchView | None) -> _Rows | None:
     real = view.real if stream.group == "text" or is_audio is None else is_audio
     reference = audio.reference if stream.group == "audio" and audio is not None else None
     return _Rows(stream.names, place, stream.predicted, tokens, real, reference)
+
+
+def _codes(stream: Stream, view: BatchView) -> Tensor | None:
+    """The codes of a stream's codebooks, ``[batch, sequence, C]``; None where its names do not say which they are."""
+    books = [int(name[len(BOOK) :]) for name in stream.names if name.startswith(BOOK) and name[len(BOOK) :].isdigit()]
+    if view.audio is None or len(books) < len(stream.names) or max(books) >= view.audio.codebooks:
+        return None
+    return view.audio.codes[..., books[0] : books[-1] + 1] if books == list(range(books[0], books[-1] + 1)) else None
 
 
 def _due(stream: Stream) -> Iterable[tuple[str, Tensor]]:

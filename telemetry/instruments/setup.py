@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,9 +60,10 @@ class SetupInstrument(FirstStep):
 
     def outputs(self, step: Step, microbatch: Microbatch, reading: Reading) -> None:
         """Measure the loss of every sequence against that of a guess."""
-        for stream, _ in each_logits(reading.streams if self.looks else ()):
-            for tag, value in _against_chance(stream):
-                step.recorder.metric(tag, value)
+        for stream, together in each_logits(reading.streams if self.looks else ()):
+            for one in (stream, *map(_among_its_own, together)):
+                for tag, value in _against_chance(one) if one is not None else ():
+                    step.recorder.metric(tag, value)
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         """See what the optimizer holds, and keep some weights."""
@@ -132,6 +134,18 @@ def training_share(model: nn.Module) -> float | None:
     attention = [module for module in model.modules() if getattr(module, "attention_dropout", 0)]
     told = [*acting, *attention]
     return sum(module.training for module in told) / len(told) if told else None
+
+
+def _among_its_own(stream: Stream) -> Stream | None:
+    """The stream of a codebook as if there were no other ids than its entries; None for one that has its own logits.
+
+    Which codebook's turn it is, a model learns long before it learns codes.
+    """
+    if stream.entries is None:
+        return None
+    first, size = stream.entries
+    labels = torch.where(stream.labels >= 0, stream.labels - first, stream.labels)
+    return replace(stream, logits=stream.logits[..., first : first + size], labels=labels, turns=None, entries=None)
 
 
 def _against_chance(stream: Stream) -> Sequence[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 from mistakes.trainings import Batch, Planted
+from support import codec_tokens
 from torch import Tensor, nn
+from transformers import Trainer
 
 from trainer.chatml import AudioContent, Sample, TextContent
 from trainer.dataset import Example
@@ -69,8 +72,8 @@ def reference_supervised(batch: Batch) -> Batch:
     return {**batch, "audio_labels": torch.where(own, batch["audio_labels"], rest)}
 
 
-def nothing_supervised(every: int) -> Callable[[Batch], Batch]:
-    count = iter(range(10**9))
+def nothing_supervised(every: int, first: int = 0) -> Callable[[Batch], Batch]:
+    count = iter(range(-first, 10**9))
 
     def plant(batch: Batch) -> Batch:
         if next(count) % every:
@@ -253,6 +256,46 @@ def hidden_by_mask(batch: Batch) -> Batch:
     return {**batch, "attention_mask": mask}
 
 
+# Sound
+
+
+def sounds(
+    name: str, change: Callable[[Any, int], tuple[Any, int]], kinds: str
+) -> Callable[[list[Sample]], list[Sample]]:
+    """Samples whose clips are changed: references, targets or both."""
+
+    def plant(samples: list[Sample]) -> list[Sample]:
+        from mistakes.trainings import laboratory
+
+        made = []
+        for sample in samples:
+            messages = []
+            for message in sample.messages:
+                content = [
+                    dataclasses.replace(item, path=laboratory().sound(item.path, name, change))
+                    if isinstance(item, AudioContent) and ("targets" if item.is_target else "references") in kinds
+                    else item
+                    for item in message.content
+                ]
+                messages.append(dataclasses.replace(message, content=tuple(content)))
+            made.append(dataclasses.replace(sample, messages=tuple(messages)))
+        return made
+
+    return plant
+
+
+def clipped(samples: Any, rate: int) -> tuple[Any, int]:
+    return (samples * 30).clip(-1, 1), rate
+
+
+def of_telephone(samples: Any, rate: int) -> tuple[Any, int]:
+    return samples[:: rate // 8000], 8000
+
+
+def silenced(samples: Any, rate: int) -> tuple[Any, int]:
+    return samples * 0, rate
+
+
 # Data
 
 
@@ -311,6 +354,18 @@ def outside_of_the_optimizer(part: str) -> Callable[[HiggsAudioTrainer], None]:
 
 def with_lora(trainer: HiggsAudioTrainer) -> None:
     trainer.model = trainer.model_wrapped = add_lora(trainer.model, 4, 8, 0.0)
+
+
+def of_another_model(trainer: HiggsAudioTrainer) -> None:
+    """The optimizer was made before the model was loaded again."""
+    before: Any = copy.deepcopy(trainer.model)
+    trainer.optimizer = torch.optim.AdamW(before.parameters(), lr=trainer.args.learning_rate)
+
+
+def ends_early(trainer: HiggsAudioTrainer) -> None:
+    """The schedule was made for a tenth of the steps."""
+    optimizer = trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 4))
 
 
 def lora_outside(trainer: HiggsAudioTrainer) -> None:
@@ -399,8 +454,67 @@ class SkippedNaN(Skipping, NaNLoss):
     """The two together."""
 
 
+# Other models
+
+
+def labels_moved(batch: Batch) -> Batch:
+    """Labels shifted once more than the loss shifts them."""
+    labels = torch.full_like(batch["labels"], IGNORE)
+    labels[:, :-1] = batch["labels"][:, 1:]
+    return {**batch, "labels": labels}
+
+
+def csm_ends_masked(batch: Batch) -> Batch:
+    labels = batch["labels"].clone()
+    labels[(labels == 0).all(-1)] = IGNORE
+    return {**batch, "labels": labels}
+
+
+def token_changed(change: Callable[[Tensor], Tensor]) -> Callable[[Batch], Batch]:
+    """Ids of codec tokens changed, of labels too."""
+
+    def plant(batch: Batch) -> Batch:
+        made = dict(batch)
+        for name in ("input_ids", "labels"):
+            made[name] = torch.where(batch[name] >= codec_tokens.FIRST, change(batch[name]), batch[name])
+        return made
+
+    return plant
+
+
+def another_order(ids: Tensor) -> Tensor:
+    """The codebooks of a frame in another order than the vocabulary's."""
+    book, code = (ids - codec_tokens.FIRST) // codec_tokens.SIZE, (ids - codec_tokens.FIRST) % codec_tokens.SIZE
+    return codec_tokens.FIRST + (codec_tokens.CODEBOOKS - 1 - book) * codec_tokens.SIZE + code
+
+
+def another_codec(ids: Tensor) -> Tensor:
+    book, code = (ids - codec_tokens.FIRST) // codec_tokens.SIZE, (ids - codec_tokens.FIRST) % codec_tokens.SIZE
+    return codec_tokens.FIRST + book * codec_tokens.SIZE + (code * 3 + 5) % codec_tokens.SIZE
+
+
+def token_ends_masked(batch: Batch) -> Batch:
+    return {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == codec_tokens.END, IGNORE)}
+
+
+def without_mask(batch: Batch) -> Batch:
+    return {name: one for name, one in batch.items() if name != "attention_mask"}
+
+
+def loss_times(factor: float) -> type[HiggsAudioTrainer]:
+    class Weighted(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (loss * factor, outputs) if return_outputs else loss * factor
+
+    return Weighted  # type: ignore[return-value]
+
+
 ASKED = ("setup/asked_labels",)
 WEIGHT = ("setup/loss_weight",)
+SOUND = ("health/reference_sound",)
 
 MISTAKES: tuple[Planted, ...] = (
     # labels and loss
@@ -514,6 +628,74 @@ MISTAKES: tuple[Planted, ...] = (
     ),
     Planted("training in evaluation mode", ("setup/modes",), "modes", kind_of_trainer=EvalMode, trainer=with_dropout),
     Planted("bidirectional attention", ("setup/causality",), "modes", trainer=bidirectional),
+    # sound
+    Planted("all clips clipped", SOUND, "sound", samples=sounds("clipped", clipped, "references and targets")),
+    Planted("all clips of 8 kHz", SOUND, "sound", samples=sounds("telephone", of_telephone, "references and targets")),
+    Planted(
+        "digital silence as reference",
+        (*SOUND, "setup/references"),
+        "reference",
+        samples=sounds("silent", silenced, "references"),
+    ),
+    # between due steps
+    Planted(
+        "NaN from one sample, between due steps and logs",
+        ("health/loss_finite",),
+        "numbers",
+        kind_of_trainer=NaNLoss,
+        arguments={"logging_steps": 100},
+    ),
+    Planted(
+        "no labels in one batch, between due steps and logs",
+        ("health/step_skipped", "health/labels"),
+        "labels",
+        batch=nothing_supervised(40, first=2),
+        arguments={"logging_steps": 100},
+    ),
+    Planted("schedule that ends too early", ("health/learning_rate",), "optimizer", trainer=ends_early),
+    Planted("optimizer of another model", ("setup/optimizer",), "optimizer", trainer=of_another_model),
+    # other models
+    Planted("Csm: labels shifted twice", ASKED, "labels", batch=labels_moved, model="csm"),
+    Planted(
+        "Csm: labels of reversed codebooks",
+        ASKED,
+        "codes",
+        batch=lambda batch: {**batch, "labels": batch["labels"].flip(-1)},
+        model="csm",
+    ),
+    Planted(
+        "Csm: audio end of stream masked", ("health/eos_supervised",), "labels", batch=csm_ends_masked, model="csm"
+    ),
+    Planted("Csm: loss times 10", WEIGHT, "loss", kind_of_trainer=loss_times(10.0), model="csm"),
+    Planted("codec tokens: labels shifted twice", ASKED, "labels", batch=labels_moved, model="codec_tokens"),
+    Planted(
+        "codec tokens: codebooks in another order",
+        ("health/invalid_ids",),
+        "codes",
+        batch=token_changed(another_order),
+        model="codec_tokens",
+    ),
+    Planted(
+        "codec tokens: codes of another codec",
+        ("setup/chance",),
+        "codes",
+        batch=token_changed(another_codec),
+        model="codec_tokens",
+    ),
+    Planted(
+        "codec tokens: end of speech masked",
+        ("health/eos_supervised",),
+        "labels",
+        batch=token_ends_masked,
+        model="codec_tokens",
+    ),
+    Planted(
+        "codec tokens: padding on the left that no mask hides",
+        ("setup/alone",),
+        "modes",
+        batch=without_mask,
+        model="codec_tokens",
+    ),
 )
 
 HEALTHY: tuple[Planted, ...] = (
@@ -533,4 +715,7 @@ HEALTHY: tuple[Planted, ...] = (
     Planted("dropout", trainer=with_dropout),
     Planted("weight decay", arguments={"weight_decay": 0.1}),
     Planted("activation checkpointing", arguments={"gradient_checkpointing": True}),
+    Planted("Csm", model="csm"),
+    Planted("codec tokens", model="codec_tokens"),
+    Planted("text on TRL's trainer", model="text"),
 )

@@ -17,6 +17,8 @@ from typing import Any
 import trainer as _trainer  # noqa: F401  (first: repairs what transformers imports)
 
 # isort: split
+import numpy as np
+import soundfile
 import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -63,6 +65,7 @@ class Planted:
         kind_of_trainer: its class.
         arguments: of ``TrainingArguments``.
         fresh: whether the model begins untrained.
+        model: which one: ``higgs``, ``csm``, ``codec_tokens``, or ``text`` on TRL's trainer.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Planted:
     kind_of_trainer: type[HiggsAudioTrainer] = HiggsAudioTrainer
     arguments: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
+    model: str = "higgs"
 
 
 @dataclass(frozen=True)
@@ -105,18 +109,44 @@ def laboratory() -> Laboratory:
     return Laboratory(Path(tempfile.mkdtemp(prefix="mistakes-")))
 
 
+@functools.cache
+def laboratory_of(model: str) -> Any:
+    """Where a model's trainings are made."""
+    if model == "higgs":
+        return laboratory()
+    from mistakes.speech_models import SpeechLaboratory, TextLaboratory
+
+    return TextLaboratory() if model == "text" else SpeechLaboratory(model)
+
+
 class Laboratory:
     """Everything that trainings share: data, codes, processor, and a base model that has been trained a little."""
 
+    options: Mapping[str, Any] = {"zero_shot": {"max_new_tokens": 120}}
+    family = None
+
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.demo = prepare(directory, show_progress=False)
         self.processor: Any = load_processor(str(self.demo.model))
         self.samples = load_samples(self.demo.train_file, show_progress=False)
         self.eval_samples = load_samples(self.demo.eval_file, show_progress=False)
         every = self.samples + self.eval_samples
         paths = [path for one in every for path in (*one.references, *one.targets)]
-        self.codes = CodeCache(codec_of(self.processor), directory / "codes").encode(paths)
+        self._cache = CodeCache(codec_of(self.processor), directory / "codes")
+        self.codes = self._cache.encode(paths)
         self._untrained: Any = load_model(str(self.demo.model))
+
+    def sound(self, path: Path, name: str, change: Callable[[np.ndarray, int], tuple[np.ndarray, int]]) -> Path:
+        """A clip's sound changed, as a file of its own whose codes are known."""
+        made = self.directory / name / path.name
+        if made not in self.codes:
+            made.parent.mkdir(exist_ok=True)
+            samples, rate = soundfile.read(path, dtype="float32")
+            soundfile.write(made, *change(samples, rate))
+            with quiet():
+                self.codes |= self._cache.encode([made])
+        return made
 
     @functools.cached_property
     def base(self) -> nn.Module:
@@ -169,9 +199,10 @@ def arguments(directory: Path, **given: Any) -> TrainingArguments:
 def observe(planted: Planted, clips: int = 2) -> Outcome:
     """Train, and return what telemetry has found of it."""
     backend = MemoryBackend()
-    options = {"zero_shot": {"clips": clips, "max_new_tokens": 120}}
-    watching = StrategicTelemetry(logging_steps=DUE, backends=[backend], options=options)
-    made = laboratory().trainer(planted, [watching])
+    where = laboratory_of(planted.model)
+    options = {**where.options, "zero_shot": {"clips": clips, **where.options.get("zero_shot", {})}}
+    watching = StrategicTelemetry(logging_steps=DUE, backends=[backend], options=options, family=where.family)
+    made = where.trainer(planted, [watching])
     error = ""
     with quiet():
         try:

@@ -70,8 +70,8 @@ PLANTED = [
     ),
     (
         "prompt_masked",
-        [{"inputs/supervised/text_fraction": 0.3}],
-        [{"inputs/supervised/text_fraction": 1.0}],
+        [{"inputs/supervised/text_fraction": 0.3, "inputs/tokens/target_audio_fraction": 0.4}],
+        [{"inputs/supervised/text_fraction": 1.0, "inputs/tokens/target_audio_fraction": 0.4}],
         Level.WARNING,
     ),
     ("eos_supervised", [{"outputs/eos/supervised": 1.0}], [{"outputs/eos/supervised": 0.0}], Level.FAILING),
