@@ -192,7 +192,8 @@ SETUP_RULES: tuple[Rule, ...] = (
         "every part of the loss has its weight",
         "parts of the loss have another weight than they should",
         _loss_weight,
-        "0: the part is not in the loss; the number of accumulated microbatches: divide the loss by it",
+        "0: the part is not in the loss; the number of accumulated microbatches: divide the loss by it, or set "
+        "accepts_loss_kwargs = False on a model that is given num_items_in_batch and ignores it",
         "a weight of a part that you have chosen: change the limits in --health_rules",
         {"least": 0.5, "most": 1.5},
         ("asked_labels", "labels"),

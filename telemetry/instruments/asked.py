@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -162,6 +162,9 @@ def _measured(stream: Stream, asked: Asked, view: BatchView | None) -> Iterable[
         rows.place(asked.labels, -1), rows.place(asked.weights, 0), rows.place(asked.supervised, False),
         rows.place(asked.clear, False),
     )  # fmt: skip
+    if stream.alignment == "given_shifted":  # what follows the last position the model is not given
+        here = torch.arange(placed.clear.shape[1], device=placed.clear.device) < placed.clear.shape[1] - 1
+        placed = replace(placed, clear=placed.clear & here[None, :, None])
     for k in range(block):
         own = Asked(*(part[..., k] for part in (placed.labels, placed.weights, placed.supervised, placed.clear)))
         counts = offset_matches(own, rows.tokens[..., k], rows.real, OFFSETS)
@@ -185,7 +188,8 @@ def _rows(stream: Stream, view: BatchView | None) -> _Rows | None:
     if len(shape) != 3:
         return None
     tokens = view.input_ids[..., None] if stream.group == "text" else _codes(stream, view)
-    if tokens is None or tuple(tokens.shape) != shape:
+    decoded = slice(view.decoded_from, None)
+    if tokens is None or tuple((tokens := tokens[:, decoded]).shape) != shape:
         return None
     index = stream.rows
 
@@ -200,13 +204,22 @@ def _rows(stream: Stream, view: BatchView | None) -> _Rows | None:
     is_audio = audio.reference | audio.target if audio is not None else None
     real = view.real if stream.group == "text" or is_audio is None else is_audio
     reference = audio.reference if stream.group == "audio" and audio is not None else None
-    return _Rows(stream.names, place, stream.predicted, tokens, real, reference)
+    reference = None if reference is None else reference[:, decoded]
+    return _Rows(stream.names, place, stream.predicted, tokens, real[:, decoded], reference)
 
 
 def _codes(stream: Stream, view: BatchView) -> Tensor | None:
-    """The codes of a stream's codebooks, ``[batch, sequence, C]``; None where its names do not say which they are."""
+    """The codes of a stream's codebooks, ``[batch, sequence, C]``.
+
+    None where its names do not say which they are, and where audio is given without codes.
+    """
     books = [int(name[len(BOOK) :]) for name in stream.names if name.startswith(BOOK) and name[len(BOOK) :].isdigit()]
-    if view.audio is None or len(books) < len(stream.names) or max(books) >= view.audio.codebooks:
+    if (
+        view.audio is None
+        or view.audio.embedded is not None
+        or len(books) < len(stream.names)
+        or max(books) >= view.audio.codebooks
+    ):
         return None
     return view.audio.codes[..., books[0] : books[-1] + 1] if books == list(range(books[0], books[-1] + 1)) else None
 

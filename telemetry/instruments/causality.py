@@ -67,7 +67,8 @@ class CausalityInstrument(FirstStep):
         real = microbatch.view.real
         row = torch.arange(real.shape[0], device=real.device)[:, None] % 2 == 0
         early = (torch.arange(real.shape[1], device=real.device) < _cut(real)).expand_as(real)
-        for name, kept, changed in (("later", early, ~early), ("others", row & real, ~row & real)):
+        # Of padding nothing is said: where a query sees no key at all, it may be given any of them.
+        for name, kept, changed in (("later", early & real, ~early & real), ("others", row & real, ~row & real)):
             for stream in found["own"].keys() & found.get(name, {}).keys():
                 apart = (found["own"][stream].float() - found[name][stream].float()).abs().flatten(2).amax(-1)
                 still, moved = (torch.where(part, apart, 0.0).max() for part in (kept, changed))

@@ -249,3 +249,25 @@ def test_the_hardest_samples_are_those_of_all_ranks(
     for name, row in ours.items():
         assert row[1:3] == pytest.approx(theirs[name][1:3], rel=1e-4, abs=1e-5)
         assert (row[0], row[3:]) == (theirs[name][0], theirs[name][3:])
+
+
+def read_of_the_loss(backend: MemoryBackend) -> dict[str, float]:
+    """What the first step's gradients say that the loss asks for."""
+    tags = [tag for tag in backend.tags() if tag.startswith(("setup/asked/", "setup/loss_weight/"))]
+    return {tag: backend.scalars(tag)[1] for tag in tags if backend.scalars(tag)}
+
+
+@pytest.mark.parametrize("name", [*(f"copied-{accumulation}" for accumulation in ACCUMULATIONS), *SPEAKING])
+def test_the_loss_is_read_from_all_ranks_gradients(
+    on_ranks: dict[str, list[Outcome]], alone: dict[int, MemoryBackend], scratch: Callable[[], Path], name: str
+) -> None:
+    found = read_of_the_loss(on_ranks[name][0].backend)
+    if name in SPEAKING:
+        expected = read_of_the_loss(run(speaking(name, ranks=1), scratch()).backend)
+    else:
+        expected = read_of_the_loss(alone[int(name.removeprefix("copied-"))])
+    assert found == pytest.approx(expected, rel=1e-3)
+    weights = [value for tag, value in found.items() if tag.startswith("setup/loss_weight/")]
+    assert weights == pytest.approx([1.0] * len(weights), abs=1e-4)
+    following = [value for tag, value in found.items() if tag.endswith("/next")]
+    assert following == [1.0] * (0 if name == "csm" else 2 if name.startswith("copied") else 1)  # it encodes waveforms
