@@ -354,7 +354,7 @@ _EARS: dict[str, Any] = {
     "num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "d_model": 16,
     "max_source_positions": 10, "dropout": 0.0,
 }  # fmt: skip
-_COUNTED = ("setup/loss_weight",)  # takes the trainer's count, ignores it, and so no one divides accumulated losses
+_COUNTED = ("loss_weight",)  # takes the trainer's count, ignores it, and so no one divides accumulated losses
 _NONE = "no part of the model's loss could be read"
 
 KINDS: dict[str, Kind] = {
@@ -378,7 +378,7 @@ KINDS: dict[str, Kind] = {
         _made("GPT2LMHeadModel", lambda: hf.GPT2Config(
             vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
             attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
-        )), words, shifted, warned=("setup/chance",),  # its random weights are large
+        )), words, shifted, warned=("chance",),  # its random weights are large
     ),
     "T5": Kind(_made("T5ForConditionalGeneration", lambda: _encoder(num_layers=2)), answers, aligned, warned=_COUNTED),
     "Bart": Kind(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.backends.memory import MemoryBackend
+from telemetry.health.setup_rules import SETUP_RULES
 from telemetry.records import Record, Scalar
 
 from .batches import IGNORED, Position, Sample, every
@@ -224,6 +225,11 @@ def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[
 def measured_records(backend: MemoryBackend) -> dict[str, list[tuple[int, Record]]]:
     """Everything that a backend was given but what telemetry makes of it and of itself, which every step carries."""
     return {tag: records for tag, records in backend.records.items() if tag.split("/")[0] not in OWN_SECTIONS}
+
+
+def setup_findings(backend: MemoryBackend) -> set[str]:
+    """Names of the set-up checks that have fired."""
+    return {rule.name for rule in SETUP_RULES if any(backend.scalars(rule.tag).values())}
 
 
 def scalars_at(backend: MemoryBackend, step: int, *sections: str) -> dict[str, float]:

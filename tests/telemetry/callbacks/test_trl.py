@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from support.references import assert_same, differing, scalars_at
+from support.references import assert_same, differing, scalars_at, setup_findings
 from support.trl_training import SENTENCES, Run, llama, plain, train
 
 from telemetry import CodecTokens, StrategicTelemetry
@@ -81,6 +81,7 @@ def test_supervised_fine_tuning(name: str, tmp_path: Path, telemetry_log: pytest
     if name not in ("another loss", "a learned prompt"):  # TRL does not count the token that the prompt predicts
         assert backend.scalars("outputs/loss/text") == pytest.approx(backend.scalars("train/loss"), rel=1e-5)
     assert (run.passes.others > 0) == ("evaluated" in name)
+    assert setup_findings(backend) == ({"recombined"} if name == "another loss" else set())
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.references import group_of
+from support.references import group_of, setup_findings
 from support.speech_models import (
     AUDIO,
     AUDIO_END,
@@ -139,6 +139,7 @@ def test_every_stream_is_right_and_training_is_left_alone(
     for step in range(1, STEPS + 1):
         values = expected(snapshots.models[step].eval(), of_step(batches, step, ACCUMULATION))
         assert shown(backend, step, values) == pytest.approx(values, rel=1e-5), step
+    assert setup_findings(backend) == set()
     assert [record.getMessage() for record in telemetry_log.records if record.levelname == "ERROR"] == []
 
     train(untouched, batches, tmp_path)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support.model_zoo import KINDS, batches
+from support.references import setup_findings
 from support.speech_models import Tokens, of_step, shown, train
 from support.steps import Snapshots
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.health.setup_rules import SETUP_RULES
 from telemetry.records import Table
 
 STEPS, ACCUMULATION = 4, 2
@@ -41,7 +41,7 @@ def test_what_is_shown_is_right_and_training_is_left_alone(
         for step in range(1, STEPS + 1):
             values = expected(kind.read, snapshots.models[step].eval(), of_step(data, step, ACCUMULATION))
             assert shown(backend, step, values) == pytest.approx(values, rel=1e-5), step
-    assert {rule.tag for rule in SETUP_RULES if any(backend.scalars(rule.tag).values())} <= {*kind.warned}
+    assert setup_findings(backend) <= {*kind.warned}
     wanted = {*kind.shown, "gradients/total_norm", "inputs/tensor/labels/mean", "train/loss"}
     assert wanted - set(backend.tags()) == set()
 

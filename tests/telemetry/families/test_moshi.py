@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.references import group_of
+from support.references import group_of, setup_findings
 from support.speech_models import CODEBOOKS, CODES, Batch, Tokens, moshi, moshi_batch, of_step, shown, train
 from support.steps import Snapshots
 
@@ -59,6 +59,7 @@ def test_every_stream_is_right_and_training_is_left_alone(
     for step in range(1, STEPS + 1):
         values = expected(snapshots.models[step].eval(), of_step(data, step, ACCUMULATION))
         assert shown(backend, step, values) == pytest.approx(values, rel=1e-5), step
+    assert setup_findings(backend) == set()
     assert [record.getMessage() for record in telemetry_log.records if record.levelname == "ERROR"] == []
 
     train(untouched, data, tmp_path)
