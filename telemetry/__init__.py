@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from telemetry.families.base import Family, LossPart, Stream, reads
     from telemetry.families.codec_tokens import CodecTokens
     from telemetry.instruments.base import Instrument, Step
+    from telemetry.instruments.data_set import DataReport, check_data
     from telemetry.logs import printable, setup_logging
     from telemetry.loop import Telemetry
     from telemetry.sound import SoundPolicy
+    from telemetry.speech.loading import load_speaker_encoder, load_transcriber
 
 _HOMES = {
     "COMPONENTS": "telemetry.callbacks.questions",
     "CodecTokens": "telemetry.families.codec_tokens",
+    "DataReport": "telemetry.instruments.data_set",
     "ConsoleBackend": "telemetry.backends.console",
     "DESTINATIONS": "telemetry.backends.registry",
     "Family": "telemetry.families.base",
@@ -48,7 +51,10 @@ _HOMES = {
     "TrackioBackend": "telemetry.backends.trackio",
     "WandbBackend": "telemetry.backends.wandb",
     "ZeroShotVerificationLoggerCallback": "telemetry.callbacks.questions",
+    "check_data": "telemetry.instruments.data_set",
     "backends_for": "telemetry.backends.registry",
+    "load_speaker_encoder": "telemetry.speech.loading",
+    "load_transcriber": "telemetry.speech.loading",
     "launch_command": "telemetry.backends.tensorboard",
     "printable": "telemetry.logs",
     "reads": "telemetry.families.base",
@@ -60,6 +66,7 @@ __all__ = [
     "DESTINATIONS",
     "CodecTokens",
     "ConsoleBackend",
+    "DataReport",
     "Family",
     "InputLoggerCallback",
     "Instrument",
@@ -77,7 +84,10 @@ __all__ = [
     "WandbBackend",
     "ZeroShotVerificationLoggerCallback",
     "backends_for",
+    "check_data",
     "launch_command",
+    "load_speaker_encoder",
+    "load_transcriber",
     "printable",
     "reads",
     "setup_logging",

@@ -106,6 +106,7 @@ _UNLABELLED = "no labels of the batch are known"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
 _ONLY_ENDS = "nothing that the codebook predicts is an entry of its own"
 _NO_AUDIO = "no supervised audio token in the step, or the model computed no audio logits"
+_DATA = "the data set was not gone through (telemetry.check_data)"
 _NO_ATTENTION = "the layer's attention could not be read"
 _NO_POSITIONS = "it has no positions in the step"
 _NO_GRADIENT = "frozen, or none of its parameters has a gradient"
@@ -778,6 +779,39 @@ CATALOGUE: tuple[Entry, ...] = (
         Entry("setup/targets/{samples,different}", "Samples of rank 0's first step with a target; how many different."),
         Entry("setup/targets/commonest_fraction", "Share of them that have the commonest target."),
         Entry(
+            "setup/data/{samples,looked_at}",
+            "Samples of the data set, and how many of them there was time to listen to.",
+            "samples",
+            absent=_DATA,
+        ),
+        Entry(
+            "setup/data/{equal_fraction,commonest_reference_fraction,commonest_target_fraction}",
+            "Samples whose reference is their target; the share of the commonest reference (of several speakers) and "
+            "of the commonest target.",
+            absent=_DATA,
+        ),
+        Entry(
+            "setup/data/{reference,target}/{silent,clipped,narrow,noisy,cut}_fraction",
+            "Share of the clips that are silent; that are clipped; without anything above 4 kHz; as flat as noise;"
+            " that end in the middle of a sound.",
+            absent=_DATA,
+        ),
+        Entry(
+            "setup/data/rate_ratio",
+            "Characters a second of targets over those of their references, the median.",
+            absent=f"{_DATA}, or there are no transcripts",
+        ),
+        Entry(
+            "setup/data/other_voices_nearer",
+            "Share of other speakers' references that are nearer in voice to a target than its own: 0.5 is chance.",
+            absent=f"{_DATA}, there is no speaker encoder, or all are one speaker",
+        ),
+        Entry(
+            "setup/data/{reference,target}/other_texts_nearer",
+            "Share of others' transcripts that are nearer to what a clip is heard to say than its own: 0.5 is chance.",
+            absent=f"{_DATA}, or there is no transcriber",
+        ),
+        Entry(
             "setup/alone/changes",
             "Largest change of the logits of samples whose neighbours and padding are changed, over that of the"
             " neighbours' own. Above 0: samples see padding, or each other.",
@@ -797,7 +831,7 @@ CATALOGUE: tuple[Entry, ...] = (
         ),
         Entry(
             "setup/{asked_labels,loss_weight,supervised,recombined,chance,optimizer,frozen,adapters,modes,causality,"
-            "alone,ranks,targets,references}",
+            "alone,ranks,targets,references,data_pairs,data_voices,data_words,data_rate,data_sound}",
             "0 ok, 1 warning, 2 failing.",
             reduction="max",
             better="lower",

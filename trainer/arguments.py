@@ -111,6 +111,11 @@ class ScriptArguments:
     )
     opinion_scorer: str | None = field(default=None, metadata={"help": "'dnsmos': how good the sound is, 1 to 5."})
 
+    check_only: bool = field(
+        default=False,
+        metadata={"help": "End after the checks of arguments, data and model: exit code 0 where all is well, else 1."},
+    )
+
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything.
 

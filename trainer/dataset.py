@@ -110,7 +110,7 @@ class VoiceCloningDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         sample = self.samples[index]
-        return Example(*self._texts[index], *self._audio(sample), self._metadata(sample))
+        return Example(*self._texts[index], *self._audio(sample), self.metadata(index))
 
     def _text(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """``input_ids`` and ``labels``, each int64 ``[sequence]``."""
@@ -157,8 +157,9 @@ class VoiceCloningDataset(Dataset[Example]):
         forced = ends & (ends.long().cumsum(dim=0) > 1)
         return delayed.masked_fill(forced | (delayed == self._bos), IGNORE_INDEX)
 
-    def _metadata(self, sample: Sample) -> dict[str, Any]:
-        """What travels beside the tensors of a sample."""
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Return what travels beside the tensors of a sample: clips are read when they are asked for."""
+        sample = self.samples[index]
         named = ("sample_id", "speaker", "language", "ref_transcript", "target_transcript")
         return {
             **{name: getattr(sample, name) for name in named},

@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import trainer as _trainer  # noqa: F401  (first: repairs what transformers imports)
 
@@ -45,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up_logging(script)
         trainer = build_trainer(arguments)
         resume = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+        wrong = look_at_the_data(trainer, script) if script.check_only or resume is None else 0
     except (ValueError, OSError, ImportError) as error:
         sys.exit(printable(f"error: {error}"))
+    if script.check_only:
+        sys.exit(int(wrong > 0))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     summarize(trainer, script, training)
@@ -170,14 +173,30 @@ def strategic_callbacks(script: ScriptArguments, training: FineTuningArguments) 
     ]
 
 
+@functools.cache
+def listeners(speaker_encoder: str | None, transcriber: str | None) -> tuple[Any, Any]:
+    """What compares voices and what writes down words, loaded once.
+
+    Raises:
+        ValueError: when one cannot be loaded.
+    """
+    from telemetry import load_speaker_encoder, load_transcriber
+
+    return (
+        load_speaker_encoder(speaker_encoder) if speaker_encoder else None,
+        load_transcriber(transcriber) if transcriber else None,
+    )
+
+
 def component_options(script: ScriptArguments) -> dict[str, dict[str, Any]]:
     """What single components take beyond what all do, of those that were chosen."""
+    speaker_encoder, transcriber = listeners(script.speaker_encoder, script.transcriber)
     options: dict[str, dict[str, Any]] = {
         "shared_attention": {"layers": script.attention_layers, "text_audio_cosine": script.text_audio_cosine},
         "zero_shot": {
             "clips": script.zero_shot_clips,
-            "speaker_encoder": script.speaker_encoder,
-            "transcriber": script.transcriber,
+            "speaker_encoder": speaker_encoder,
+            "transcriber": transcriber,
             "opinion_scorer": script.opinion_scorer,
         },
     }
@@ -193,6 +212,33 @@ def check_layers(chosen: Sequence[int] | None, layers: int) -> None:
     beyond = [index for index in chosen or () if index >= layers]
     if beyond:
         raise ValueError(f"--attention_layers {' '.join(map(str, beyond))}: the model has layers 0 to {layers - 1}")
+
+
+def look_at_the_data(trainer: HiggsAudioTrainer, script: ScriptArguments) -> int:
+    """Go through the training data on rank 0, say what is wrong, and have telemetry show it; how much that is.
+
+    Raises:
+        ValueError: when what listens to it cannot be loaded.
+    """
+    if not is_main_rank() or not (script.enable_strategic_logging or script.check_only):
+        return 0
+    from telemetry import StrategicTelemetry, check_data
+
+    data = cast(VoiceCloningDataset, trainer.train_dataset)
+    report = check_data(
+        [data.metadata(index) for index in range(len(data))],
+        *listeners(script.speaker_encoder, script.transcriber),
+        show_progress=not trainer.args.disable_tqdm,
+    )
+    for one in trainer.callback_handler.callbacks:
+        if isinstance(one, StrategicTelemetry):
+            one.instruments.append(report)
+    for found in report.findings:
+        level = logging.ERROR if found.failing else logging.WARNING
+        logger.log(level, "%s: %s. What to do: %s", found.fault, found.evidence, found.advice)
+    looked, total = (int(report.values[f"setup/data/{name}"]) for name in ("looked_at", "samples"))
+    logger.info("data: %d of %d samples listened to, %d findings", looked, total, len(report.findings))
+    return len(report.findings)
 
 
 # Checkpoints, and the end

@@ -10,6 +10,7 @@ from telemetry.backends.base import Backend
 from telemetry.callbacks.trainer import StrategicCallback
 from telemetry.families.base import FamilyMaker
 from telemetry.instruments.attention import DEFAULT_QUERIES
+from telemetry.instruments.base import Instrument
 from telemetry.instruments.clips import DEFAULT_CLIPS, MAX_NEW_TOKENS, MAX_SECONDS
 from telemetry.instruments.questions import choose
 from telemetry.session import DEFAULT_LOGGING_STEPS
@@ -98,6 +99,7 @@ class StrategicTelemetry(StrategicCallback):
         logging_steps, backends, logging_dir, sound, alert_to, stop_on, health_rules, family: as for each callback
             alone.
         options: further arguments of single components: ``{"shared_attention": {"layers": [0, 5]}}``.
+        instruments: further ones of one's own, and what :func:`telemetry.check_data` has found.
 
     Raises:
         ValueError: for a component that does not exist, options for one that is not chosen, or no component at all.
@@ -115,8 +117,9 @@ class StrategicTelemetry(StrategicCallback):
         stop_on: str | Sequence[str] = (),
         health_rules: str | Path | Mapping[str, Any] | None = None,
         family: FamilyMaker | None = None,
+        instruments: Sequence[Instrument] = (),
     ) -> None:
-        chosen = choose(components, options)
+        chosen = [*choose(components, options), *instruments]
         super().__init__(logging_steps, backends, logging_dir, sound, chosen, alert_to, stop_on, health_rules, family)
 
     @property

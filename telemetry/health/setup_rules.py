@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from telemetry.health.history import History
 from telemetry.health.rules import Level, Limits, Rule, Verdict, evidence
@@ -173,7 +174,124 @@ def _ranks(history: History, limits: Limits) -> Verdict | None:
     return Verdict(level, evidence({"setup/ranks/weights_apart": apart}))
 
 
+_DATA_SOUND = ("silent", "clipped", "narrow", "noisy", "cut")
+
+
+def _noted(history: History, values: Mapping[str, float]) -> str:
+    notes = (history.note(tag) for tag in values)
+    return "; ".join([evidence(values), *dict.fromkeys(note for note in notes if note)])
+
+
+def _data_shares(history: History, limits: Limits, tags: Mapping[str, str], worst: Level) -> Verdict | None:
+    """Tag → the name of its limit; a share above it is bad."""
+    known = {f"setup/data/{tag}": limit for tag, limit in tags.items()}
+    values = {tag: value for tag in known if (value := history.latest(tag)) is not None}
+    bad = {tag: value for tag, value in values.items() if value > limits[known[tag]]}
+    if not values:
+        return None
+    return Verdict(worst if bad else Level.OK, _noted(history, bad) if bad else evidence(values))
+
+
+def _data_sound(history: History, limits: Limits) -> Verdict | None:
+    tags = {f"{kind}/{name}_fraction": name for kind in ("reference", "target") for name in _DATA_SOUND}
+    del tags["reference/cut_fraction"]  # which is often cut out of a longer recording on purpose
+    return _data_shares(history, limits, tags, Level.WARNING)
+
+
+def _data_pairs(history: History, limits: Limits) -> Verdict | None:
+    tags = {"equal_fraction": "equal", "commonest_reference_fraction": "commonest",
+            "commonest_target_fraction": "commonest"}  # fmt: skip
+    return _data_shares(history, limits, tags, Level.FAILING)
+
+
+def _data_voices(history: History, limits: Limits) -> Verdict | None:
+    return _data_shares(history, limits, {"other_voices_nearer": "most"}, Level.FAILING)
+
+
+def _data_words(history: History, limits: Limits) -> Verdict | None:
+    tags = {f"{kind}/other_texts_nearer": "most" for kind in ("reference", "target")}
+    return _data_shares(history, limits, tags, Level.WARNING)
+
+
+def _data_rate(history: History, limits: Limits) -> Verdict | None:
+    tag = "setup/data/rate_ratio"
+    ratio = history.latest(tag)
+    if ratio is None or ratio <= 0:
+        return None
+    level = Level.WARNING if abs(math.log(ratio)) > limits["apart"] else Level.OK
+    return Verdict(level, _noted(history, {tag: ratio}) if level else evidence({tag: ratio}))
+
+
+_NOT_CHECKED = "the data set was not gone through (the script does it, or telemetry.check_data)"
+
+DATA_RULES: tuple[Rule, ...] = (
+    Rule(
+        "data_pairs",
+        "references and targets are clips of their own",
+        "references or targets of many samples are the same clip",
+        _data_pairs,
+        "give every sample a reference that is another clip of its speaker, and each target once",
+        "a data set of one sentence in many voices",
+        {"equal": 0.1, "commonest": 0.3},
+        absent=_NOT_CHECKED,
+        proof="reference equals the target; one reference for all; one sample is 80 % of the data",
+        section="setup",
+    ),
+    Rule(
+        "data_sound",
+        "clips sound as they should",
+        "clips are silent, clipped, narrow, noisy or cut off",
+        _data_sound,
+        "listen to the clips that are named; look at how they were made",
+        "whispers; recordings that are meant to be rough",
+        {"silent": 0.02, "clipped": 0.1, "narrow": 0.5, "noisy": 0.1, "cut": 0.2},
+        absent=_NOT_CHECKED,
+        proof="all clips clipped; all clips of 8 kHz; one clip in ten silent; targets cut off",
+        section="setup",
+    ),
+    Rule(
+        "data_voices",
+        "targets are in the voice of their reference",
+        "targets are in another voice than their reference",
+        _data_voices,
+        "listen to inputs/reference beside inputs/target; see that clips are joined by speaker",
+        "speakers that sound alike to the encoder; music or noise under the speech",
+        {"most": 0.3},
+        ("data_pairs", "data_sound"),
+        f"{_NOT_CHECKED}, there is no speaker encoder, or all are one speaker",
+        "reference of another speaker",
+        "setup",
+    ),
+    Rule(
+        "data_words",
+        "clips say their transcripts",
+        "clips say something else than their transcripts",
+        _data_words,
+        "listen to inputs/target beside its transcript; see that files and texts are joined by the same key",
+        "a language or an accent that the transcriber does not understand",
+        {"most": 0.4},
+        ("data_pairs", "data_sound", "data_voices"),
+        f"{_NOT_CHECKED}, or there is no transcriber",
+        "transcripts shuffled; reference transcript of another clip",
+        "setup",
+    ),
+    Rule(
+        "data_rate",
+        "targets are spoken as fast as references",
+        "targets are spoken faster or slower than references",
+        _data_rate,
+        "see that transcripts belong to their clips, and that no clip is played at another rate",
+        "references that were cut shorter than their transcripts",
+        {"apart": 0.25},
+        ("data_pairs", "data_sound", "data_words"),
+        f"{_NOT_CHECKED}, or there are no transcripts",
+        "clips of a wrong sampling rate",
+        "setup",
+    ),
+)
+
 SETUP_RULES: tuple[Rule, ...] = (
+    *DATA_RULES,
     Rule(
         "asked_labels",
         "every label is the token that follows",

@@ -114,3 +114,37 @@ def _mel_filters(fft_size: int, sampling_rate: int) -> np.ndarray:
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return np.maximum(0, np.minimum(rising, falling))
+
+
+def narrow_band(samples: np.ndarray, sampling_rate: int, above: float = 4000.0) -> bool:
+    """Whether less than a thousandth of the power lies above 4 kHz, as of a telephone's sound that was resampled."""
+    power, frequencies = _average_power(samples, sampling_rate)
+    total = float(power.sum())
+    return bool(total > 0 and float(power[frequencies > above].sum()) < 1e-3 * total)
+
+
+def spectral_flatness(samples: np.ndarray, sampling_rate: int) -> float:
+    """Geometric over arithmetic mean of the average power spectrum: near 1 for white noise, near 0 for speech.
+
+    NaN for digital silence. Johnston 1988, "Transform coding of audio signals using perceptual noise criteria".
+    """
+    power, _ = _average_power(samples, sampling_rate)
+    if not power.sum() > 0:
+        return math.nan
+    floor = np.maximum(power, np.finfo(np.float64).tiny)
+    return float(np.exp(np.mean(np.log(floor))) / np.mean(floor))
+
+
+def ends_abruptly(samples: np.ndarray, sampling_rate: int) -> bool:
+    """Whether the last 20 ms are as loud as the clip as a whole, less 6 dB: speech that was cut off."""
+    last = samples[-max(round(FRAME_SECONDS * sampling_rate), 1) :]
+    return level_db(last) > max(level_db(samples) - 6.0, SILENCE_DB)
+
+
+def _average_power(samples: np.ndarray, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Power of every frequency but the lowest, averaged over windows of 40 ms, and the frequencies in hertz."""
+    size = _fft_size(max(round(MEL_WINDOW_SECONDS * sampling_rate), 16))
+    padded = np.pad(np.asarray(samples, dtype=np.float64), (0, max(0, size - len(samples))))
+    frames = sliding_window_view(padded, size)[:: size // 2] * np.hanning(size)
+    power = (np.abs(np.fft.rfft(frames, axis=1)) ** 2).mean(axis=0)
+    return power[1:], np.fft.rfftfreq(size, 1 / sampling_rate)[1:]

@@ -199,7 +199,8 @@ def texts_of(samples: list[Sample], order: list[int], which: str) -> list[Sample
                         text = references[other] or ""
                     content[place] = dataclasses.replace(item, text=text)
             messages.append(dataclasses.replace(message, content=tuple(content)))
-        changed = {"target_transcript": targets[other]} if which == "target" else {}
+        said = targets if which == "target" else references
+        changed = {"target_transcript" if which == "target" else "ref_transcript": said[other]}
         made.append(dataclasses.replace(sample, messages=tuple(messages), **changed))
     return made
 
@@ -294,6 +295,15 @@ def of_telephone(samples: Any, rate: int) -> tuple[Any, int]:
 
 def silenced(samples: Any, rate: int) -> tuple[Any, int]:
     return samples * 0, rate
+
+
+def cut_off(samples: Any, rate: int) -> tuple[Any, int]:
+    return samples[: len(samples) * 6 // 10], rate
+
+
+def some_silent(samples: list[Sample]) -> list[Sample]:
+    plant = sounds("silent", silenced, "targets")
+    return [plant([sample])[0] if index % 10 == 3 else sample for index, sample in enumerate(samples)]
 
 
 # Data
@@ -514,7 +524,7 @@ def loss_times(factor: float) -> type[HiggsAudioTrainer]:
 
 ASKED = ("setup/asked_labels",)
 WEIGHT = ("setup/loss_weight",)
-SOUND = ("health/reference_sound",)
+SOUND = ("health/reference_sound", "setup/data_sound")
 
 MISTAKES: tuple[Planted, ...] = (
     # labels and loss
@@ -554,20 +564,20 @@ MISTAKES: tuple[Planted, ...] = (
     Planted("garbled text", ("health/chatml",), "text", examples=garbled),
     Planted(
         "transcripts shuffled",
-        ("health/transcripts",),
+        ("setup/data_words", "health/transcripts"),
         "text",
         samples=lambda s: texts_of(s, shuffled(len(s)), "target"),
     ),
     Planted(
         "reference transcript of another clip",
-        ("health/transcripts",),
+        ("setup/data_words", "health/transcripts"),
         "text",
         samples=lambda s: texts_of(s, shuffled(len(s)), "reference"),
     ),
     # reference voice
     Planted(
         "reference of another speaker",
-        ("health/reference_used",),
+        ("setup/data_voices", "health/reference_used"),
         "reference",
         samples=other_reference(of_another_speaker),
     ),
@@ -579,19 +589,19 @@ MISTAKES: tuple[Planted, ...] = (
     ),
     Planted(
         "one reference for all",
-        ("setup/references",),
+        ("setup/references", "setup/data_pairs"),
         "reference",
         samples=other_reference(lambda samples, index: samples[0].references[0]),
     ),
     Planted(
         "reference equals the target",
-        ("setup/references",),
+        ("setup/references", "setup/data_pairs"),
         "reference",
         samples=other_reference(lambda samples, index: samples[index].targets[0]),
     ),
     Planted("reference hidden by the attention mask", ("health/mask_holes",), "reference", batch=hidden_by_mask),
     # data set
-    Planted("one sample is 80 % of the data", ("setup/targets",), "data", samples=mostly_one),
+    Planted("one sample is 80 % of the data", ("setup/targets", "setup/data_pairs"), "data", samples=mostly_one),
     Planted("targets truncated by a length limit", ("health/eos_supervised",), "data", examples=truncated),
     # optimizer
     Planted("learning rate times 100", ("health/update_size",), "optimizer", arguments={"learning_rate": 5e-2}),
@@ -637,6 +647,8 @@ MISTAKES: tuple[Planted, ...] = (
         "reference",
         samples=sounds("silent", silenced, "references"),
     ),
+    Planted("one clip in ten silent", ("setup/data_sound",), "sound", samples=some_silent),
+    Planted("targets cut off", ("setup/data_sound",), "sound", samples=sounds("cut", cut_off, "targets")),
     # between due steps
     Planted(
         "NaN from one sample, between due steps and logs",

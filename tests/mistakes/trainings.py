@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from telemetry import StrategicTelemetry
+from telemetry import DataReport, StrategicTelemetry, check_data
 from telemetry.backends.memory import MemoryBackend
 from telemetry.health import RULES
 from telemetry.records import Scalar
+from telemetry.speech.loading import load_speaker_encoder, load_transcriber
 from trainer.chatml import Sample, load_samples
 from trainer.code_cache import CodeCache
 from trainer.collator import VoiceCloningCollator
@@ -149,6 +150,26 @@ class Laboratory:
         return made
 
     @functools.cached_property
+    def _listeners(self) -> tuple[Any, Any]:
+        return load_speaker_encoder("resemblyzer"), load_transcriber("pocketsphinx")
+
+    @functools.cached_property
+    def _unchanged(self) -> DataReport:
+        return self.report(list(self.samples))
+
+    def report(self, samples: list[Sample]) -> DataReport:
+        """What is found in the data before training."""
+        dataset = VoiceCloningDataset(samples, self.processor, self.codes)
+        known = [dataset.metadata(at) for at in range(len(dataset))]
+        return check_data(known, *self._listeners, show_progress=False)
+
+    def instruments(self, planted: Planted) -> list[Any]:
+        """Beside those of telemetry's own."""
+        if planted.samples is as_it_is:
+            return [DataReport(self._unchanged.values, self._unchanged.named)]
+        return [self.report(planted.samples(list(self.samples)))]
+
+    @functools.cached_property
     def base(self) -> nn.Module:
         """A model after some healthy steps."""
         healthy = self.trainer(Planted("base", fresh=True, arguments={"max_steps": BASE_STEPS, "seed": 1}), [])
@@ -196,12 +217,15 @@ def arguments(directory: Path, **given: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(directory), **{**usual, **given})
 
 
-def observe(planted: Planted, clips: int = 2) -> Outcome:
-    """Train, and return what telemetry has found of it."""
+def observe(planted: Planted, clips: int = 2, listened: bool = True) -> Outcome:
+    """Train, and return what telemetry has found of it; ``listened``: after its data were gone through."""
     backend = MemoryBackend()
     where = laboratory_of(planted.model)
     options = {**where.options, "zero_shot": {"clips": clips, **where.options.get("zero_shot", {})}}
-    watching = StrategicTelemetry(logging_steps=DUE, backends=[backend], options=options, family=where.family)
+    more = where.instruments(planted) if listened and hasattr(where, "instruments") else ()
+    watching = StrategicTelemetry(
+        logging_steps=DUE, backends=[backend], options=options, family=where.family, instruments=more
+    )
     made = where.trainer(planted, [watching])
     error = ""
     with quiet():

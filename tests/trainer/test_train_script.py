@@ -294,6 +294,34 @@ def test_a_finding_that_training_is_to_stop_on_ends_it_with_a_checkpoint_and_exi
     assert (output / "alerts.jsonl").is_file()
 
 
+@pytest.mark.parametrize(("same", "code"), [(False, 0), (True, 1)])
+def test_checks_alone_end_the_program(
+    same: bool, code: int, tiny_model_path: Path, some_samples: list[dict[str, Any]], tmp_path: Path,
+    trainer_log: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Data that are as they should be; and references that are their targets."""
+    samples = copy.deepcopy(some_samples)
+    for sample in samples if same else []:
+        clips = [item for message in sample["messages"] for item in message["content"]
+                 if isinstance(item, dict) and item["type"] == "audio"]  # fmt: skip
+        clips[0]["audio_url"] = clips[-1]["audio_url"]
+    options = {
+        "--model_path": tiny_model_path,
+        "--train_data_file": write_samples(tmp_path / "data.json", samples),
+        "--output_dir": tmp_path / "output",
+        "--check_only": "true",
+    }
+    with pytest.raises(SystemExit) as caught:
+        main([str(part) for option in options.items() for part in option])
+    assert caught.value.code == code
+    said = [record.getMessage() for record in trainer_log.records]
+    assert any("data: 8 of 8 samples listened to" in one for one in said)
+    named = [one for one in said if "the same clip" in one]
+    assert len(named) == same
+    assert all("setup/data/equal_fraction = 1; samples train-" in one for one in named)
+    assert not list((tmp_path / "output").glob("checkpoint-*"))
+
+
 def script_arguments(**more: Any) -> ScriptArguments:
     return ScriptArguments(model_path="m", train_data_file="t", **more)
 

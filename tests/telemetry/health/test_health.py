@@ -221,6 +221,17 @@ PLANTED = [
         for bad in ({f"{OWN}/different": 1.0}, {f"{OWN}/equal_fraction": 0.5}, {f"{OWN}/constant_fraction": 1.0})
     ],
     *[
+        (f"data_{name}", [{f"setup/data/{of}": well}], [{f"setup/data/{of}": ill}], level)
+        for name, of, well, ill, level in (
+            ("pairs", "equal_fraction", 0.0, 0.5, Level.FAILING),
+            ("pairs", "commonest_reference_fraction", 0.1, 0.9, Level.FAILING),
+            ("voices", "other_voices_nearer", 0.1, 0.5, Level.FAILING),
+            ("words", "target/other_texts_nearer", 0.1, 0.5, Level.WARNING),
+            ("rate", "rate_ratio", 1.1, 0.6, Level.WARNING),
+            ("sound", "target/noisy_fraction", 0.0, 0.5, Level.WARNING),
+        )
+    ],
+    *[
         (name, [{f"setup/{name}/{of}": 0.0}], [{f"setup/{name}/{of}": 0.4}], Level.FAILING)
         for name, of in (("alone", "changes"), ("ranks", "weights_apart"))
     ],

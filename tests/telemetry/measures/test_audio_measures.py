@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from telemetry.measures.audio import (
     clipping_fraction,
+    ends_abruptly,
     level_db,
     log_mel,
     mel_distance,
+    narrow_band,
     seconds,
     silence_fraction,
     silent_seconds,
+    spectral_flatness,
 )
 
 RATE = 8000
@@ -115,3 +118,40 @@ def test_the_distance_is_that_of_the_plain_recursion(shape: tuple[int, int]) -> 
     ours, theirs = draw.normal(size=(shape[0], 3)), draw.normal(size=(shape[1], 3))
     assert mel_distance(ours, theirs) == pytest.approx(slow_distance(ours, theirs), rel=1e-9)
     assert mel_distance(ours, theirs) == pytest.approx(mel_distance(theirs, ours), rel=1e-9)
+
+
+def noise(length: float, rate: int, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(round(length * rate))).astype(np.float32)
+
+
+def test_noise_is_flat_and_a_tone_is_not() -> None:
+    assert spectral_flatness(noise(1.0, 16000), 16000) > 0.8
+    assert spectral_flatness(tone(440, 1.0), RATE) < 0.05
+    assert math.isnan(spectral_flatness(np.zeros(800, np.float32), RATE))
+
+
+def test_sound_without_high_frequencies_is_narrow() -> None:
+    rate, at = 16000, np.arange(16000) / 16000
+    low, high = (np.sin(2 * np.pi * frequency * at).astype(np.float32) for frequency in (900, 6000))
+    assert narrow_band(low, rate)
+    assert not narrow_band(low + 0.1 * high, rate)  # a hundredth of the power
+    assert not narrow_band(np.zeros(16000, np.float32), rate)
+
+
+def test_a_clip_that_is_cut_off_ends_as_loud_as_it_is() -> None:
+    whole = tone(440, 1.0)
+    fades = whole * np.linspace(1, 0, len(whole), dtype=np.float32)
+    assert ends_abruptly(whole, RATE)
+    assert not ends_abruptly(fades, RATE)
+    assert ends_abruptly(fades[: len(fades) // 3], RATE)
+    assert not ends_abruptly(np.zeros(RATE, np.float32), RATE)
+    assert not ends_abruptly(np.zeros(0, np.float32), RATE)
+
+
+@given(st.integers(0, 400), st.integers(1, 48000), st.sampled_from((0.0, 1e-30, 1.0, 1e30)))
+def test_any_sound_can_be_asked(count: int, rate: int, scale: float) -> None:
+    sound = (noise(1.0, 400)[:count] * scale).astype(np.float32)
+    flatness = spectral_flatness(sound, rate)
+    assert math.isnan(flatness) or 0 <= flatness <= 1 + 1e-9
+    assert narrow_band(sound, rate) in (True, False)
+    assert ends_abruptly(sound, rate) in (True, False)
