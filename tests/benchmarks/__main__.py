@@ -53,6 +53,14 @@ def _step_time(console: Console, arguments: argparse.Namespace) -> None:
     show(console, title, columns, step_time.report(arguments.pairs))
 
 
+def _setup_checks(console: Console, arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import setup_checks, step_time
+
+    title = f"Due steps with and without the set-up checks, {step_time.describe()}"
+    columns = ("due step", "with, s", "without, s", "ratio")
+    show(console, title, columns, setup_checks.report(arguments.pairs))
+
+
 def _families(console: Console, arguments: argparse.Namespace) -> None:
     from tests.benchmarks import families
 
@@ -118,6 +126,7 @@ BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "off_due": _off_due,
     "hand_over": _hand_over,
     "step_time": _step_time,
+    "setup_checks": _setup_checks,
     "families": _families,
     "overhead": _overhead,
     "memory": _memory,
