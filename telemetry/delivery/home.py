@@ -240,8 +240,9 @@ class Home:
         step.absences.clear()
 
     def _name_nonfinite(self, step: int, shares: Sequence[Share]) -> None:
-        for rank, share in enumerate(shares):
+        for share in shares:
             if share.nonfinite:
+                rank = share.rank
                 named = ", ".join(share.nonfinite[:NAMED_TAGS])
                 left = len(share.nonfinite) - NAMED_TAGS
                 more = f" and {left} more" if left > 0 else ""
@@ -298,9 +299,9 @@ def _without_media(table: Table) -> Table:
 def _with_tables(records: Sequence[Record], shares: Sequence[Share]) -> list[Record]:
     """Rank 0's records with other ranks' rows after its own; their first cell says which rank they are of."""
     rows: dict[tuple[str, tuple[str, ...]], tuple[tuple[Cell, ...], ...]] = {}
-    for rank, share in enumerate(shares):
+    for share in shares:
         for table in share.tables:
-            named = tuple((f"rank {rank}: {row[0]}", *row[1:]) for row in table.rows if row)
+            named = tuple((f"rank {share.rank}: {row[0]}", *row[1:]) for row in table.rows if row)
             rows[table.tag, table.columns] = rows.get((table.tag, table.columns), ()) + named
     joined = [
         replace(record, rows=record.rows + rows.pop((record.tag, record.columns), ()))

@@ -108,6 +108,14 @@ def _gradient_sweep(console: Console, _arguments: argparse.Namespace) -> None:
     show(console, gradient_sweep.describe(), columns, gradient_sweep.report())
 
 
+def _reduction(console: Console, _arguments: argparse.Namespace) -> None:
+    from tests.benchmarks import reduction
+
+    title = f"Bringing {reduction.TAGS} metrics of all ranks together, without the network"
+    columns = ("ranks", "ms of rank 0's interpreter", "quartiles", "KB sent", "ratio to the fewest")
+    show(console, title, columns, reduction.report())
+
+
 def _wandb_hand_over(console: Console, _arguments: argparse.Namespace) -> None:
     from tests.benchmarks import wandb_hand_over
 
@@ -133,6 +141,7 @@ BENCHMARKS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
     "attention_probe": _attention_probe,
     "gradient_sweep": _gradient_sweep,
     "report": _report,
+    "reduction": _reduction,
     "wandb_hand_over": _wandb_hand_over,
     "endurance": _endurance,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -12,15 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import rank_group
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from support.programs import BRIEF_FORK, FORK
 from torch import Tensor
 
 from telemetry.backends.memory import MemoryBackend
-from telemetry.delivery import reduction
 from telemetry.delivery.recorder import Recorder
 from telemetry.delivery.reduction import RankGather, Share, merge
 from telemetry.records import Max, Mean, Min, Norm, Perplexity, Std, Sum, UsedFraction
@@ -98,22 +101,18 @@ def test_merging_leaves_every_share_as_it_was() -> None:
 
 def test_a_rank_sends_its_values_and_not_the_buffer_that_brought_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host values are views of one buffer that holds everything a step had to bring: here 8 MB for pictures."""
-    sent: list[bytes] = []
+    sent: list[int] = []
     over = SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
 
-    def all_gather(sizes: list[Tensor], size: Tensor, **_: Any) -> Any:
-        for one in sizes:
-            one.copy_(size)
+    def reduced(tensor: Tensor, op: Any, **_: Any) -> Any:
+        """As of two ranks that have measured the same."""
+        sent.append(tensor.nbytes)
+        if op == dist.ReduceOp.SUM:
+            tensor *= 2
         return over
 
-    def gather(data: Tensor, parts: list[Tensor], **_: Any) -> Any:
-        sent.append(data.numpy().tobytes())
-        for part in parts:
-            part.copy_(data)
-        return over
-
-    monkeypatch.setattr(reduction.dist, "all_gather", all_gather)
-    monkeypatch.setattr(reduction.dist, "gather", gather)
+    monkeypatch.setattr(dist, "all_reduce", reduced)
+    monkeypatch.setattr(dist, "reduce", reduced)
     backend = MemoryBackend()
     recorder = Recorder([backend], RankGather(None, rank=0, world_size=2))
     vectors = [torch.rand(100, dtype=torch.float64) for _ in range(50)]
@@ -125,7 +124,7 @@ def test_a_rank_sends_its_values_and_not_the_buffer_that_brought_them(monkeypatc
     recorder.flush(1)
     recorder.close()
     measured = len(vectors) * (8 + 2 * 100 * 8)
-    assert measured < len(sent[0]) < 1.25 * measured
+    assert measured < sum(sent) < 1.2 * measured
     for index, vector in enumerate(vectors):
         assert backend.scalars(f"sum/{index}") == {1: pytest.approx(2 * float(vector.sum()))}
         assert backend.scalars(f"used/{index}") == {1: 1.0}
@@ -204,6 +203,46 @@ def test_rank_0_shows_what_both_measured_with_the_tags_of_both() -> None:
     assert ended.scalars() == of_both(1, 2, 3)
     assert ended.lines[1] == []
     assert "telemetry" not in "".join(ended.errors)
+
+
+def expected_of(world_size: int) -> dict[str, list[tuple[int, float, str]]]:
+    """What rank_group.py measures, by the definitions, on all values at once, and of rank 0 alone."""
+    found: dict[str, list[tuple[int, float, str]]] = defaultdict(list)
+    for step in (*rank_group.TOGETHER, *rank_group.ALONE):
+        ranks = range(world_size if step in rank_group.TOGETHER else 1)
+        text = np.concatenate([rank_group.text(rank, step) for rank in ranks])
+        note = "odd" if step % 2 and len(ranks) > 1 else ""
+        found["text/mean"].append((step, float(text.mean()), note))
+        found["text/norm"].append((step, float(np.linalg.norm(text)), ""))
+        found["text/max"].append((step, math.nan if step == rank_group.NAN else float(text.max()), ""))
+        found["text/min"].append((step, float(text.min()), ""))
+        with_audio = {rank: part for rank in ranks if (part := rank_group.audio(rank, step)) is not None}
+        if with_audio:
+            codes = np.concatenate([*with_audio.values()])
+            found["audio/mean"].append((step, float(codes.mean()), ""))
+            found["audio/std"].append((step, float(codes.std()), ""))
+            found["audio/used"].append((step, len({rank % 3 for rank in with_audio}) / 6, ""))
+        if step in ranks:
+            found[f"only/{step}"].append((step, float(step), ""))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_ranks_with_different_things_to_measure_equal_one_process_until_one_dies(world_size: int) -> None:
+    command = [*BRIEF_FORK, str(PROGRAM.with_name("rank_group.py")), str(world_size)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=ENDS_WITHIN, env=environment, check=True)
+    for rank in range(world_size):
+        assert f"rank {rank} ended with {9 if rank == rank_group.DIES else 0}\n" in ended.stderr, ended.stderr
+    shown, expected = json.loads(ended.stdout), expected_of(world_size)
+    assert shown["seconds"] < 30
+    assert shown["scalars"].keys() == expected.keys()
+    for tag, rows in expected.items():
+        assert [(step, note) for step, _, note in shown["scalars"][tag]] == [(step, note) for step, _, note in rows]
+        values = [value for _, value, _ in shown["scalars"][tag]]
+        assert values == pytest.approx([value for _, value, _ in rows], rel=1e-5, nan_ok=True), tag
+    assert ended.stderr.count(f"not finite on rank {world_size - 1}: text/max") == 1
+    assert "not finite on rank 0" not in ended.stderr
 
 
 def test_a_rank_with_something_not_finite_is_named_and_its_rows_are_shown() -> None:
