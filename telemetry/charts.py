@@ -189,6 +189,16 @@ QUESTIONS: tuple[Question, ...] = (
         Chart("Losses of all steps that were bad", ("steps/{nonfinite_losses,zero_losses}",)),
     ),
     _question(
+        "throughput",
+        Chart(
+            "Time of a step", ("throughput/seconds_per_step", "throughput/{slowest_rank,fastest_rank}/seconds_per_step")
+        ),
+        Chart("Tokens a second", ("throughput/tokens_per_second",)),
+        Chart("Seconds of audio a second", ("throughput/audio_seconds_per_second",)),
+        Chart("Share of a step that waits for data", ("throughput/loader_fraction",)),
+        Chart("Memory", ("throughput/memory_bytes",)),
+    ),
+    _question(
         "train",
         Chart("Loss as the Trainer logs it", ("train/loss", "eval/loss")),
         Chart("Learning rate", ("train/learning_rate",)),

@@ -32,7 +32,8 @@ from telemetry.sound import SoundPolicy
 
 
 class Telemetry(Door):
-    """Watches a training loop: step 1 and every ``logging_steps`` optimizer steps. Off a due step it costs nothing.
+    """Watches a training loop: step 1 and every ``logging_steps`` optimizer steps. Off a due step it looks at
+    the clock.
 
     Use it as a context, and each optimizer step with all its microbatches as a ``with telemetry.step()`` inside.
 
@@ -153,6 +154,7 @@ class Telemetry(Door):
     def begin_step(self) -> None:
         """Begin an optimizer step: see :meth:`step`."""
         session = self._joined()
+        session.sentinel.pace.begin()
         if not self.is_due(self.steps + 1):
             return
         self._gradients_seen = False
@@ -180,6 +182,7 @@ class Telemetry(Door):
         self._unhook()
         if (session := self._led()) is not None:
             session.end_step()
+        self._joined().sentinel.pace.end()
 
     def _joined(self) -> Session:
         if self._session is None:

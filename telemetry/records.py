@@ -147,6 +147,15 @@ class NormRatio(Metric):
         return None if of == 0 else float(np.sqrt(squares) / np.sqrt(of))
 
 
+class Rate(Metric):
+    """What all ranks did, ``amount``, over the ``seconds`` of the slowest. Absent when these are 0."""
+
+    ops = ("sum", "max")
+
+    def _result(self, amount: np.ndarray, seconds: np.ndarray) -> float | None:  # type: ignore[override]
+        return float(amount) / float(seconds) if seconds > 0 else None
+
+
 class PresentMean(Metric):
     """A mean, ``total`` over ``count``, of something that may not be there at all: absent when ``present`` is 0 too."""
 

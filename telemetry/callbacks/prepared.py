@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from transformers import Trainer
+
+from telemetry.probes.sentinel import Sentinel
 
 _PREPARE = "_prepare_inputs"
 _CLIP = "_clip_grad_norm"
@@ -71,6 +74,25 @@ def every_loss(trainer: Trainer | None, note: Callable[[int, Any], None]) -> Cal
         What ends that; None without a Trainer.
     """
     return None if trainer is None else _Keeping(trainer, note).end
+
+
+def every_step(trainer: Trainer | None, sentinel: Sentinel) -> Callable[[], None] | None:
+    """Have a sentinel shown every loss, and what every step takes: until the Trainer logs, evaluates or saves.
+
+    Returns:
+        What ends that; None without a Trainer.
+    """
+    if trainer is None:
+        return None
+    stands: list[_Stand] = [_Keeping(trainer, sentinel.note)]
+    if all(hasattr(trainer, kind.name) for kind in (_Loading, _Ending)):
+        stands += [_Loading(trainer, sentinel.pace.load), _Ending(trainer, sentinel.pace.end)]
+
+    def end() -> None:
+        for stand in stands:
+            stand.end()
+
+    return end
 
 
 class _Stand:
@@ -143,6 +165,33 @@ class _Keeping(_Stand):
         if trainer is not None:
             self._see(trainer.state.global_step + 1, loss)
         return loss
+
+
+class _Loading(_Stand):
+    """In the place of what waits for the microbatches of a step."""
+
+    name = "get_batch_samples"
+
+    def __init__(self, trainer: Any, see: Callable[..., None]) -> None:
+        super().__init__(trainer, see)
+        self._ids = getattr(trainer.model, "main_input_name", "input_ids")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        made = self._own(*args, **kwargs)
+        if isinstance(made, tuple) and made and isinstance(made[0], list):
+            self._see(began, made[0], self._ids)
+        return made
+
+
+class _Ending(_Stand):
+    """In the place of what logs, evaluates and saves after a step."""
+
+    name = "_maybe_log_save_evaluate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._see()
+        return self._own(*args, **kwargs)
 
 
 class _Telling(_Stepping):

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from telemetry import catalogue
 from telemetry.backends.base import Backend
 from telemetry.backends.registry import default_backends
-from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, every_loss, trainers_in, within_step
+from telemetry.callbacks.prepared import PreparedBatches, calling_trainer, every_step, trainers_in, within_step
 from telemetry.families.base import FamilyMaker
 from telemetry.instruments.base import Instrument, Step
 from telemetry.instruments.clips import ClipInstrument
@@ -77,7 +77,7 @@ class StrategicCallback(Door, TrainerCallback):
     """Passes a Trainer's events on to the run being watched, at step 1 and every ``logging_steps`` optimizer steps.
 
     Works alone on any Trainer: ``trainer.add_callback(InputLoggerCallback())``. It watches the model with hooks that
-    live for the due step only; off a due step it costs a comparison, and keeps the loss. What measures is its
+    live for the due step only; off a due step it costs a comparison, keeps the loss and looks at the clock. What measures is its
     ``instruments``; a subclass may also override the methods from :meth:`begin_step` to :meth:`observe_evaluation`.
 
     A trainer may also hand ``inputs=`` and ``outputs=`` to :meth:`on_step_end`, and call :meth:`on_microbatch` before a
@@ -372,7 +372,7 @@ class StrategicCallback(Door, TrainerCallback):
         loaders = {"train": train_dataloader, "eval": eval_dataloader}
         setting = functools.partial(_setting, args, state, model, processing_class, loaders, self.logging_dir)
         self._session = Session.join(self, model, state, setting)
-        self._session.sentinel.watch(functools.partial(every_loss, calling_trainer(model)))
+        self._session.sentinel.watch(functools.partial(every_step, calling_trainer(model)))
 
     # -- what a subclass may override ---------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -134,6 +135,37 @@ def _step_skipped(history: History, limits: Limits) -> Verdict | None:
     if usual > limits["least"] and zeros:
         return Verdict(Level.FAILING, f"train/loss = 0 at step {zeros[-1]}, median {usual:.4g}")
     return Verdict(Level.OK, f"train/loss = {past[-1]:.4g}, median {usual:.4g}")
+
+
+def _steps_take_as_long(history: History, limits: Limits) -> Verdict | None:
+    """Twice in a row, and by more than a machine with other work would explain of a short step."""
+    tag = "throughput/seconds_per_step"
+    values = history.values(tag)[-int(limits["past"]) - 2 :]
+    past = values[:-2]
+    if len(past) < limits["fewest"]:
+        return None
+    usual = statistics.median(past)
+    slow = all(value > limits["times"] * usual and value - usual > limits["seconds"] for value in values[-2:])
+    said = f"{tag} = {values[-1]:.4g}, median of the {len(past)} before {usual:.4g}"
+    loading = history.latest("throughput/loader_fraction")
+    if slow and loading is not None:
+        said += f"; throughput/loader_fraction = {loading:.4g}"
+    if slow and (note := history.note("throughput/slowest_rank/seconds_per_step")):
+        said += f"; slowest: {note}"
+    return Verdict(Level.WARNING if slow else Level.OK, said)
+
+
+def _memory_is_steady(history: History, limits: Limits) -> Verdict | None:
+    """From measurement to measurement: what warms up, or had its longest batch, grows a few times and stays."""
+    tag, wanted = "throughput/memory_bytes", int(limits["measurements"])
+    values = history.values(tag)[-wanted:]
+    if len(values) < wanted:
+        return None
+    first, last = values[0], values[-1]
+    always = all(later > earlier for earlier, later in itertools.pairwise(values))
+    grows = always and last > limits["times"] * first and last - first > limits["bytes"]
+    said = f"{tag} = {last:.4g}, {first:.4g} {wanted - 1} measurements before"
+    return Verdict(Level.WARNING if grows else Level.OK, said)
 
 
 def _noted(history: History, tag: str) -> str:
@@ -569,6 +601,29 @@ RULES: tuple[Rule, ...] = (
         ("nonfinite", "update_size", "asked_labels", "chance", "references"),
         absent="fewer than three evaluations",
         proof="one sample is 80 % of the data",
+    ),
+    Rule(
+        "step_time",
+        "steps take as long as before",
+        "steps take much longer than before",
+        _steps_take_as_long,
+        "where throughput/loader_fraction is high, look at storage and at the loader's workers; else at what else "
+        "runs on the machine, or at the slowest rank",
+        "batches that are longer than before",
+        {"times": 2, "past": 20, "fewest": 5, "seconds": 0.5},
+        absent="fewer than seven measurements",
+        proof="a data loader that becomes slow",
+    ),
+    Rule(
+        "memory_grows",
+        "memory does not grow for ever",
+        "memory grows from measurement to measurement",
+        _memory_is_steady,
+        "something keeps tensors of every step: losses without detach(), outputs in a list, caches without a bound",
+        "batches that get longer from step to step",
+        {"measurements": 10, "times": 1.2, "bytes": 2**28},
+        absent="fewer than ten measurements",
+        proof="a list that keeps something of every step",
     ),
     Rule(
         "records_lost",

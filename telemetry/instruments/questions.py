@@ -20,13 +20,14 @@ from telemetry.instruments.outputs import OutputInstrument
 from telemetry.instruments.reference import ReferenceInstrument
 from telemetry.instruments.setup import SetupInstrument
 from telemetry.instruments.text_audio_cosine import TextAudioCosine
+from telemetry.instruments.throughput import ThroughputInstrument
 from telemetry.instruments.transcripts import TranscriptInstrument
 from telemetry.speech.base import OpinionScorer, SpeakerEncoder, Transcriber
 
 
 def inputs() -> list[Instrument]:
     """Return what asks: is the data what I think it is, and the training the one that I meant?"""
-    return [InputInstrument(), TranscriptInstrument(), SetupInstrument()]
+    return [InputInstrument(), TranscriptInstrument(), SetupInstrument(), ThroughputInstrument()]
 
 
 def outputs() -> list[Instrument]:

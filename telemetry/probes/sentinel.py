@@ -1,4 +1,4 @@
-"""Keeps the loss of every microbatch of every step until a due step looks at them. Nothing is waited for."""
+"""Keeps what every step shows, its losses and its pace, until a due step looks at them. Nothing is waited for."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from telemetry.probes.pace import Pace
+
 KEPT = 10_000  # microbatches
 
 Metadata: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class Sentinel:
-    """The losses that a trainer has trained on, from step to step.
+    """The losses that a trainer has trained on, from step to step, and what steps took.
 
     Attributes:
+        pace: what steps took.
         watches: whether a trainer shows them.
         metadata: what is known of the samples of the microbatch that runs: see
             :class:`telemetry.probes.forward.Microbatch`.
@@ -24,6 +27,7 @@ class Sentinel:
 
     def __init__(self) -> None:
         self.metadata: Metadata = ()
+        self.pace = Pace()
         self._seen: deque[tuple[int, Any, Metadata]] = deque(maxlen=KEPT)
         self._end: Callable[[], None] | None = None
 
@@ -32,10 +36,10 @@ class Sentinel:
         """Whether a trainer shows its losses."""
         return self._end is not None
 
-    def watch(self, begin: Callable[[Callable[[int, Any], None]], Callable[[], None] | None]) -> None:
-        """Have ``begin(note)`` see to it that every loss is noted, unless another does; it returns what ends that."""
+    def watch(self, begin: Callable[[Sentinel], Callable[[], None] | None]) -> None:
+        """Have ``begin(self)`` see to it that every step is shown, unless another does; it returns what ends that."""
         if self._end is None:
-            self._end = begin(self.note)
+            self._end = begin(self)
 
     def note(self, step: int, loss: Any) -> None:
         """Keep what a microbatch of a step, counted as after its update, has been trained on. Costs a list's entry."""

@@ -1,4 +1,4 @@
-"""What telemetry adds to a step that is not due, against an empty ``TrainerCallback``, its loss included."""
+"""What telemetry adds to a step that is not due, against an empty ``TrainerCallback``, its loss and pace included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from telemetry import COMPONENTS, StrategicTelemetry
-from telemetry.callbacks.prepared import every_loss
+from telemetry.callbacks.prepared import every_step
 from telemetry.probes.sentinel import Sentinel
 
 STEPS = 20_000
@@ -46,12 +46,15 @@ def _time(callback: TrainerCallback, watched: bool) -> float:
     args: Any = None
     state, control = TrainerState(global_step=7), TrainerControl()
     trainer: Any = _Trainer(state)
-    end = every_loss(trainer, Sentinel().note) if watched else None
+    sentinel = Sentinel()
+    end = every_step(trainer, sentinel) if watched else None
     began = time.perf_counter()
     for _ in range(STEPS):
         for event in EVENTS:
             getattr(callback, event)(args, state, control, **KWARGS)
+        trainer.get_batch_samples(None, 1, None)
         trainer.training_step(None, None)
+        trainer._maybe_log_save_evaluate()
     spent = time.perf_counter() - began
     if end is not None:
         end()
@@ -60,9 +63,16 @@ def _time(callback: TrainerCallback, watched: bool) -> float:
 
 class _Trainer(SimpleNamespace):
     LOSS = torch.tensor(1.0)
+    BATCHES = ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}], None)
 
     def __init__(self, state: TrainerState) -> None:
-        super().__init__(state=state)
+        super().__init__(state=state, model=None)
+
+    def get_batch_samples(self, *_args: Any) -> Any:
+        return self.BATCHES
+
+    def _maybe_log_save_evaluate(self) -> None:
+        pass
 
     def training_step(self, model: Any, inputs: Any) -> torch.Tensor:
         return self.LOSS

@@ -40,7 +40,11 @@ def test_a_rank_that_raises_in_a_measure_goes_on(tmp_path: Path) -> None:
     assert ended.said.count("BreaksOnOneRank failed; training goes on") == 1
     assert ended.said.count("switched off") == 1
     # Both ranks' tokens are counted at every step, though one rank measures no outputs.
-    assert [value for _, value in scalars(tmp_path)["inputs/tokens/total"]] == [2 * 2 * 6.0] * STEPS
+    shown = scalars(tmp_path)
+    assert [value for _, value in shown["inputs/tokens/total"]] == [2 * 2 * 6.0] * STEPS
+    slowest, fastest = (shown[f"throughput/{which}_rank/seconds_per_step"] for which in ("slowest", "fastest"))
+    assert [step for step, _ in slowest] == [*range(3, STEPS + 1)]
+    assert all(slow >= fast > 0 for (_, slow), (_, fast) in zip(slowest, fastest, strict=True))
 
 
 def test_a_finding_of_rank_0_stops_all_ranks_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:

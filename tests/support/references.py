@@ -19,7 +19,7 @@ from telemetry.records import Record, Scalar
 
 from .batches import IGNORED, Position, Sample, every
 
-OWN_SECTIONS = ("telemetry", "health", "setup", "steps")
+OWN_SECTIONS = ("telemetry", "health", "setup", "steps", "throughput")
 
 # What each parameter of the models is, written from their architecture: pattern of the whole name → group.
 HIGGS_GROUPS = {

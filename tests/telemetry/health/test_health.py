@@ -53,6 +53,7 @@ OPTIMIZER = "setup/optimizer"
 OWN = "setup/references"
 BAD_LOSSES, ZEROS = (f"steps/{kind}_losses" for kind in ("nonfinite", "zero"))
 RATE = "train/learning_rate"
+TIME, MEMORY = "throughput/seconds_per_step", "throughput/memory_bytes"
 RATIO = "gradients/lora/update_ratio"
 
 PLANTED = [
@@ -251,6 +252,19 @@ PLANTED = [
     ("transcripts", [{FIT: 0.9}], [{FIT: 0.0}], Level.WARNING),
     ("step_skipped", [{"train/loss": 2.0}] * 6, [{"train/loss": 2.0}] * 5 + [{"train/loss": 0.0}], Level.FAILING),
     ("clipping", [{"gradients/clip_coefficient": 0.02}], [{"gradients/clip_coefficient": 1e-7}], Level.FAILING),
+    (
+        "step_time",  # one slow measurement is none, nor is a short step that takes a little longer
+        [*[{TIME: 1.0}] * 6, {TIME: 4.0}, {TIME: 1.1}],
+        [*[{TIME: 1.0}] * 6, {TIME: 4.0}, {TIME: 3.9}],
+        Level.WARNING,
+    ),
+    ("step_time", [*[{TIME: 0.01}] * 6, *[{TIME: 0.1}] * 2], [*[{TIME: 0.4}] * 6, *[{TIME: 1.0}] * 2], Level.WARNING),
+    (
+        "memory_grows",  # what has its longest batch grows now and then
+        [{MEMORY: 1e9 * (1 + n // 3)} for n in range(12)],
+        [{MEMORY: 1e9 * (1 + 0.05 * n)} for n in range(12)],
+        Level.WARNING,
+    ),
     ("records_lost", [{"telemetry/dropped_records": 0.0}], [{"telemetry/dropped_records": 3.0}], Level.WARNING),
 ]
 

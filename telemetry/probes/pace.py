@@ -1,0 +1,105 @@
+"""How long steps take, and how much of that waits for data: looked at on every step, and nothing waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+KEPT = 100_000  # samples
+
+
+@dataclass
+class Steps:
+    """What some steps took.
+
+    Attributes:
+        count: how many.
+        seconds: from waiting for their data to the end of their update; what stands between steps is not in it.
+        loading: of these, seconds of waiting for data; None where nobody shows that.
+        tokens: positions of their batches, padding included; None where a batch has no ids.
+        metadata: what is known of their samples: see :class:`telemetry.probes.forward.Microbatch`; None of more samples
+            than are remembered.
+    """
+
+    count: int = 0
+    seconds: float = 0.0
+    loading: float | None = 0.0
+    tokens: int | None = 0
+    metadata: list[Mapping[str, Any]] | None = field(default_factory=list)
+
+
+class Pace:
+    """Times steps for :meth:`take`. The first is not counted: it warms up."""
+
+    def __init__(self) -> None:
+        self._steps = Steps()
+        self._began = 0.0  # 0 where no step is under way
+        self._loading: float | None = None
+        self._tokens: int | None = None
+        self._metadata: list[Mapping[str, Any]] = []
+        self._warm = False
+
+    def begin(self) -> None:
+        """Begin a step of which nothing is known but when it begins and ends."""
+        self._began, self._loading, self._tokens = time.perf_counter(), None, None
+
+    def load(self, began: float, batches: Sequence[Any], ids: str) -> None:
+        """Take in what has just been loaded for a step, since a moment of ``time.perf_counter``.
+
+        Args:
+            began: when loading began, and the step with it.
+            batches: the step's microbatches.
+            ids: the name of what a batch is counted by.
+        """
+        self._began, self._loading = began, time.perf_counter() - began
+        whole: int | None = 0
+        self._metadata = []
+        for batch in batches:
+            tokens, metadata = _known(batch, ids)
+            whole = None if whole is None or tokens is None else whole + tokens
+            if metadata:
+                self._metadata += metadata
+        self._tokens = whole
+
+    def end(self) -> None:
+        """End the step that is under way, where there is one."""
+        began, self._began = self._began, 0.0
+        if not began:
+            return
+        if not self._warm:
+            self._warm = True
+            return
+        steps = self._steps
+        steps.count += 1
+        steps.seconds += time.perf_counter() - began
+        steps.loading = None if steps.loading is None or self._loading is None else steps.loading + self._loading
+        steps.tokens = None if steps.tokens is None or self._tokens is None else steps.tokens + self._tokens
+        if self._metadata and steps.metadata is not None:
+            steps.metadata += self._metadata
+            if len(steps.metadata) > KEPT:
+                steps.metadata = None
+
+    def take(self) -> Steps:
+        """Hand over what the steps took that have ended since this was last asked."""
+        steps, self._steps = self._steps, Steps()
+        return steps
+
+
+def _known(batch: Any, ids: str) -> tuple[int | None, list[Any] | None]:
+    """Return a batch's positions, of ids ``[samples, positions, ...]`` or of one packed row, and its metadata.
+
+    By shapes alone. A batch is what a user makes it: nothing that it does ends training.
+    """
+    try:
+        held, metadata = batch.get(ids), batch.get("metadata")
+        listed = [*metadata] if isinstance(metadata, list | tuple) else None
+        if not isinstance(held, Tensor) or held.is_floating_point():
+            return None, listed
+        shape = held.shape
+        return (shape[0] if len(shape) == 1 else shape[0] * shape[1]), listed
+    except Exception:  # noqa: BLE001  (there is nothing to be known of it)
+        return None, None
