@@ -78,7 +78,8 @@ class StrategicCallback(Door, TrainerCallback):
 
     Works alone on any Trainer: ``trainer.add_callback(InputLoggerCallback())``. It watches the model with hooks that
     live for the due step only; off a due step it costs a comparison, keeps the loss and looks at the clock. What
-    measures is its ``instruments``; a subclass may also override the methods from :meth:`begin_step` to :meth:`observe_evaluation`.
+    measures is its ``instruments``; a subclass may also override the methods from :meth:`begin_step` to
+    :meth:`observe_evaluation`.
 
     A trainer may also hand ``inputs=`` and ``outputs=`` to :meth:`on_step_end`, and call :meth:`on_microbatch` before a
     forward pass, :meth:`on_outputs` after one and :meth:`on_gradients` before clipping. A callback that is added while
