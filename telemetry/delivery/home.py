@@ -109,8 +109,9 @@ class Home:
 
     def absent(self, tag: str, reason: str) -> None:
         """Say once for this run why a tag has no value, in the log and in the table ``telemetry/absent``."""
-        reason = redact(reason)  # it may quote an exception
-        self._absences.setdefault(tag, reason)
+        if tag in self._absences:
+            return  # most are said again on every due step
+        self._absences[tag] = reason = redact(reason)  # it may quote an exception
         self.say_once(f"absent:{tag}", "no %s: %s", tag, reason, level=logging.INFO)
 
     def say_once(self, key: str, message: str, *args: object, level: int = logging.WARNING) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -78,4 +80,10 @@ def _extremes(_host: Mapping[str, Tensor], emit: Emitter) -> None:
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return float(psutil.Process().memory_info().rss)
+    return float(_process(os.getpid()).memory_info().rss)
+
+
+@functools.lru_cache(maxsize=1)
+def _process(pid: int) -> psutil.Process:
+    """This process, which takes long to be found and no time to be asked."""
+    return psutil.Process(pid)
