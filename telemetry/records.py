@@ -253,6 +253,8 @@ def _as_component(component: Component) -> Component:
         return component
     if not isinstance(component, Tensor):
         return float(component)
+    if component.dtype == torch.float64 and not component.requires_grad:
+        return component
     # Apple's GPUs have no float64; their counts stay exact up to 2**24.
     dtype = torch.float32 if component.device.type == "mps" else torch.float64
     return component.detach().to(dtype)

@@ -43,6 +43,9 @@ def row_pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     if tensor.numel() == 0:
         return
     columns = tensor.shape[-1]
+    if tensor.numel() <= limit:  # the common case, on the training thread
+        yield tensor.reshape(-1, columns)
+        return
     elements = tensor.numel() // tensor.shape[0]
     if elements > limit and tensor.dim() > 2:
         for part in tensor.unbind():
@@ -54,5 +57,8 @@ def row_pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 
 def value_pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     """Cuts a tensor of any shape into flat pieces ``[values]``, in order, with at most ``limit`` elements each."""
+    if 0 < tensor.numel() <= limit:
+        yield tensor.reshape(-1)
+        return
     for piece in row_pieces(tensor.unsqueeze(-1), limit):
         yield piece.squeeze(-1)

@@ -73,13 +73,24 @@ def _cpu_rows(tensors: Sequence[Tensor]) -> Tensor:
     with np.errstate(all="ignore"):
         for row, tensor in zip(rows, tensors, strict=True):
             for piece in value_pieces(tensor.detach(), _SWEEP_ELEMENTS):
-                values = np.from_dlpack(piece.to(_computed_in(piece)).contiguous())
+                values = _as_array(piece)
                 largest = np.maximum(-values.min(), values.max())  # NaN where any value is
                 finite = values.size if np.isfinite(largest) else np.count_nonzero(np.isfinite(values))
                 zeros = np.count_nonzero(values == 0)
                 row += np.array([np.dot(values, values), 0, zeros, values.size - finite])
                 row[ABSMAX] = np.maximum(row[ABSMAX], largest)
     return torch.from_numpy(rows)
+
+
+@torch.no_grad()
+def _cpu_square(tensor: Tensor) -> float:
+    pieces = (_as_array(piece) for piece in value_pieces(tensor.detach(), _SWEEP_ELEMENTS))
+    with np.errstate(all="ignore"):
+        return sum((float(np.dot(values, values)) for values in pieces), 0.0)
+
+
+def _as_array(piece: Tensor) -> np.ndarray:
+    return np.from_dlpack(piece.to(_computed_in(piece)).contiguous())
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -119,7 +130,7 @@ def _grouped(tensors: Sequence[Tensor], measure: Callable[[list[Tensor]], Tensor
 
 def _group_squares(tensors: list[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
-        return _cpu_rows(tensors)[:, SQUARES]
+        return torch.tensor([_cpu_square(tensor) for tensor in tensors], dtype=torch.float64)
     return _norms(tensors, _computed_in(tensors[0])).square()
 
 
