@@ -48,12 +48,15 @@ def main() -> None:
     """Run every benchmark and write the document, or those that are named, and print their tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"only these: {', '.join(PARTS)}")
-    parser.add_argument("--pairs", type=int, default=5, help="due steps measured for each component, at least 2")
+    parser.add_argument("--pairs", type=int, default=4, help="due steps measured for each component, at least 2")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(PARTS)
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     logging.disable(logging.INFO)
+    threads = str(max(1, (os.cpu_count() or 2) - 1))  # the background has a core: threads that spin would take it
+    os.environ.setdefault("OMP_NUM_THREADS", threads)  # for programs that are started
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     console = Console()
     console.print(_machine())
     found: dict[str, tuple[list[Table], float]] = {}

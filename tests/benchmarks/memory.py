@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-STEPS = 4
-ROUNDS = 3
+STEPS = 3
+ROUNDS = 2
 
 
 def report() -> list[tuple[str, ...]]:
