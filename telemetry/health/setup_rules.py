@@ -291,7 +291,6 @@ DATA_RULES: tuple[Rule, ...] = (
 )
 
 SETUP_RULES: tuple[Rule, ...] = (
-    *DATA_RULES,
     Rule(
         "asked_labels",
         "every label is the token that follows",
@@ -466,4 +465,5 @@ SETUP_RULES: tuple[Rule, ...] = (
         proof="reference equal to the target; one reference for all; digital silence as reference",
         section="setup",
     ),
+    *DATA_RULES,
 )

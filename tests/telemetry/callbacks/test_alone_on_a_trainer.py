@@ -121,7 +121,7 @@ def test_nothing_of_a_step_is_kept_alive(kind: type, llama: LlamaForCausalLM, tm
     run = training(llama, tmp_path, [kind(logging_steps=1, backends=[MemoryBackend()]), Check()], steps=3)
     run.trainer.train()
     asides = len(storages) - 3 * 2  # the set-up's, on the first step
-    assert asides in (0, 2)
+    assert asides in (0, 3)
     assert alive == [0, 0, 0]
 
 
