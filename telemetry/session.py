@@ -243,7 +243,7 @@ class Session:
         seen = self.sentinel.take()
         if self._recorder is None or not seen:
             return
-        named = [(number, metadata) for number, _, metadata in seen]
+        named = [(number, names) for number, _, names in seen]
         rank = self.setting.rank if self.setting.world_size > 1 else None
         losses = [float(loss) for _, loss, _ in seen]
         bad = [Scalar(tag, float(n), one.name) for tag, n, one in judged(named, losses, rank) if one is not None]

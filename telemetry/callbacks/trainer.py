@@ -204,7 +204,7 @@ class StrategicCallback(Door, TrainerCallback):
         See :class:`telemetry.probes.forward.Microbatch` for the keys of ``metadata``.
         """
         if self._session is not None:
-            self._session.sentinel.metadata = metadata
+            self._session.sentinel.announce(metadata)
         if (session := self._led()) is not None:
             session.announce(metadata)
 

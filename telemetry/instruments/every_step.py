@@ -10,7 +10,7 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.instruments.base import Instrument, Step
-from telemetry.probes.sentinel import Metadata
+from telemetry.probes.sentinel import Names
 from telemetry.records import Metric, Sum
 
 NONFINITE, ZERO = "steps/nonfinite_losses", "steps/zero_losses"
@@ -51,7 +51,7 @@ class EveryStepInstrument(Instrument):
             return
         device = seen[0][1].device
         losses = torch.stack([loss.to(device, torch.float32, non_blocking=True).reshape(()) for _, loss, _ in seen])
-        named = [(number, metadata) for number, _, metadata in seen]
+        named = [(number, names) for number, _, names in seen]
         rank = step.rank if step.world_size > 1 else None
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
@@ -70,12 +70,12 @@ class EveryStepInstrument(Instrument):
 
 
 def judged(
-    named: Sequence[tuple[int, Metadata]], losses: Sequence[float], rank: int | None
+    named: Sequence[tuple[int, Names]], losses: Sequence[float], rank: int | None
 ) -> Iterable[tuple[str, int, First | None]]:
     """Count the losses of each kind, and name the first.
 
     Args:
-        named: the step of each, and what is known of its samples.
+        named: the step of each, and what its samples are called.
         losses: as many.
         rank: that they are of; None of a single process.
     """
@@ -85,8 +85,8 @@ def judged(
         yield tag, len(found), _first(*found[0], rank) if found else None
 
 
-def _first(step: int, metadata: Metadata, rank: int | None) -> First:
-    names = [str(one["sample_id"]) for one in metadata if one.get("sample_id") is not None]
+def _first(step: int, known: Names, rank: int | None) -> First:
+    names = [str(name) for name in known if name is not None]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     samples = f" (samples {', '.join(names[:NAMED])}{more})" if names else ""
     return First(step, f"first at step {step}{'' if rank is None else f' on rank {rank}'}{samples}")

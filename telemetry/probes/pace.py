@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-
-KEPT = 100_000  # samples
 
 
 @dataclass
@@ -21,15 +19,14 @@ class Steps:
         seconds: from waiting for their data to the end of their update; what stands between steps is not in it.
         loading: of these, seconds of waiting for data; None where nobody shows that.
         tokens: positions of their batches, padding included; None where a batch has no ids.
-        metadata: what is known of their samples: see :class:`telemetry.probes.forward.Microbatch`; None of more samples
-            than are remembered.
+        audio: seconds of their target audio; None where a batch does not say how long that is.
     """
 
     count: int = 0
     seconds: float = 0.0
     loading: float | None = 0.0
     tokens: int | None = 0
-    metadata: list[Mapping[str, Any]] | None = field(default_factory=list)
+    audio: float | None = 0.0
 
 
 class Pace:
@@ -40,12 +37,12 @@ class Pace:
         self._began = 0.0  # 0 where no step is under way
         self._loading: float | None = None
         self._tokens: int | None = None
-        self._metadata: list[Mapping[str, Any]] = []
+        self._audio: float | None = None
         self._warm = False
 
     def begin(self) -> None:
         """Begin a step of which nothing is known but when it begins and ends."""
-        self._began, self._loading, self._tokens = time.perf_counter(), None, None
+        self._began, self._loading, self._tokens, self._audio = time.perf_counter(), None, None, None
 
     def load(self, began: float, batches: Sequence[Any], ids: str) -> None:
         """Take in what has just been loaded for a step, since a moment of ``time.perf_counter``.
@@ -57,13 +54,12 @@ class Pace:
         """
         self._began, self._loading = began, time.perf_counter() - began
         whole: int | None = 0
-        self._metadata = []
+        heard: float | None = 0.0
         for batch in batches:
-            tokens, metadata = _known(batch, ids)
+            tokens, audio = _known(batch, ids)
             whole = None if whole is None or tokens is None else whole + tokens
-            if metadata:
-                self._metadata += metadata
-        self._tokens = whole
+            heard = None if heard is None or audio is None else heard + audio
+        self._tokens, self._audio = whole, heard
 
     def end(self) -> None:
         """End the step that is under way, where there is one."""
@@ -78,10 +74,7 @@ class Pace:
         steps.seconds += time.perf_counter() - began
         steps.loading = None if steps.loading is None or self._loading is None else steps.loading + self._loading
         steps.tokens = None if steps.tokens is None or self._tokens is None else steps.tokens + self._tokens
-        if self._metadata and steps.metadata is not None:
-            steps.metadata += self._metadata
-            if len(steps.metadata) > KEPT:
-                steps.metadata = None
+        steps.audio = None if steps.audio is None or self._audio is None else steps.audio + self._audio
 
     def take(self) -> Steps:
         """Hand over what the steps took that have ended since this was last asked."""
@@ -89,17 +82,20 @@ class Pace:
         return steps
 
 
-def _known(batch: Any, ids: str) -> tuple[int | None, list[Any] | None]:
-    """Return a batch's positions, of ids ``[samples, positions, ...]`` or of one packed row, and its metadata.
+def _known(batch: Any, ids: str) -> tuple[int | None, float | None]:
+    """Return a batch's positions, of ids ``[samples, positions, ...]`` or of one packed row, and its target's seconds.
 
-    By shapes alone. A batch is what a user makes it: nothing that it does ends training.
+    By shapes alone, and by lengths that clips hold as a number: a property may read a file. A batch is what a user
+    makes it: nothing that it does ends training.
     """
     try:
         held, metadata = batch.get(ids), batch.get("metadata")
-        listed = [*metadata] if isinstance(metadata, list | tuple) else None
+        clips = [clip for one in metadata for clip in one.get("target") or ()] if metadata else ()
+        lengths = [getattr(clip, "__dict__", {}).get("seconds") for clip in clips]
+        audio = float(sum(lengths)) if lengths and None not in lengths else None
         if not isinstance(held, Tensor) or held.is_floating_point():
-            return None, listed
+            return None, audio
         shape = held.shape
-        return (shape[0] if len(shape) == 1 else shape[0] * shape[1]), listed
+        return (shape[0] if len(shape) == 1 else shape[0] * shape[1]), audio
     except Exception:  # noqa: BLE001  (there is nothing to be known of it)
         return None, None

@@ -12,7 +12,8 @@ from telemetry.probes.pace import Pace
 
 KEPT = 10_000  # microbatches
 
-Metadata: TypeAlias = Sequence[Mapping[str, Any]]
+Names: TypeAlias = Sequence[Any]
+"""What samples are called; None for one without a name."""
 
 
 class Sentinel:
@@ -21,14 +22,12 @@ class Sentinel:
     Attributes:
         pace: what steps took.
         watches: whether a trainer shows them.
-        metadata: what is known of the samples of the microbatch that runs: see
-            :class:`telemetry.probes.forward.Microbatch`.
     """
 
     def __init__(self) -> None:
-        self.metadata: Metadata = ()
         self.pace = Pace()
-        self._seen: deque[tuple[int, Any, Metadata]] = deque(maxlen=KEPT)
+        self._names: Names = ()
+        self._seen: deque[tuple[int, Any, Names]] = deque(maxlen=KEPT)
         self._end: Callable[[], None] | None = None
 
     @property
@@ -41,14 +40,21 @@ class Sentinel:
         if self._end is None:
             self._end = begin(self)
 
+    def announce(self, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Say what the next microbatch's samples are: see :class:`telemetry.probes.forward.Microbatch`.
+
+        Their names alone are kept: their sound may be large.
+        """
+        self._names = [one.get("sample_id") for one in metadata]
+
     def note(self, step: int, loss: Any) -> None:
         """Keep what a microbatch of a step, counted as after its update, has been trained on. Costs a list's entry."""
         if isinstance(loss, Tensor):
-            self._seen.append((step, loss.detach() if loss.requires_grad else loss, self.metadata))
-            self.metadata = ()
+            self._seen.append((step, loss.detach() if loss.requires_grad else loss, self._names))
+            self._names = ()
 
-    def take(self) -> list[tuple[int, Tensor, Metadata]]:
-        """Hand over all that was kept: step, loss (0-d), and what is known of the samples."""
+    def take(self) -> list[tuple[int, Tensor, Names]]:
+        """Hand over all that was kept: step, loss (0-d), and what its samples are called."""
         seen = [*self._seen]
         self._seen.clear()
         return seen
