@@ -91,7 +91,7 @@ def _known(batch: Any, ids: str) -> tuple[int | None, float | None]:
     try:
         held, metadata = batch.get(ids), batch.get("metadata")
         clips = [clip for one in metadata for clip in one.get("target") or ()] if metadata else ()
-        lengths = [getattr(clip, "__dict__", {}).get("seconds") for clip in clips]
+        lengths: list[Any] = [getattr(clip, "__dict__", {}).get("seconds") for clip in clips]
         audio = float(sum(lengths)) if lengths and None not in lengths else None
         if not isinstance(held, Tensor) or held.is_floating_point():
             return None, audio
