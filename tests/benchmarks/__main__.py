@@ -181,9 +181,7 @@ PARTS: dict[str, Part] = {
     "hand_over": Part("The training thread hands numbers over, and waits for no writer.", 12, _hand_over),
     "report": Part("The HTML report of a long run is made, and opens, at once.", 10, _report),
     "gradient_sweep": Part("All gradients are looked at for about the cost of reading them.", 10, _gradient_sweep),
-    "overhead": Part(
-        "What telemetry costs a whole training of a small model, and what it says of that.", 95, _overhead
-    ),
+    "overhead": Part("What telemetry costs a whole training of a small model, and says that it does.", 95, _overhead),
     "step_time": Part("A due step takes little longer than the steps around it.", 240, _step_time),
     "attention_probe": Part("Attention is looked at for a sample of queries, not as a whole.", 60, _attention_probe),
     "memory": Part("A due step needs little more memory.", 90, _memory),
