@@ -50,7 +50,7 @@ def test_a_rank_that_raises_in_a_measure_goes_on(tmp_path: Path) -> None:
 def test_a_finding_of_rank_0_stops_all_ranks_at_one_step_with_a_checkpoint(tmp_path: Path) -> None:
     ended = on_two_ranks("finding_stops_ranks", tmp_path)
     assert ended.status == 0, ended.said
-    assert ended.said.count("stopped: values are not finite (step 9") == 2
+    assert ended.said.count("stopped: a step's loss was not finite (step 9") == 2
     (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
     last = max(progress(tmp_path))
     assert checkpoint.name == f"checkpoint-{last}"
