@@ -412,7 +412,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         "mask padding in the attention mask; give packed samples position ids that begin anew",
         "layers that mix samples on purpose: batch statistics, a bound on what an expert takes",
         {"most": 1e-2},
-        ("causality",),
+        ("causality", "mask_holes"),
         absent="the batch has one sample, or could not be run a second time",
         proof="padding on the left that no mask hides",
         section="setup",

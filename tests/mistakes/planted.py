@@ -605,7 +605,12 @@ MISTAKES: tuple[Planted, ...] = (
     Planted("targets truncated by a length limit", ("health/eos_supervised",), "data", examples=truncated),
     # optimizer
     Planted("learning rate times 100", ("health/update_size",), "optimizer", arguments={"learning_rate": 5e-2}),
-    Planted("learning rate 0", ("health/updates_arrive",), "optimizer", arguments={"learning_rate": 0.0}),
+    Planted(
+        "learning rate 0",
+        ("health/updates_arrive", "health/learning_rate"),
+        "optimizer",
+        arguments={"learning_rate": 0.0},
+    ),
     Planted(
         "audio parameters not in the optimizer",
         ("setup/optimizer", "health/updates_arrive"),
