@@ -78,6 +78,7 @@ class OwnLoss(Trainer):
     shift = 1
     weight = 1.0
     smoothing = 0.0
+    z_loss = 0.0
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -86,6 +87,7 @@ class OwnLoss(Trainer):
         outputs = model(**inputs)
         given, wanted = outputs.logits[:, : -self.shift], labels[:, self.shift :]
         loss = cross_entropy(given.flatten(0, 1), wanted.flatten(), label_smoothing=self.smoothing) * self.weight
+        loss = loss + self.z_loss * given.logsumexp(-1).square().mean()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -99,6 +101,10 @@ class TenTimes(OwnLoss):
 
 class Smooths(OwnLoss):
     smoothing = 0.1
+
+
+class KeepsSmall(OwnLoss):
+    z_loss = 1e-3
 
 
 def frozen_optimizer(trainer: Trainer) -> None:
@@ -182,6 +188,7 @@ HEALTHY: dict[str, Mapping[str, Any]] = {
     "bf16": {"bf16": True},
     "an own loss": {"kind": OwnLoss},
     "an own loss that smooths": {"kind": Smooths},
+    "a z-loss": {"kind": KeepsSmall},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "LoRA": {"lora": True},
     "warm-up": {"warmup_steps": 10},
