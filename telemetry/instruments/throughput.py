@@ -50,13 +50,12 @@ class ThroughputInstrument(Instrument):
             recorder.show({}, _extremes)
         device = next((parameter.device for parameter in step.model.parameters()), torch.device("cpu"))
 
-        if steps.audio is not None:
-            recorder.metric("throughput/audio_seconds_per_second", Rate(steps.audio, steps.seconds))
-        else:
-            recorder.absent("throughput/audio_seconds_per_second", "batches do not say how long their target audio is")
-
         def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
             emit.metric("throughput/memory_bytes", Max(_memory(device)))
+            if steps.audio is not None:
+                emit.metric("throughput/audio_seconds_per_second", Rate(steps.audio, steps.seconds))
+            else:
+                emit.absent("throughput/audio_seconds_per_second", "batches do not say how long their target audio is")
 
         recorder.defer({}, build)
 
