@@ -633,6 +633,12 @@ CATALOGUE: tuple[Entry, ...] = (
             better="higher",
         ),
         Entry(
+            "zero_shot/{text_gain,eval/text_gain,eval/<set>/text_gain}",
+            "Audio loss with the text of another sample of the batch, cut or repeated to the length of its own, minus "
+            "loss with its own text. Near 0: the words are ignored, or samples are known by heart.",
+            better="higher",
+        ),
+        Entry(
             "zero_shot/conditioning/{loss_own,loss_swapped,loss_none,eval/loss_own,eval/loss_swapped,eval/loss_none,"
             "eval/<set>/loss_own,eval/<set>/loss_swapped,eval/<set>/loss_none}",
             "Audio loss in eval mode with its own reference, with another speaker's at the length of its own, and with "

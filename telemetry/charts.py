@@ -154,6 +154,7 @@ QUESTIONS: tuple[Question, ...] = (
             ("zero_shot/conditioning/{gain,gain_without,eval/gain,eval/gain_without}",),
         ),
         Chart("What a sample's own reference is worth, by codebook", ("zero_shot/conditioning/codebook_<k>/gain",)),
+        Chart("What a sample's own words are worth", ("zero_shot/{text_gain,eval/text_gain}",)),
         Chart(
             "Audio loss with its own reference, another and none",
             ("zero_shot/conditioning/{loss_own,loss_swapped,loss_none}",),

@@ -1,4 +1,4 @@
-"""Conditioning: how much of the audio loss does the reference voice take away?"""
+"""Conditioning: how much of the audio loss does the reference voice take away, and how much do the words?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from telemetry.delivery.recorder import MAX_FAILURES, Emitter
-from telemetry.families.base import NO_LABELS, AudioView, Family, Stream
+from telemetry.families.base import IGNORE_INDEX, NO_LABELS, AudioView, BatchView, Family, Stream
 from telemetry.families.references import Swap, swap_references
 from telemetry.instruments.base import LastMicrobatchInstrument, Step, training_precision
 from telemetry.instruments.outputs import statistics_of
@@ -37,6 +37,7 @@ class _Comparison:
         counted: bool ``[batch, sequence, C]``: the targets that every run predicts from what it may see.
         swap: which samples could be swapped.
         note: what speakers were told apart by.
+        words: whether the last run, of the batch with each other's text, is one.
     """
 
     family: Family
@@ -45,14 +46,15 @@ class _Comparison:
     counted: Tensor
     swap: Swap
     note: str
+    words: bool
 
 
 class ConditioningInstrument(LastMicrobatchInstrument):
     """What swapping and hiding references does to the audio loss, on training and evaluation batches.
 
-    Runs the model aside, without gradients, in eval mode, after the step's update: three forward passes over the last
-    microbatch. Only samples whose reference can be swapped count, and in all three losses. Where a forward pass needs
-    every rank, ranks agree on it first.
+    Runs the model aside, without gradients, in eval mode, after the step's update: four forward passes over the last
+    microbatch, the last of them with the text of another sample. Only samples whose reference can be swapped count, and
+    in all losses. Where a forward pass needs every rank, ranks agree on it first.
 
     Args:
         every: measure every so many due steps, beginning with the first, and at every evaluation; 0 never.
@@ -147,7 +149,10 @@ def _compare(step: Step, section: str, microbatch: Microbatch | None) -> _Compar
     if reason and not step.lockstep.needed:  # else other ranks need this one's forward passes
         step.recorder.absent(f"{section}/gain", reason)
         return None
-    return _comparison(family, microbatch, audio, speakers)
+    comparison = _comparison(family, microbatch, audio, speakers)
+    if not comparison.words:
+        step.recorder.absent(_text_tag(section), "the text is given as embeddings, or not by itself")
+    return comparison
 
 
 def _speakers(microbatch: Microbatch, batch: int) -> list[object]:
@@ -175,7 +180,33 @@ def _comparison(family: Family, microbatch: Microbatch, audio: AudioView, speake
         "swapped": family.swap_reference(inputs, swap.codes),
         "none": family.hide_reference(inputs, audio.reference),
     }
-    return _Comparison(family, microbatch, runs, counted, swap, NO_SPEAKERS if None in speakers else "")
+    words = _with_other_words(runs["own"], microbatch.view)
+    runs["words"] = runs["own"] if words is None else words  # as many runs on every rank
+    note = NO_SPEAKERS if None in speakers else ""
+    return _Comparison(family, microbatch, runs, counted, swap, note, words is not None)
+
+
+def _text_tag(section: str) -> str:
+    return "zero_shot" + section.removeprefix(TRAINING) + "/text_gain"
+
+
+def _with_other_words(own: Mapping[str, Any], view: BatchView | None) -> Mapping[str, Any] | None:
+    """A batch whose samples have the next one's text, repeated or cut to the length of their own.
+
+    Of text that is supervised, where there is any: that of the target. None where token ids are not the text's.
+    """
+    ids = own.get("input_ids")
+    if view is None or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    text, length = view.text[:, : ids.shape[1]], ids.shape[1]
+    if view.text_labels is not None:
+        taught = text & (view.text_labels[:, :length] != IGNORE_INDEX)
+        text = torch.where(taught.any(), taught, text)
+    rank, count = text.long().cumsum(dim=1) - 1, text.sum(dim=1)
+    streams = ids.new_zeros(ids.shape[0], length + 1).scatter_(1, torch.where(text, rank, length), ids)
+    partner = torch.arange(1, ids.shape[0] + 1, device=ids.device) % ids.shape[0]
+    others = streams[partner].gather(1, rank.clamp(min=0) % count[partner].clamp(min=1)[:, None])
+    return {**own, "input_ids": torch.where(text & (count[partner] > 0)[:, None], others, ids)}
 
 
 def _loss(step: Step, comparison: _Comparison, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -216,13 +247,13 @@ def _metrics(losses: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str,
     yield "gain_without", Mean((none - own).sum(), tokens)
     for k in range(len(gain)):
         yield f"codebook_{k}/gain", Mean(gain[k], count[k])
-    for name, (loss, _) in losses.items():
+    for name, loss in (("own", own), ("swapped", swapped), ("none", none)):
         yield f"loss_{name}", Mean(loss.sum(), tokens)
 
 
 def _emit(step: Step, section: str, losses: Mapping[str, tuple[Tensor, Tensor]], comparison: _Comparison) -> None:
     """Values, or why there are none: only the host sees whether a sample could be swapped."""
-    names, note, swap = tuple(losses), comparison.note, comparison.swap
+    names, note, swap, words = tuple(losses), comparison.note, comparison.swap, comparison.words
 
     def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
         if not int(host["samples/present"]):
@@ -234,6 +265,9 @@ def _emit(step: Step, section: str, losses: Mapping[str, tuple[Tensor, Tensor]],
         else:
             for tag, value in _metrics({name: (host[name][0], host[name][1]) for name in names}):
                 emit.metric(f"{section}/{tag}", value, note)
+            if words:
+                (own, count), (other, _) = host["own"], host["words"]
+                emit.metric(_text_tag(section), Mean((other - own).sum(), count.sum()))
 
     samples = {"samples/present": swap.present.sum(), "samples/swapped": swap.swapped.sum()}
     step.recorder.defer({name: torch.stack(totals) for name, totals in losses.items()} | samples, build)

@@ -66,7 +66,7 @@ def zero_shot(
 
     Args:
         conditioning_every: measure the conditioning gain every so many due steps, beginning with the first, and at
-            every evaluation: three forward passes. 0 never.
+            every evaluation: four forward passes. 0 never.
         clips, speaker_encoder, transcriber, opinion_scorer, max_new_tokens: what the model says freely at every
             evaluation, and what listens to it: see :class:`telemetry.instruments.clips.ClipInstrument`. 0 clips never.
         clips_max_seconds: wall time that the clips of one evaluation may take.

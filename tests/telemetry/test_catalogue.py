@@ -180,6 +180,8 @@ ZERO_SHOT = [
     "zero_shot/conditioning/loss_own",
     "zero_shot/conditioning/loss_swapped",
     "zero_shot/conditioning/loss_none",
+    "zero_shot/text_gain",
+    "zero_shot/eval/text_gain",
     "zero_shot/conditioning/eval/gain",
     "zero_shot/conditioning/eval/gain_without",
     "zero_shot/conditioning/eval/codebook_7/gain",

@@ -350,7 +350,7 @@ def test_the_forward_pass_never_sees_metadata(
     made.train()
     made.evaluate()
     made.predict([demo_dataset[0]])
-    assert len(seen) == 5 + 3 + 3  # and the conditioning gain and the set-up's of the first due step
+    assert len(seen) == 5 + 4 + 3  # and the conditioning gain and the set-up's of the first due step
     assert all("input_ids" in names and "metadata" not in names for names in seen)
 
 

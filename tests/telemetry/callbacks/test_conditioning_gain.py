@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,6 +190,22 @@ def slow_values(
     }
 
 
+def slow_text_gain(model: Any, voices: Voices, samples: Sequence[Sample], partners: Sequence[int | None]) -> float:
+    """Every sample that counts, run by itself with the next one's supervised words, again and again, in its own."""
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for number, (sample, partner) in enumerate(zip(samples, partners, strict=True)):
+        if partner is None:
+            continue
+        following = samples[(number + 1) % len(samples)]
+        words = itertools.cycle([one.token for one in following if one.kind == "text" and one.label != IGNORED])
+        other = [
+            replace(one, token=next(words)) if one.kind == "text" and one.label != IGNORED else one for one in sample
+        ]
+        for own, given in ((True, sample), (False, other)):
+            losses[own] += [loss for stream in code_losses(model, voices, given) for loss in stream]
+    return math.fsum(losses[False]) / len(losses[False]) - math.fsum(losses[True]) / len(losses[True])
+
+
 def uneven(voices: Voices) -> list[Sample]:
     return [
         voices.conversation(4, target=3, seed=1),
@@ -214,9 +231,13 @@ def test_every_value_is_that_of_samples_run_one_by_one(
     batch = voices.batch(voices.pad(samples, left=left), frame_padding=1)
     if left:  # as samples alone are counted
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    found = gains_of(measured(higgs, tmp_path, [batch], [named(*speakers)] if speakers else ()))
+    backend = measured(higgs, tmp_path, [batch], [named(*speakers)] if speakers else ())
+    found = gains_of(backend)
     expected = slow_values(higgs, voices, samples, partners)
     assert found.keys() == expected.keys()
+    words = slow_text_gain(higgs, voices, samples, partners)
+    assert backend.scalars("zero_shot/text_gain")[1] == pytest.approx(words, abs=2e-5)
+    assert abs(words) > 1e-4
     assert found == pytest.approx(expected, abs=2e-5)
     assert abs(found["gain"]) > 1e-3
 
