@@ -71,7 +71,16 @@ def lines_with(outcome: Outcome, *parts: str) -> list[str]:
 
 def measured_tags(backend: MemoryBackend) -> list[str]:
     """Tags of scalars of every due step, without those of the Trainer and of telemetry itself."""
-    others = ("telemetry/", "throughput/", "steps/", "train/", "health/", "setup/", "zero_shot/conditioning/")
+    others = (
+        "telemetry/",
+        "throughput/",
+        "steps/",
+        "train/",
+        "health/",
+        "setup/",
+        "zero_shot/conditioning/",
+        "zero_shot/text_gain",
+    )
     return [tag for tag in backend.tags() if backend.scalars(tag) and not tag.startswith(others)]
 
 
