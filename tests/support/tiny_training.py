@@ -91,6 +91,25 @@ def rows(count: int = 64, length: int = 6) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in ids]
 
 
+def make_trainer(
+    directory: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    steps: int = 20,
+    dataset: Sequence[dict[str, Tensor]] | None = None,
+    collator: Callable[..., dict[str, Tensor]] | None = None,
+    **arguments: Any,
+) -> Trainer:
+    """Make a Trainer of the tiny model."""
+    given = {"per_device_train_batch_size": 2, **arguments}
+    return Trainer(
+        model=models.make("llama", **SHAPE),
+        args=quiet_arguments(directory / "output", max_steps=steps, learning_rate=0.01, **given),
+        train_dataset=rows() if dataset is None else dataset,  # type: ignore[arg-type]
+        data_collator=collator,
+        callbacks=list(callbacks),
+    )
+
+
 def train(
     directory: Path,
     callbacks: Sequence[TrainerCallback] = (),
@@ -100,14 +119,7 @@ def train(
     **arguments: Any,
 ) -> Outcome:
     """Train the tiny model; how it went is kept in the directory too. An error is raised again."""
-    given = {"per_device_train_batch_size": 2, **arguments}
-    made = Trainer(
-        model=models.make("llama", **SHAPE),
-        args=quiet_arguments(directory / "output", max_steps=steps, learning_rate=0.01, **given),
-        train_dataset=rows() if dataset is None else dataset,  # type: ignore[arg-type]
-        data_collator=collator,
-        callbacks=list(callbacks),
-    )
+    made = make_trainer(directory, callbacks, steps, dataset, collator, **arguments)
     error = ""
     try:
         made.train()

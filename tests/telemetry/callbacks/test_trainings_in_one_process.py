@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support import models
 from support.steps import quiet_arguments
-from support.tiny_training import SHAPE, rows, train
+from support.tiny_training import SHAPE, make_trainer, rows, train
 from transformers import Trainer, TrainerCallback
 
 from telemetry import StrategicTelemetry
@@ -73,12 +73,11 @@ def test_trainings_at_the_same_time_in_threads(tmp_path: Path) -> None:
     backends = [MemoryBackend() for _ in range(2)]
     together = threading.Barrier(len(backends))
 
-    def one(number: int) -> None:
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        train(directory, [watching(backends[number]), Does("on_step_begin", 2, lambda: together.wait(60))], 3)
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(backends))]
+    made = [  # one after the other: accelerate's state is one for all
+        make_trainer(tmp_path / str(number), [watching(one), Does("on_step_begin", 2, lambda: together.wait(60))], 3)
+        for number, one in enumerate(backends)
+    ]
+    threads = [threading.Thread(target=one.train) for one in made]
     for thread in threads:
         thread.start()
     for thread in threads:
