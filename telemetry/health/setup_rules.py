@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from telemetry.health.history import History
-from telemetry.health.rules import Level, Limits, Rule, Verdict, evidence
+from telemetry.health.rules import Level, Limits, Rule, Verdict, at_most, evidence
 
 _GROUPS = ("text", "audio")
 _WEIGHT = re.compile(r"setup/loss_weight/.+")
@@ -149,29 +149,6 @@ def _targets(history: History, limits: Limits) -> Verdict | None:
         return None
     said = evidence({"setup/targets/commonest_fraction": share, "setup/targets/samples": samples})
     return Verdict(Level.WARNING if share > limits["commonest"] else Level.OK, said)
-
-
-def _causality(history: History, limits: Limits) -> Verdict | None:
-    moved = history.latest("setup/causality/earlier_changes")
-    if moved is None or not math.isfinite(moved):
-        return None
-    level = Level.OK if moved <= limits["most"] else Level.FAILING
-    return Verdict(level, evidence({"setup/causality/earlier_changes": moved}))
-
-
-def _alone(history: History, limits: Limits) -> Verdict | None:
-    moved = history.latest("setup/alone/changes")
-    if moved is None or not math.isfinite(moved):
-        return None
-    return Verdict(Level.OK if moved <= limits["most"] else Level.FAILING, evidence({"setup/alone/changes": moved}))
-
-
-def _ranks(history: History, limits: Limits) -> Verdict | None:
-    apart = history.latest("setup/ranks/weights_apart")
-    if apart is None or not math.isfinite(apart):
-        return None
-    level = Level.OK if apart <= limits["most"] else Level.FAILING
-    return Verdict(level, evidence({"setup/ranks/weights_apart": apart}))
 
 
 _DATA_SOUND = ("silent", "clipped", "narrow", "noisy", "cut")
@@ -408,7 +385,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         "alone",
         "no sample sees padding or another sample",
         "samples see padding, or each other",
-        _alone,
+        at_most("setup/alone/changes", Level.FAILING),
         "mask padding in the attention mask; give packed samples position ids that begin anew",
         "layers that mix samples on purpose: batch statistics, a bound on what an expert takes",
         {"most": 1e-2},
@@ -421,7 +398,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         "ranks",
         "all ranks have the same weights",
         "ranks train weights of their own",
-        _ranks,
+        at_most("setup/ranks/weights_apart", Level.FAILING),
         "call the model that DDP has wrapped, and not the one inside of it; wrap it after its weights are loaded",
         "devices of several kinds, which round otherwise; experts that are spread over ranks",
         {"most": 1e-6},
@@ -433,7 +410,7 @@ SETUP_RULES: tuple[Rule, ...] = (
         "causality",
         "no position sees what comes after it",
         "positions see what comes after them",
-        _causality,
+        at_most("setup/causality/earlier_changes", Level.FAILING),
         "give the model a causal attention mask: what it is to predict is in its input",
         "a masked language model or an encoder, where that is meant",
         {"most": 1e-3},
