@@ -857,6 +857,12 @@ CATALOGUE: tuple[Entry, ...] = (
         "microbatches",
         "only the Trainer shows the loss of every step",
     ),
+    Entry(
+        "steps/median_loss",
+        "Median loss of the microbatches since the last due step, as they were trained on.",
+        reduction="mean over ranks",
+        absent="only the Trainer shows the loss of every step",
+    ),
     _count(
         "steps/zero_losses",
         "Microbatches since the last due step whose loss was exactly 0: they had no labels, or were skipped.",

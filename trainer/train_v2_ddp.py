@@ -235,7 +235,7 @@ def look_at_the_data(trainer: HiggsAudioTrainer, script: ScriptArguments) -> int
             one.instruments.append(report)
     for found in report.findings:
         level = logging.ERROR if found.failing else logging.WARNING
-        logger.log(level, "%s: %s. What to do: %s", found.fault, found.evidence, found.advice)
+        logger.log(level, "%s: %s. What to do: %s", found.fault, printable(found.evidence), found.advice)
     looked, total = (int(report.values[f"setup/data/{name}"]) for name in ("looked_at", "samples"))
     logger.info("data: %d of %d samples listened to, %d findings", looked, total, len(report.findings))
     return len(report.findings)

@@ -67,15 +67,6 @@ def within_step(
     return end
 
 
-def every_loss(trainer: Trainer | None, note: Callable[[int, Any], None]) -> Callable[[], None] | None:
-    """Have every loss noted that a Trainer trains on, with the step that it is of.
-
-    Returns:
-        What ends that; None without a Trainer.
-    """
-    return None if trainer is None else _Keeping(trainer, note).end
-
-
 def every_step(trainer: Trainer | None, sentinel: Sentinel) -> Callable[[], None] | None:
     """Have a sentinel shown every loss, and what every step takes: until the Trainer logs, evaluates or saves.
 

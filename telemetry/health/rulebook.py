@@ -8,7 +8,7 @@ import re
 import statistics
 
 from telemetry.health.history import History
-from telemetry.health.rules import NAMED, Level, Limits, Rule, Verdict, at_least, at_most, evidence
+from telemetry.health.rules import NAMED, Level, Limits, Rule, Verdict, at_least, at_most, evidence, noted
 from telemetry.health.setup_rules import SETUP_RULES
 
 
@@ -126,11 +126,13 @@ def _loss_is_steady(history: History, limits: Limits) -> Verdict | None:
 def _step_skipped(history: History, limits: Limits) -> Verdict | None:
     """A loss of exactly 0 where it is not near 0: something has put it in the place of a bad one."""
     tag = "steps/zero_losses"
-    if (history.latest(tag) or 0) > 0 and (history.latest("outputs/loss/model") or math.inf) > limits["least"]:
-        return Verdict(Level.FAILING, _noted(history, tag))
+    count = history.latest(tag)
+    # Of a loss that is 0 as a rule (GRPO's first ones), a 0 says nothing.
+    if count and (history.latest("steps/median_loss") or 0) > limits["least"]:
+        return Verdict(Level.FAILING, noted(history, {tag: count}))
     past = [value for value in history.values("train/loss") if math.isfinite(value)]
     if len(past) < limits["fewest"] or not any(past):
-        return None if history.latest(tag) is None else Verdict(Level.OK, _noted(history, tag))
+        return None if count is None else Verdict(Level.OK, evidence({tag: count}))
     usual, zeros = statistics.median(past), [step for step, loss in history.past("train/loss") if loss == 0]
     if usual > limits["least"] and zeros:
         return Verdict(Level.FAILING, f"train/loss = 0 at step {zeros[-1]}, median {usual:.4g}")
@@ -168,24 +170,22 @@ def _memory_is_steady(history: History, limits: Limits) -> Verdict | None:
     return Verdict(Level.WARNING if grows else Level.OK, said)
 
 
-def _noted(history: History, tag: str) -> str:
-    note = history.note(tag)
-    return evidence({tag: history.latest(tag) or 0.0}) + (f", {note}" if note else "")
-
-
 def _losses_are_finite(history: History, limits: Limits) -> Verdict | None:
     tag = "steps/nonfinite_losses"
     count = history.latest(tag)
-    return None if count is None else Verdict(Level.FAILING if count > 0 else Level.OK, _noted(history, tag))
+    return None if count is None else Verdict(Level.FAILING if count > 0 else Level.OK, noted(history, {tag: count}))
 
 
 def _rate_is_positive(history: History, limits: Limits) -> Verdict | None:
-    """A warm-up may begin at 0: twice in a row."""
+    """A warm-up may begin at 0: twice in a row. What is logged is the first group's: others may move."""
     tag = "train/learning_rate"
-    last = history.values(tag)[-2:]
+    last = history.past(tag)[-2:]
     if len(last) < 2:
         return None
-    return Verdict(Level.FAILING if not any(last) else Level.OK, evidence({tag: last[-1]}))
+    newest = (history.past(one)[-1] for one in history.matching(_UPDATE_RATIO))
+    moves = any(step >= last[0][0] and ratio > 0 for step, ratio in newest)
+    still = not any(rate for _, rate in last) and not moves
+    return Verdict(Level.FAILING if still else Level.OK, evidence({tag: last[-1][1]}))
 
 
 def _prompt_is_masked(history: History, limits: Limits) -> Verdict | None:

@@ -79,6 +79,12 @@ def evidence(values: Mapping[str, float]) -> str:
     return named + (f" and {len(values) - NAMED} more" if len(values) > NAMED else "")
 
 
+def noted(history: History, values: Mapping[str, float]) -> str:
+    """Name some values, and what was said beside them."""
+    notes = (history.note(tag) for tag in values)
+    return "; ".join([evidence(values), *dict.fromkeys(note for note in notes if note)])
+
+
 def at_least(tag: str) -> Judge:
     """OK from the limit ``least`` up, failing below ``failing``, a warning between."""
 

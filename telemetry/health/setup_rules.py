@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from telemetry.health.history import History
-from telemetry.health.rules import Level, Limits, Rule, Verdict, at_most, evidence
+from telemetry.health.rules import Judge, Level, Limits, Rule, Verdict, at_most, evidence, noted
 
 _GROUPS = ("text", "audio")
 _WEIGHT = re.compile(r"setup/loss_weight/.+")
@@ -151,43 +151,34 @@ def _targets(history: History, limits: Limits) -> Verdict | None:
     return Verdict(Level.WARNING if share > limits["commonest"] else Level.OK, said)
 
 
-_DATA_SOUND = ("silent", "clipped", "narrow", "noisy", "cut")
-
-
-def _noted(history: History, values: Mapping[str, float]) -> str:
-    notes = (history.note(tag) for tag in values)
-    return "; ".join([evidence(values), *dict.fromkeys(note for note in notes if note)])
-
-
-def _data_shares(history: History, limits: Limits, tags: Mapping[str, str], worst: Level) -> Verdict | None:
-    """Tag → the name of its limit; a share above it is bad."""
+def _shares(tags: Mapping[str, str], worst: Level) -> Judge:
+    """``worst`` where a share of a data set is above its limit; tag → the limit's name."""
     known = {f"setup/data/{tag}": limit for tag, limit in tags.items()}
-    values = {tag: value for tag in known if (value := history.latest(tag)) is not None}
-    bad = {tag: value for tag, value in values.items() if value > limits[known[tag]]}
-    if not values:
-        return None
-    return Verdict(worst if bad else Level.OK, _noted(history, bad) if bad else evidence(values))
+
+    def judge(history: History, limits: Limits) -> Verdict | None:
+        values = {tag: value for tag in known if (value := history.latest(tag)) is not None}
+        bad = {tag: value for tag, value in values.items() if value > limits[known[tag]]}
+        if not values:
+            return None
+        return Verdict(worst if bad else Level.OK, noted(history, bad) if bad else evidence(values))
+
+    return judge
 
 
-def _data_sound(history: History, limits: Limits) -> Verdict | None:
-    tags = {f"{kind}/{name}_fraction": name for kind in ("reference", "target") for name in _DATA_SOUND}
-    del tags["reference/cut_fraction"]  # which is often cut out of a longer recording on purpose
-    return _data_shares(history, limits, tags, Level.WARNING)
-
-
-def _data_pairs(history: History, limits: Limits) -> Verdict | None:
-    tags = {"equal_fraction": "equal", "commonest_reference_fraction": "commonest",
-            "commonest_target_fraction": "commonest"}  # fmt: skip
-    return _data_shares(history, limits, tags, Level.FAILING)
-
-
-def _data_voices(history: History, limits: Limits) -> Verdict | None:
-    return _data_shares(history, limits, {"other_voices_nearer": "most"}, Level.FAILING)
-
-
-def _data_words(history: History, limits: Limits) -> Verdict | None:
-    tags = {f"{kind}/other_texts_nearer": "most" for kind in ("reference", "target")}
-    return _data_shares(history, limits, tags, Level.WARNING)
+_KINDS = ("reference", "target")
+# References are often cut out of a longer recording on purpose.
+_SOUND = {
+    f"{kind}/{name}_fraction": name
+    for kind in _KINDS
+    for name in ("silent", "clipped", "narrow", "noisy", "cut")
+    if (kind, name) != ("reference", "cut")
+}
+_PAIRS = {
+    "equal_fraction": "equal",
+    "commonest_reference_fraction": "commonest",
+    "commonest_target_fraction": "commonest",
+}
+_WORDS = {f"{kind}/other_texts_nearer": "most" for kind in _KINDS}
 
 
 def _data_rate(history: History, limits: Limits) -> Verdict | None:
@@ -196,7 +187,7 @@ def _data_rate(history: History, limits: Limits) -> Verdict | None:
     if ratio is None or ratio <= 0:
         return None
     level = Level.WARNING if abs(math.log(ratio)) > limits["apart"] else Level.OK
-    return Verdict(level, _noted(history, {tag: ratio}) if level else evidence({tag: ratio}))
+    return Verdict(level, noted(history, {tag: ratio}) if level else evidence({tag: ratio}))
 
 
 _NOT_CHECKED = "the data set was not gone through (the script does it, or telemetry.check_data)"
@@ -206,7 +197,7 @@ DATA_RULES: tuple[Rule, ...] = (
         "data_pairs",
         "references and targets are clips of their own",
         "references or targets of many samples are the same clip",
-        _data_pairs,
+        _shares(_PAIRS, Level.FAILING),
         "give every sample a reference that is another clip of its speaker, and each target once",
         "a data set of one sentence in many voices",
         {"equal": 0.1, "commonest": 0.3},
@@ -218,7 +209,7 @@ DATA_RULES: tuple[Rule, ...] = (
         "data_sound",
         "clips sound as they should",
         "clips are silent, clipped, narrow, noisy or cut off",
-        _data_sound,
+        _shares(_SOUND, Level.WARNING),
         "listen to the clips that are named; look at how they were made",
         "whispers; recordings that are meant to be rough",
         {"silent": 0.02, "clipped": 0.1, "narrow": 0.5, "noisy": 0.1, "cut": 0.2},
@@ -230,7 +221,7 @@ DATA_RULES: tuple[Rule, ...] = (
         "data_voices",
         "targets are in the voice of their reference",
         "targets are in another voice than their reference",
-        _data_voices,
+        _shares({"other_voices_nearer": "most"}, Level.FAILING),
         "listen to inputs/reference beside inputs/target; see that clips are joined by speaker",
         "speakers that sound alike to the encoder; music or noise under the speech",
         {"most": 0.3},
@@ -243,7 +234,7 @@ DATA_RULES: tuple[Rule, ...] = (
         "data_words",
         "clips say their transcripts",
         "clips say something else than their transcripts",
-        _data_words,
+        _shares(_WORDS, Level.WARNING),
         "listen to inputs/target beside its transcript; see that files and texts are joined by the same key",
         "a language or an accent that the transcriber does not understand",
         {"most": 0.4},

@@ -54,7 +54,7 @@ class CausalityInstrument(FirstStep):
             for name, tag in RUNS.items():
                 able = name in runs and not why
                 if not step.lockstep.agree(able, tag) or not able or microbatch is None or step.family is None:
-                    alone = bool(runs) and not why and name == "others"
+                    alone = bool(runs) and not why and name not in runs
                     step.recorder.absent(tag, ONE_SAMPLE if alone else f"the batch could not be run a second time{why}")
                     continue
                 try:

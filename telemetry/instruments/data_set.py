@@ -29,7 +29,7 @@ from telemetry.measures.audio import (
     narrow_band,
     silence_fraction,
     spectral_flatness,
-)  # fmt: skip
+)
 from telemetry.records import Scalar
 from telemetry.speech.base import SpeakerEncoder, Transcriber
 from telemetry.speech.text import character_errors, normalize
@@ -138,7 +138,8 @@ def check_data(
         seconds: of wall time that listening may take.
         show_progress: whether there is a progress bar.
     """
-    names = [str(one.get("sample_id") or f"sample {at}") for at, one in enumerate(samples)]
+    ids = [one.get("sample_id") for one in samples]
+    names = [f"number {at}" if one is None else str(one) for at, one in enumerate(ids)]
     order = list(range(len(samples)))
     random.Random(0).shuffle(order)
     until = time.monotonic() + seconds

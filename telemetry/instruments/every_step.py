@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from telemetry.delivery.recorder import Emitter
 from telemetry.instruments.base import Instrument, Step
 from telemetry.probes.sentinel import Names
-from telemetry.records import Metric, Sum
+from telemetry.records import Mean, Metric, Sum
 
 NONFINITE, ZERO = "steps/nonfinite_losses", "steps/zero_losses"
 NOT_SHOWN = "only the Trainer shows the loss of every step"
@@ -55,7 +56,10 @@ class EveryStepInstrument(Instrument):
         rank = step.rank if step.world_size > 1 else None
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
-            for tag, count, first in judged(named, host["losses"].tolist(), rank):
+            values = host["losses"].tolist()
+            if finite := [value for value in values if math.isfinite(value)]:
+                emit.metric("steps/median_loss", Mean(statistics.median(finite), 1))
+            for tag, count, first in judged(named, values, rank):
                 emit.metric(tag, Sum(count))
                 if first is not None:
                     emit.metric(f"{tag}/first", first)

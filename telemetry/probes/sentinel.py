@@ -45,7 +45,7 @@ class Sentinel:
 
         Their names alone are kept: their sound may be large.
         """
-        self._names = [one.get("sample_id") for one in metadata]
+        self._names = [one.get("sample_id") if isinstance(one, Mapping) else None for one in metadata or ()]
 
     def note(self, step: int, loss: Any) -> None:
         """Keep what a microbatch of a step, counted as after its update, has been trained on. Costs a list's entry."""

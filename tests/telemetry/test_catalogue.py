@@ -68,6 +68,7 @@ OUTPUTS = [
     "outputs/loss/total",
     "steps/nonfinite_losses",
     "steps/zero_losses",
+    "steps/median_loss",
     "throughput/seconds_per_step",
     "throughput/slowest_rank/seconds_per_step",
     "throughput/fastest_rank/seconds_per_step",

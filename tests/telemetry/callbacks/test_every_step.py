@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
-from telemetry.callbacks.prepared import every_loss
+from telemetry.callbacks.prepared import every_step
 from telemetry.probes.sentinel import KEPT, Sentinel
 from telemetry.records import Alert, Scalar
 
@@ -87,6 +87,8 @@ def test_no_loss_keeps_a_graph_and_none_is_kept_for_ever() -> None:
     with_graph = torch.ones((), requires_grad=True) * 2
     for step in range(KEPT + 5):
         sentinel.note(step, with_graph)
+    sentinel.announce(["no mapping", {"sample_id": 3}])  # type: ignore[list-item]
+    sentinel.announce(None)  # type: ignore[arg-type]
     sentinel.note(KEPT + 5, 1.5)  # no tensor, and nothing that a due step could look at
     seen = sentinel.take()
     assert len(seen) == KEPT
@@ -106,8 +108,8 @@ def test_a_trainer_gets_its_own_step_back(fails: bool) -> None:
             return torch.tensor(2.0)
 
     trainer: Any = Minimal()
-    noted: list[tuple[int, Any]] = []
-    end = every_loss(trainer, lambda step, loss: noted.append((step, float(loss))))
+    sentinel = Sentinel()
+    end = every_step(trainer, sentinel)
     assert end is not None
     if fails:
         with pytest.raises(ValueError, match="bad batch"):
@@ -115,5 +117,5 @@ def test_a_trainer_gets_its_own_step_back(fails: bool) -> None:
     else:
         assert float(trainer.training_step(None, None)) == 2.0
     end()
-    assert noted == ([] if fails else [(5, 2.0)])
+    assert [(step, float(loss)) for step, loss, _ in sentinel.take()] == ([] if fails else [(5, 2.0)])
     assert vars(trainer) == {}

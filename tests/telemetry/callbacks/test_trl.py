@@ -104,6 +104,7 @@ def test_rewards(more: dict[str, Any], tmp_path: Path, telemetry_log: pytest.Log
     why = {str(row[0]): str(row[1]) for row in backend.last("telemetry/absent", Table).rows}
     assert ("a temperature" in why.get(TOTAL, "")) == (TOTAL not in backend.tags()) == scaled
     assert run.passes.others >= 4
+    assert not any(backend.scalars("health/step_skipped").values())  # though its first losses may be exactly 0
 
 
 def test_codec_tokens_under_a_fused_loss(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ FIT = "inputs/length_correlation/target"
 OPTIMIZER = "setup/optimizer"
 OWN = "setup/references"
 BAD_LOSSES, ZEROS = (f"steps/{kind}_losses" for kind in ("nonfinite", "zero"))
-RATE = "train/learning_rate"
+RATE, USUAL = "train/learning_rate", "steps/median_loss"
 TIME, MEMORY = "throughput/seconds_per_step", "throughput/memory_bytes"
 RATIO = "gradients/lora/update_ratio"
 
@@ -61,7 +61,13 @@ PLANTED = [
     ("nonfinite", [{"gradients/lora/nonfinite": 0.0}], [{"gradients/lora/nonfinite": 2.0}], Level.FAILING),
     ("loss_finite", [{BAD_LOSSES: 0.0}], [{BAD_LOSSES: 2.0}], Level.FAILING),
     ("learning_rate", [{RATE: 0.0}, {RATE: 1e-4}], [{RATE: 1e-4}, {RATE: 0.0}, {RATE: 0.0}], Level.FAILING),
-    ("step_skipped", [{ZEROS: 0.0}], [{ZEROS: 1.0}], Level.FAILING),
+    ("step_skipped", [{ZEROS: 1.0, USUAL: 0.0}], [{ZEROS: 1.0, USUAL: 2.0}], Level.FAILING),
+    (
+        "learning_rate",
+        [{RATE: 0.0, RATIO: 0.1}, {RATE: 0.0, RATIO: 0.1}],
+        [{RATE: 0.0, RATIO: 0.0}, {RATE: 0.0, RATIO: 0.0}],
+        Level.FAILING,
+    ),
     ("invalid_ids", [{"inputs/invalid_ids": 0.0}], [{"inputs/invalid_ids": 1.0}], Level.FAILING),
     (
         "labels",
