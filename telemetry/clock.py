@@ -6,9 +6,10 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
+_COUNTED = contextlib.nullcontext()
 _SMOOTHED = 8  # due steps over which what the background does is set against what the training thread waits
 
 
@@ -25,26 +26,24 @@ class StepClock:
         self.spent = 0.0
         self.computed = 0.0
         self.began = time.perf_counter(), time.thread_time()
-        self._running = False
+        self._since: tuple[float, float] | None = None
 
     def step_seconds(self) -> float:
         """Seconds since the step began."""
         return time.perf_counter() - self.began[0]
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> contextlib.AbstractContextManager[object]:
         """Count the time inside, once where it is counted already."""
-        if self._running:
-            yield
-            return
-        self._running = True
-        began = time.perf_counter(), time.thread_time()
-        try:
-            yield
-        finally:
-            self.spent += time.perf_counter() - began[0]
-            self.computed += time.thread_time() - began[1]
-            self._running = False
+        return self if self._since is None else _COUNTED
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *error: object) -> None:
+        assert self._since is not None
+        (seconds, computed), self._since = self._since, None
+        self.spent += time.perf_counter() - seconds
+        self.computed += time.thread_time() - computed
 
 
 class _Period(NamedTuple):

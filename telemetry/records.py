@@ -34,7 +34,7 @@ class Metric:
 
     Args:
         components: one tensor (any shape, the same at every call for a tag) or number for each entry of ``ops``.
-            Tensors are held as float64, on the device where they were measured; numbers stay numbers.
+            Tensors are held as they are, without their graph, and merged as float64; numbers stay numbers.
 
     Raises:
         ValueError: when the number of components is not the number of ``ops``.
@@ -194,10 +194,10 @@ class Spread(Metric):
         """See :meth:`Metric.merge`; the mean is no sum."""
         if type(other) is not Spread:
             raise TypeError(f"cannot merge Spread with {type(other).__name__}")
-        n, mean, deviations = self.components
-        m, means, more = (_beside(n, part) if isinstance(n, Tensor) else part for part in other.components)
-        if isinstance(m, Tensor) and not isinstance(n, Tensor):
-            n, mean, deviations = (_beside(m, part) for part in self.components)
+        parts = (*self.components, *other.components)
+        n, mean, deviations, m, means, more = (
+            _widened(*parts) if any(isinstance(one, Tensor) for one in parts) else parts
+        )
         count = n + m
         safe = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
         apart, share = means - mean, m / safe
@@ -233,10 +233,8 @@ class Perplexity(Metric):
 
 
 def _combine(op: Op, ours: Component, theirs: Component) -> Component:
-    if isinstance(ours, Tensor):
-        return _COMBINE[op](ours, _beside(ours, theirs))
-    if isinstance(theirs, Tensor):
-        return _COMBINE[op](_beside(theirs, ours), theirs)
+    if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
+        return _COMBINE[op](*_widened(ours, theirs))
     if op == "sum":
         return ours + theirs
     if math.isnan(ours) or math.isnan(theirs):
@@ -244,20 +242,17 @@ def _combine(op: Op, ours: Component, theirs: Component) -> Component:
     return max(ours, theirs) if op == "max" else min(ours, theirs)
 
 
-def _beside(tensor: Tensor, component: Component) -> Tensor:
-    return component if isinstance(component, Tensor) else torch.full_like(tensor, component)
+def _widened(*components: Component) -> list[Tensor]:
+    """Components of which one is a tensor, all as tensors: as float64, or on Apple's GPUs, which have none, float32."""
+    device = next(one.device for one in components if isinstance(one, Tensor))
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return [torch.as_tensor(one, dtype=dtype, device=device) for one in components]
 
 
 def _as_component(component: Component) -> Component:
-    if type(component) is float:  # the common case of many host numbers, on the training thread
-        return component
-    if not isinstance(component, Tensor):
-        return float(component)
-    if component.dtype == torch.float64 and not component.requires_grad:
-        return component
-    # Apple's GPUs have no float64; their counts stay exact up to 2**24.
-    dtype = torch.float32 if component.device.type == "mps" else torch.float64
-    return component.detach().to(dtype)
+    if isinstance(component, Tensor):
+        return component.detach() if component.requires_grad else component
+    return float(component)
 
 
 @dataclass(frozen=True)

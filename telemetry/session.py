@@ -475,9 +475,11 @@ class Session:
     # -- how instruments are called -----------------------------------------------------------------------------------
 
     def _tell(self, verb: str, *args: Any) -> None:
-        """Call a verb of every instrument that is due."""
+        """Call a verb of every instrument that is due, and has something to do there."""
+        nothing = getattr(Instrument, verb)
         for instrument in self._due:
-            self._guard(instrument, getattr(instrument, verb), self._step, *args)
+            if getattr(type(instrument), verb) is not nothing:
+                self._guard(instrument, getattr(instrument, verb), self._step, *args)
 
     def _measure(self, owner: object, action: Callable[..., None], *args: Any) -> None:
         """Do what a hook is there for, on the clock."""

@@ -27,9 +27,15 @@ class Deferred:
 
 @dataclass
 class Measured:
-    """What one step has measured so far. Deferred work adds to it, too."""
+    """What one step has measured so far. Deferred work adds to it, too.
+
+    Attributes:
+        metrics: by tag, on the host.
+        added: metrics that are merged into these when their tensors have come to the host, in their order.
+    """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
+    added: list[tuple[str, Metric]] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     deferred: list[Deferred] = field(default_factory=list)
@@ -58,12 +64,12 @@ class Measured:
     def nbytes(self) -> int:
         """Roughly what it holds in memory while it waits."""
         media = sum(held_bytes(record) for record in self.records if not isinstance(record, Scalar))
-        return 128 * len(self.metrics) + 64 * len(self.records) + media
+        return 128 * (len(self.metrics) + len(self.added)) + 64 * len(self.records) + media
 
     @property
     def count(self) -> int:
         """How many records it makes, as far as that can be told: work that is still to be done counts as one."""
-        shown = sum(metric.shown for metric in self.metrics.values())
+        shown = len({tag for tag, metric in (*self.metrics.items(), *self.added) if metric.shown})
         return shown + len(self.records) + sum(work.build is not None for work in self.deferred)
 
     def drop_media(self) -> int:
@@ -76,24 +82,23 @@ class Measured:
 
     def tensors(self) -> list[Tensor]:
         """Everything that has to come to the host, in the order that :meth:`hosted` takes it back."""
-        parts = [part for metric in self.metrics.values() for part in metric.components if isinstance(part, Tensor)]
+        parts = [part for _, metric in self.added for part in metric.components if isinstance(part, Tensor)]
         return parts + [tensor for work in self.deferred for tensor in work.tensors.values()]
 
     def emptied(self) -> Measured:
         """The same without its tensors, for which places are kept: they may be large, on a device."""
-        metrics = {tag: metric.mapped(_emptied) for tag, metric in self.metrics.items()}
+        added = [(tag, metric.mapped(_emptied)) for tag, metric in self.added]
         deferred = [replace(work, tensors=dict.fromkeys(work.tensors, _PLACE)) for work in self.deferred]
-        return replace(self, metrics=metrics, deferred=deferred)
+        return replace(self, added=added, deferred=deferred)
 
     def hosted(self, copies: Iterable[Tensor]) -> Measured:
         """The same over host values, which take the tensors' places."""
         rest = iter(copies)
-        metrics = {
-            tag: metric.mapped(lambda part: _host(next(rest)) if isinstance(part, Tensor) else part)
-            for tag, metric in self.metrics.items()
-        }
-        deferred = [replace(work, tensors={name: next(rest) for name in work.tensors}) for work in self.deferred]
-        return replace(self, metrics=metrics, deferred=deferred)
+        host = Measured({**self.metrics}, [], {**self.notes}, [*self.records])
+        for tag, metric in self.added:
+            host.metric(tag, metric.mapped(lambda part: _host(next(rest)) if isinstance(part, Tensor) else part))
+        host.deferred = [replace(work, tensors={name: next(rest) for name in work.tensors}) for work in self.deferred]
+        return host
 
 
 @dataclass
@@ -147,4 +152,4 @@ def _emptied(part: Tensor | float) -> Tensor | float:
 
 def _host(tensor: Tensor) -> Tensor | float:
     """0-d host tensors as numbers: cheaper to merge and to send."""
-    return float(tensor) if tensor.dim() == 0 else tensor
+    return float(tensor) if tensor.dim() == 0 else tensor.double()

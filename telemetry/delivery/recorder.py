@@ -95,8 +95,10 @@ class Recorder:
             lane.open(run)
 
     def metric(self, tag: str, value: Metric, note: str = "") -> None:
-        """Add a metric value to the step. Launches device work only."""
-        self._step.metric(tag, value, note)
+        """Add a metric value to the step; it is merged with others of its tag on the host."""
+        self._step.added.append((tag, value))
+        if note:
+            self._step.notes[tag] = note
 
     def record(self, record: Record) -> None:
         """Add a finished record to the step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -39,10 +40,21 @@ class _Packed:
     """The tensors of one device, as bytes."""
 
     def __init__(self, indexed: Sequence[tuple[int, Tensor]]) -> None:
-        # Widest first, so that every part is aligned for its dtype.
-        ordered = sorted(indexed, key=lambda pair: (-pair[1].element_size(), str(pair[1].dtype)))
-        self._layout = [(index, tensor.dtype, tensor.numel() * tensor.element_size()) for index, tensor in ordered]
-        self._on_device = _as_bytes([tensor for _, tensor in ordered])
+        runs = defaultdict[torch.dtype, list[tuple[int, Tensor]]](list)
+        for index, tensor in indexed:
+            runs[tensor.dtype].append((index, tensor.detach()))
+        # Widest first, so that every run is aligned for its dtype; in each those with one value, which are stacked.
+        ordered = sorted(runs.items(), key=lambda run: (-run[0].itemsize, str(run[0])))
+        self._layout: list[tuple[torch.dtype, list[int], list[int]]] = []
+        parts: list[Tensor] = []
+        for dtype, run in ordered:
+            run.sort(key=lambda pair: pair[1].dim() > 0)
+            single = [tensor for _, tensor in run if tensor.dim() == 0]
+            several = [tensor.reshape(-1) for _, tensor in run[len(single) :]]
+            self._layout.append((dtype, [index for index, _ in run], [1] * len(single) + [len(one) for one in several]))
+            parts += [torch.stack(single).view(torch.uint8)] if single else []
+            parts += [torch.cat(several).view(torch.uint8)] if several else []
+        self._on_device = torch.cat(parts)
         self._event: torch.cuda.Event | None = None
         if self._on_device.is_cuda:
             self._on_host = torch.empty(self._on_device.shape, dtype=torch.uint8, pin_memory=True)
@@ -59,11 +71,12 @@ class _Packed:
     def wait(self) -> dict[int, Tensor]:
         if self._event is not None:
             self._event.synchronize()
-        copies = {}
+        copies: dict[int, Tensor] = {}
         start = 0
-        for index, dtype, size in self._layout:
-            copies[index] = self._on_host[start : start + size].view(dtype)
-            start += size
+        for dtype, indices, sizes in self._layout:
+            end = start + sum(sizes) * dtype.itemsize
+            copies.update(zip(indices, self._on_host[start:end].view(dtype).split(sizes), strict=True))
+            start = end
         return copies
 
 
@@ -72,15 +85,3 @@ def _by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
     for index, tensor in enumerate(tensors):
         groups.setdefault(tensor.device, []).append(index)
     return list(groups.values())
-
-
-def _as_bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """One buffer of bytes; tensors of a dtype are joined first, which takes fewer kernels."""
-    parts: list[Tensor] = []
-    run: list[Tensor] = []
-    for position, tensor in enumerate(tensors):
-        run.append(tensor.detach().reshape(-1))
-        if position + 1 == len(tensors) or tensors[position + 1].dtype != tensor.dtype:
-            parts.append(torch.cat(run).view(torch.uint8))
-            run = []
-    return torch.cat(parts)

@@ -35,6 +35,9 @@ class InputInstrument(LastMicrobatchInstrument):
     Scalars cover every microbatch of the step; tables and audio show its last one.
     """
 
+    def __init__(self) -> None:
+        self._statistics: dict[str, Tensor] = {}  # of the last microbatch's tensors
+
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Measure one microbatch."""
         super().inputs(step, microbatch)
@@ -49,34 +52,20 @@ class InputInstrument(LastMicrobatchInstrument):
             if microbatch.view.audio is not None and not microbatch.view.audio.labelled:
                 for name in ("tokens/reference_audio", "tokens/target_audio", "supervised/audio"):
                     recorder.absent(f"inputs/{name}_fraction", NO_LABELS)
-        for name, tensor in _tensors(microbatch):
-            for kind, value in _tensor_metrics(tensor_statistics(tensor)):
-                recorder.metric(f"inputs/tensor/{name}/{kind}", value)
+        self._statistics = {name: tensor_statistics(tensor) for name, tensor in _tensors(microbatch)}
+        recorder.defer(self._statistics, _add_statistics)
 
     def look(self, step: Step, microbatch: Microbatch | None) -> None:
         """Show the last microbatch."""
+        statistics, self._statistics = self._statistics, {}
         if microbatch is None:
             if not step.watch.usable:
                 step.recorder.absent("inputs", COMPILED)
             return
-        self._show_tensors(step, microbatch)
+        _show_tensors(step, microbatch, statistics)
         self._show_sequences(step, microbatch)
         for kind in ("reference", "target"):
             self._show_audio(step, microbatch, kind)
-
-    def _show_tensors(self, step: Step, microbatch: Microbatch) -> None:
-        named = list(_tensors(microbatch))
-        statics = [(name, str(tuple(t.shape)), str(t.dtype).removeprefix("torch."), str(t.device)) for name, t in named]
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in named:
-            tensors[f"{name}/stats"] = torch.stack(tensor_statistics(tensor))
-            tensors[f"{name}/first"] = first_values(tensor)
-
-        def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
-            rows = tuple((*static, *_tensor_row(host, static[0])) for static in statics)
-            emit.record(Table("inputs/tensors", TENSOR_COLUMNS, rows))
-
-        step.recorder.show(tensors, build)
 
     def _show_sequences(self, step: Step, microbatch: Microbatch) -> None:
         view = microbatch.view
@@ -121,13 +110,35 @@ class InputInstrument(LastMicrobatchInstrument):
         step.recorder.show({}, build)
 
 
+def _add_statistics(host: Mapping[str, Tensor], emit: Emitter) -> None:
+    for name, values in host.items():
+        for kind, value in _tensor_metrics(TensorStats(*values.tolist())):
+            emit.metric(f"inputs/tensor/{name}/{kind}", value)
+
+
+def _show_tensors(step: Step, microbatch: Microbatch, statistics: Mapping[str, Tensor]) -> None:
+    named = list(_tensors(microbatch))
+    statics = [(name, tuple(one.shape), one.dtype, one.device) for name, one in named]
+    tensors = {f"{name}/first": first_values(one) for name, one in named}
+    tensors |= {f"{name}/stats": values for name, values in statistics.items()}
+
+    def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
+        rows = tuple(
+            (name, str(shape), str(dtype).removeprefix("torch."), str(device), *_tensor_row(host, name))
+            for name, shape, dtype, device in statics
+        )
+        emit.record(Table("inputs/tensors", TENSOR_COLUMNS, rows))
+
+    step.recorder.show(tensors, build)
+
+
 def _mask_metrics(microbatch: Microbatch) -> Iterator[tuple[str, Metric]]:
     """What the attention mask hides between positions that it shows: padding lies at the ends."""
     mask, ids = microbatch.inputs.get("attention_mask"), microbatch.inputs.get("input_ids")
     if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.dim() == 2 and mask.shape == ids.shape:
         shown = mask.bool()
-        between = (shown.cumsum(1) > 0) & (shown.flip(1).cumsum(1).flip(1) > 0)
-        yield "tokens/hidden_fraction", Mean((between & ~shown).sum(), mask.numel())
+        before = shown.cumsum(1)
+        yield "tokens/hidden_fraction", Mean((~shown & (before > 0) & (before < before[:, -1:])).sum(), mask.numel())
 
 
 def _view_metrics(view: BatchView) -> Iterator[tuple[str, Metric]]:
@@ -172,7 +183,7 @@ def _invalid_ids(view: BatchView) -> Tensor:
 
 
 def _outside(ids: Tensor, vocabulary: int) -> Tensor:
-    return (ids < 0) | (ids >= vocabulary)
+    return ids.clamp(0, vocabulary - 1) != ids
 
 
 def _tensors(microbatch: Microbatch) -> Iterator[tuple[str, Tensor]]:
@@ -190,7 +201,7 @@ def _tensor_metrics(stats: TensorStats) -> Iterator[tuple[str, Metric]]:
 
 
 def _tensor_row(host: Mapping[str, Tensor], name: str) -> tuple[Cell, ...]:
-    stats = dict(_tensor_metrics(TensorStats(*host[f"{name}/stats"])))
+    stats = dict(_tensor_metrics(TensorStats(*host[f"{name}/stats"].tolist())))
     nonfinite = stats.pop("nonfinite").result()
     values = [stats[kind].result() for kind in ("min", "max", "mean", "std", "zero_fraction")]
     first = " ".join(_short(value) for value in host[f"{name}/first"].tolist())

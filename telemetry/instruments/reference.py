@@ -14,9 +14,9 @@ from telemetry.delivery.recorder import Emitter, Recorder
 from telemetry.families.base import NO_LABELS, AudioView
 from telemetry.instruments.base import Instrument, Step
 from telemetry.measures.audio import clipping_fraction, level_db, silence_fraction
-from telemetry.measures.tensor_stats import tensor_statistics
+from telemetry.measures.tensor_stats import TensorStats, tensor_statistics
 from telemetry.probes.forward import Microbatch
-from telemetry.records import Mean, Metric, Min, Spread, Sum
+from telemetry.records import Mean, Min, Spread, Sum
 
 # Files are read in the background, where other things wait meanwhile.
 READ_CLIPS = 16
@@ -52,8 +52,7 @@ class ReferenceInstrument(Instrument):
             recorder.metric("zero_shot/reference/present_fraction", Mean(present.sum(), present.numel()))
         if audio.features is None:
             recorder.absent("zero_shot/reference/features_present", NO_ENCODER)
-        for name, value in _feature_metrics(audio):
-            recorder.metric(f"zero_shot/reference/{name}", value)
+        _measure_features(recorder, audio)
         if microbatch.metadata:
             self._measure_clips(recorder, microbatch)
         else:
@@ -125,15 +124,21 @@ def _signal(clip: Any) -> tuple[float, float, float]:
     return float(np.maximum(level_db(samples), FLOOR_DB)), clipped, silent
 
 
-def _feature_metrics(audio: AudioView) -> Iterator[tuple[str, Metric]]:
-    """What reaches the model through its audio encoder; padding of the features left out."""
+def _measure_features(recorder: Recorder, audio: AudioView) -> None:
+    """Measure what reaches the model through its audio encoder; padding of the features left out."""
     features, real = audio.features, audio.features_real
     if features is None or real is None or audio.embedded is None:
         return
-    yield "features_present", Mean(audio.embedded.any(dim=1).sum(), audio.reference.any(dim=1).sum())
+    present = Mean(audio.embedded.any(dim=1).sum(), audio.reference.any(dim=1).sum())
+    recorder.metric("zero_shot/reference/features_present", present)
     if features.shape[0]:
         # NaN is what the statistics leave out; what was NaN before is counted apart from the padding.
-        stats = tensor_statistics(features.float().masked_fill(~real[:, None, :], torch.nan))
-        yield "features_mean", Mean(stats.total, stats.finite)
-        yield "features_std", Spread(stats.finite, stats.mean, stats.deviations)
-        yield "features_nonfinite", Sum(stats.nonfinite - (~real).sum() * features.shape[1])
+        statistics = tensor_statistics(features.float().masked_fill(~real[:, None, :], torch.nan))
+        recorder.defer({"statistics": statistics, "padding": (~real).sum() * features.shape[1]}, _add_features)
+
+
+def _add_features(host: Mapping[str, Tensor], emit: Emitter) -> None:
+    stats = TensorStats(*host["statistics"].tolist())
+    emit.metric("zero_shot/reference/features_mean", Mean(stats.total, stats.finite))
+    emit.metric("zero_shot/reference/features_std", Spread(stats.finite, stats.mean, stats.deviations))
+    emit.metric("zero_shot/reference/features_nonfinite", Sum(stats.nonfinite - float(host["padding"])))

@@ -43,8 +43,10 @@ class SetupInstrument(FirstStep):
         """Begin with nothing."""
         super().begin(step)
         self._before, self._clips = [], []
+        if not self.looks or forwards_are_collective(step.model):
+            return
         norms = [one for name, one in step.model.named_parameters() if one.dim() == 1 and "norm" in name.lower()]
-        if self.looks and norms and not forwards_are_collective(step.model):
+        if norms:
             untouched = torch.stack([((one.detach() == 1) | (one.detach() == 0)).all() for one in norms])
             step.recorder.metric("setup/norms/untouched_fraction", Mean(untouched.sum(), len(norms)))
 

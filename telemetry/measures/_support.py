@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,13 +12,23 @@ _CPU_ELEMENTS = 2**18  # 1 MiB of float32: the passes over a piece stay in the p
 _DEVICE_ELEMENTS = 2**22  # 16 MiB of float32: large enough that launching the kernels costs nothing
 
 
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
+_NOTHING = nullcontext()
+
+
+def undisturbed(device: torch.device) -> AbstractContextManager[None]:
     """No gradients and no autocast: inside an autocast region sums and softmaxes would change their dtype."""
+    autocast = torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if not autocast and not torch.is_grad_enabled():  # the common case, inside of another measure or a hook
+        return _NOTHING
+    return _undisturbed(device.type if autocast else None)
+
+
+@contextmanager
+def _undisturbed(autocast: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if torch.amp.autocast_mode.is_autocast_available(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if autocast is not None:
+            stack.enter_context(torch.autocast(autocast, enabled=False))
         yield
 
 

@@ -11,7 +11,7 @@ from telemetry.measures._support import piece_elements, sum_dtype, undisturbed, 
 
 
 class TensorStats(NamedTuple):
-    """Counts, sums and extremes of one tensor: 0-d float64 tensors (float32 on "mps") on its device.
+    """Counts, sums and extremes of one tensor, on the host.
 
     ``Mean(total, finite)`` and ``Spread(finite, mean, deviations)`` of :mod:`telemetry.records` combine them over
     microbatches and ranks.
@@ -19,58 +19,57 @@ class TensorStats(NamedTuple):
     Attributes:
         values: how many.
         finite: values that are neither NaN nor infinite; what follows is over these alone.
-        nonfinite: values that are NaN or infinite.
         zeros: values that are exactly zero.
         total: their sum.
-        mean: their mean, 0 when there is none.
-        deviations: sum of their squared distances from it.
+        deviations: sum of their squared distances from their mean.
         minimum: +inf when there is no finite value.
         maximum: -inf when there is no finite value.
     """
 
-    values: Tensor
-    finite: Tensor
-    nonfinite: Tensor
-    zeros: Tensor
-    total: Tensor
-    mean: Tensor
-    deviations: Tensor
-    minimum: Tensor
-    maximum: Tensor
+    values: float
+    finite: float
+    zeros: float
+    total: float
+    deviations: float
+    minimum: float
+    maximum: float
+
+    @property
+    def nonfinite(self) -> float:
+        """Values that are NaN or infinite."""
+        return self.values - self.finite
+
+    @property
+    def mean(self) -> float:
+        """Of the finite values, 0 when there is none."""
+        return self.total / max(self.finite, 1.0)
 
 
-def tensor_statistics(tensor: Tensor) -> TensorStats:
-    """Statistics of all values of a tensor, summed in float64 without a float64 copy of the whole.
+def tensor_statistics(tensor: Tensor) -> Tensor:
+    """Measure all values of a tensor, summed in float64 without a float64 copy of the whole.
 
     Args:
         tensor: strided, of any shape and dtype: bool as 0 and 1, complex by magnitude. Integers beyond ±2**53 are
             rounded to float64.
+
+    Returns:
+        float64 ``[7]`` (float32 on "mps") on its device: the fields of :class:`TensorStats` in their order.
     """
     device = tensor.device
     with undisturbed(device):
         pieces = [_piece_statistics(piece) for piece in value_pieces(tensor, piece_elements(device))]
-        count, none, low, high = (
-            torch.full((), value, dtype=sum_dtype(device), device=device)
-            for value in (tensor.numel(), 0.0, torch.inf, -torch.inf)
-        )
+        if len(pieces) == 1:
+            return pieces[0]
         if not pieces:
-            return TensorStats(count, none, none, none, none, none, none, low, high)
+            nothing = torch.zeros(len(TensorStats._fields), dtype=sum_dtype(device), device=device)
+            nothing[-2], nothing[-1] = torch.inf, -torch.inf
+            return nothing
         columns = torch.stack(pieces)
-        finite, zeros, total, deviations = columns[:, :4].sum(0)
+        values, finite, zeros, total, deviations = columns[:, :5].sum(0)
+        each, own = columns[:, 1], columns[:, 3] / columns[:, 1].clamp(min=1)
         mean = total / finite.clamp(min=1)
-        each, own = columns[:, 0], columns[:, 2] / columns[:, 0].clamp(min=1)
         deviations = deviations + (each * (own - mean).square()).sum()
-        return TensorStats(
-            values=count,
-            finite=finite,
-            nonfinite=count - finite,
-            zeros=zeros,
-            total=total,
-            mean=mean,
-            deviations=deviations,
-            minimum=columns[:, 4].amin(),
-            maximum=columns[:, 5].amax(),
-        )
+        return torch.stack([values, finite, zeros, total, deviations, columns[:, 5].amin(), columns[:, 6].amax()])
 
 
 def first_values(tensor: Tensor, n: int = 8) -> Tensor:
@@ -85,22 +84,21 @@ def first_values(tensor: Tensor, n: int = 8) -> Tensor:
 
 
 def _piece_statistics(piece: Tensor) -> Tensor:
-    """``[finite, zeros, total, deviations, minimum, maximum]`` of the values of a flat piece that is not empty."""
+    """:class:`TensorStats` of the values of a flat piece that is not empty."""
     values = _as_real(piece)
+    count = torch.full((), values.numel(), dtype=values.dtype, device=values.device)
+    zeros = count - torch.count_nonzero(values)
+    if not (piece.is_floating_point() or piece.is_complex()):  # in fewer passes: all are finite
+        spread, mean = torch.var_mean(values, correction=0)
+        return torch.stack([count, count, zeros, mean * count, spread * count, *torch.aminmax(values)])
     kept = values.nan_to_num(0.0, 0.0, 0.0)
     is_finite = values * 0.0 == 0.0  # 0 · x is 0 for a finite x and NaN for any other
-    finite = torch.count_nonzero(is_finite)
+    finite = torch.count_nonzero(is_finite).to(values.dtype)
     total = kept.sum()
-    mean = total / finite.clamp(min=1)
-    found = (
-        finite,
-        values.numel() - torch.count_nonzero(values),
-        total,
-        (kept.sub_(mean).square_() * is_finite).sum(),
-        values.nan_to_num(torch.inf, torch.inf, torch.inf).amin(),
-        values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax(),
-    )
-    return torch.stack([value.to(values.dtype) for value in found])
+    deviations = (kept.sub_(total / finite.clamp(min=1)).square_() * is_finite).sum()
+    low = values.nan_to_num(torch.inf, torch.inf, torch.inf).amin()
+    high = values.nan_to_num(-torch.inf, -torch.inf, -torch.inf).amax()
+    return torch.stack([count, finite, zeros, total, deviations, low, high])
 
 
 def _as_real(piece: Tensor) -> Tensor:

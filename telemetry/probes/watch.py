@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 Guard = Callable[..., None]
 _NONE: Mapping[str, Any] = MappingProxyType({})
+_NO_MODES = contextlib.nullcontext()
 _nothing = contextlib.nullcontext().__exit__  # takes anything, returns None, and is known wherever Python is
 
 
@@ -54,7 +55,7 @@ def named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _out_of_sight(function: Callable[..., None], *args: Any) -> None:
-    with torch.no_grad(), _disable_current_modes():
+    with torch.no_grad(), _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NO_MODES:
         function(*args)
 
 
