@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -69,17 +70,21 @@ def _device_counts(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _cpu_rows(tensors: Sequence[Tensor]) -> Tensor:
     """In NumPy, whose comparisons and counts are vectorised where torch's are not: a CPU tensor is host memory."""
-    rows = np.zeros((len(tensors), 4))
     with np.errstate(all="ignore"):
-        for row, tensor in zip(rows, tensors, strict=True):
-            for piece in value_pieces(tensor.detach(), _SWEEP_ELEMENTS):
-                values = _as_array(piece)
-                largest = np.maximum(-values.min(), values.max())  # NaN where any value is
-                finite = values.size if np.isfinite(largest) else np.count_nonzero(np.isfinite(values))
-                zeros = np.count_nonzero(values == 0)
-                row += np.array([np.dot(values, values), 0, zeros, values.size - finite])
-                row[ABSMAX] = np.maximum(row[ABSMAX], largest)
-    return torch.from_numpy(rows)
+        return torch.tensor([_cpu_row(tensor) for tensor in tensors], dtype=torch.float64)
+
+
+def _cpu_row(tensor: Tensor) -> tuple[float, float, int, int]:
+    squares, largest, zeros, nonfinite = 0.0, 0.0, 0, 0
+    for piece in value_pieces(tensor.detach(), _SWEEP_ELEMENTS):
+        values = _as_array(piece)
+        most = float(np.maximum(-values.min(), values.max()))  # NaN where any value is
+        if not math.isfinite(most):
+            nonfinite += values.size - np.count_nonzero(np.isfinite(values))
+        squares += float(np.dot(values, values))
+        largest = largest if math.isnan(largest) or largest > most else most
+        zeros += np.count_nonzero(values == 0)
+    return squares, largest, zeros, nonfinite
 
 
 @torch.no_grad()
@@ -110,6 +115,23 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return _grouped(tensors, _group_squares)
 
 
+def squared_norms_of_parts(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The squared L2 norm of each of the parts that a flat tensor is made of, as of :func:`squared_norms`.
+
+    Args:
+        values: float32 or float64 ``[sum of sizes]``; used up.
+        sizes: of the parts, none of them 0.
+    """
+    with undisturbed(values.device):
+        if values.device.type != "cpu":
+            return _norms(list(values.split(list(sizes))), values.dtype).square()
+        array = np.from_dlpack(values)
+        with np.errstate(all="ignore"):
+            np.square(array, out=array)
+            squares = np.add.reduceat(array, np.cumsum([0, *sizes[:-1]]))  # pairwise: a float32 sum keeps six digits
+        return torch.from_numpy(squares.astype(np.float64))
+
+
 def _grouped(tensors: Sequence[Tensor], measure: Callable[[list[Tensor]], Tensor], *row: int) -> Tensor:
     """``[len(tensors), *row]``: what is measured of tensors on one device in one dtype at a time."""
     if not tensors:
@@ -120,11 +142,16 @@ def _grouped(tensors: Sequence[Tensor], measure: Callable[[list[Tensor]], Tensor
         groups = defaultdict(list)
         for index, tensor in enumerate(dense):
             groups[tensor.device, tensor.dtype].append(index)
+        measured = [
+            measure([dense[index] for index in indices]).to(device, sum_dtype(device), non_blocking=True)
+            for indices in groups.values()
+        ]
+        if len(measured) == 1:
+            return measured[0]
         rows = list(dense)
-        for indices in groups.values():
-            measured = measure([dense[index] for index in indices]).to(device, sum_dtype(device), non_blocking=True)
-            for index, values in zip(indices, measured.unbind(), strict=True):
-                rows[index] = values
+        for indices, values in zip(groups.values(), measured, strict=True):
+            for index, own in zip(indices, values.unbind(), strict=True):
+                rows[index] = own
         return torch.stack(rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.families.base import Family
-from telemetry.measures.gradients import squared_norms
+from telemetry.measures.gradients import squared_norms_of_parts
 from telemetry.probes.sharding import gradient_of, is_fsdp1, is_zero, is_zero3, own_part
 
 SAMPLED = 2**16
@@ -43,20 +44,24 @@ class TrainedParameter:
         return gradient_of(self.tensor) is not None
 
 
+_places: weakref.WeakKeyDictionary[Family, dict[str, tuple[str, int | None]]] = weakref.WeakKeyDictionary()
+"""Family → name of a parameter → its group and layer, as long as no name is new."""
+
+
 def trained_parameters(model: nn.Module, family: Family | None) -> list[TrainedParameter]:
     """Every parameter that requires a gradient, tied ones once, in the model's order: the same on every rank."""
     family = family if family is not None else Family(model)  # which knows no layers and no groups
-    layer_of = {
-        id(parameter): layer.index
-        for layer in family.layers()
-        for module in (layer.attention, *(network.module for network in layer.feed_forward.values()))
-        for parameter in module.parameters()
-    }
-    return [
-        TrainedParameter(name, family.group_of(name), layer_of.get(id(parameter)), parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
+    found = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    known = _places.setdefault(family, {})
+    if not all(name in known for name, _ in found):
+        layer_of = {
+            id(parameter): layer.index
+            for layer in family.layers()
+            for module in (layer.attention, *(network.module for network in layer.feed_forward.values()))
+            for parameter in module.parameters()
+        }
+        known.update({name: (family.group_of(name), layer_of.get(id(parameter))) for name, parameter in found})
+    return [TrainedParameter(name, *known[name], parameter) for name, parameter in found]
 
 
 def own_gradients(parameters: Sequence[TrainedParameter], is_main: bool) -> dict[int, Tensor]:
@@ -99,49 +104,69 @@ class UpdateProbe:
 
     def __init__(self, parameters: Mapping[int, TrainedParameter], is_main: bool) -> None:
         self._parameters, self._is_main = parameters, is_main
-        self._samples: list[_Sample] = []
+        samples: list[_Sample] = []
         for index, parameter in parameters.items():
             part = own_part(parameter.tensor, is_main)
             if part is not None and part.numel():
                 gradient = gradient_of(parameter.tensor)
-                self._samples += _samples(index, part, None if gradient is None else own_part(gradient, is_main))
-        self._before = self._read()
+                samples += _samples(index, part, None if gradient is None else own_part(gradient, is_main))
+        self._groups = self._read(samples)
 
     def compare(self) -> tuple[list[tuple[int, float]], Tensor]:
-        """After the optimizer's step. Launches device work only.
+        """After the optimizer's step, once. Launches device work only.
 
         Returns:
             Of each sample its parameter's index and how many values each of its values stands for; and float64
             ``[samples, 2]``: of its values the squared norm of the step, and of the weights before it. Steps are taken
             in float32 (float64 for float64 weights).
         """
+        groups, self._groups = self._groups, []
+        samples = [sample for group in groups for sample in group.samples]
+        after = self._read(samples)
+        norms = []
         with torch.no_grad():
-            steps = [after.sub_(before) for after, before in zip(self._read(), self._before, strict=True)]
-            norms = [
-                squared_norms(
-                    [
-                        values if one.scale is None else values * one.scale
-                        for one, values in zip(self._samples, vectors, strict=True)
-                    ]
-                )
-                for vectors in (steps, self._before)
-            ]
-        return [(one.index, one.weight) for one in self._samples], torch.stack(norms, dim=1)
+            for old, new in zip(groups, after, strict=True):
+                moved = (new.values.sub_(old.values), old.values)
+                for values in moved:
+                    old.scale(values)
+                norms.append(torch.stack([squared_norms_of_parts(values, old.sizes) for values in moved], dim=1))
+        first = norms[0].device if norms else torch.device("cpu")
+        joined = [one.to(first, non_blocking=True) for one in norms]
+        return [(one.index, one.weight) for one in samples], torch.cat(joined) if joined else torch.zeros(0, 2)
 
-    def _read(self) -> list[Tensor]:
-        """The values of every sample, copied to float32 or wider: one copy a device and dtype."""
-        views: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = defaultdict(dict)
-        parts = {one.index: own_part(self._parameters[one.index].tensor, self._is_main) for one in self._samples}
-        for place, sample in enumerate(self._samples):
+    def _read(self, samples: Sequence[_Sample]) -> list[_Values]:
+        """The values of samples, copied to float32 or wider: one copy a device and dtype."""
+        views: dict[tuple[torch.device, torch.dtype], list[tuple[_Sample, Tensor]]] = defaultdict(list)
+        parts = {index: own_part(self._parameters[index].tensor, self._is_main) for index in {s.index for s in samples}}
+        for sample in samples:
             part = parts[sample.index]
             assert part is not None  # it was there when the sample was taken
             view = sample.read(part)
-            views[view.device, view.dtype][place] = view
-        found: dict[int, Tensor] = {}
-        for (_, dtype), held in views.items():
-            joined = torch.cat(list(held.values())).to(torch.promote_types(dtype, torch.float32))
-            found.update(zip(held, joined.split([view.numel() for view in held.values()]), strict=True))
-        return [found[place] for place in range(len(self._samples))]
+            views[view.device, view.dtype].append((sample, view))
+        return [
+            _Values(
+                [sample for sample, _ in held],
+                [view.numel() for _, view in held],
+                torch.cat([view for _, view in held]).to(torch.promote_types(dtype, torch.float32)),
+            )
+            for (_, dtype), held in views.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Copies of samples on one device in one dtype, one after the other, as long as ``sizes`` says."""
+
+    samples: list[_Sample]
+    sizes: list[int]
+    values: Tensor
+
+    def scale(self, values: Tensor) -> None:
+        """Multiply what belongs to a sample by its scale, in place."""
+        if any(sample.scale is not None for sample in self.samples):
+            for sample, part in zip(self.samples, values.split(self.sizes), strict=True):
+                if sample.scale is not None:
+                    part.mul_(sample.scale)
 
 
 @dataclass(frozen=True)
