@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,11 +19,11 @@ from telemetry.instruments.base import NO_POSITIONS, Instrument, Step, probed_la
 from telemetry.measures.attention import (
     KINDS,
     TARGET,
+    AttentionRows,
     AttentionTotals,
     QuerySample,
     attention_rows,
     attention_totals,
-    merged_totals,
     sample_queries,
 )
 from telemetry.measures.attention_masks import sequence_starts
@@ -56,8 +58,7 @@ class AttentionInstrument(Instrument):
         self._laid_out = False  # whether any microbatch of the step is
         self._expected: set[int] = set()
         self._failed: set[int] = set()
-        self._totals: dict[int, list[AttentionTotals]] = {}
-        self._across: dict[int, list[AttentionTotals]] = {}
+        self._measured: set[int] = set()
 
     def begin(self, step: Step) -> None:
         """A due step begins: watch the layers."""
@@ -88,39 +89,34 @@ class AttentionInstrument(Instrument):
 
     def finish(self, step: Step) -> None:
         """The due step has ended: hand over what was measured."""
-        totals, across = dict(self._totals), dict(self._across)
-        for layer in self._expected - totals.keys() - self._failed:
+        for layer in self._expected - self._measured - self._failed:
             step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN if self._laid_out else NO_POSITIONS)
+        if self._measured:
+            step.recorder.show({}, partial(_show_images, sorted(self._measured)))
         self._forget()
-        for layer, parts in across.items():
-            for tag, value in _spread(merged_totals(parts)):
-                step.recorder.metric(f"attention/layer_{layer}/cross/{tag}", value)
-        if totals:
-            for layer, parts in totals.items():
-                for tag, value in _metrics(merged_totals(parts)):
-                    step.recorder.metric(f"attention/layer_{layer}/{tag}", value)
-            step.recorder.show({}, lambda _host, emit: _show_images(sorted(totals), emit))
 
     def _forget(self) -> None:
         self._batch, self._generator = {}, None
         self._laid_out = False
         self._expected = set()
-        self._failed.clear()
-        self._totals.clear()
-        self._across.clear()
+        self._failed, self._measured = set(), set()
 
     def _observe(self, step: Step, call: AttentionCall) -> None:
         batch = self._batch.get(call.across)
         if batch is None:
             return
+        prefix = f"attention/layer_{call.layer}{'/cross' if call.across else ''}"
         try:
-            totals = batch.totals(call)
+            rows = batch.rows(call)
         except UnmeasurableError as reason:
             if not call.across:
                 self._failed.add(call.layer)
-            step.recorder.absent(f"attention/layer_{call.layer}{'/cross' if call.across else ''}", str(reason))
+            step.recorder.absent(prefix, str(reason))
             return
-        (self._across if call.across else self._totals).setdefault(call.layer, []).append(totals)
+        if not call.across:
+            self._measured.add(call.layer)
+        tensors = {**rows._asdict(), "kinds": batch.sample.kinds, "keys": batch.keys}
+        step.recorder.defer(tensors, partial(_add, prefix, call.across))
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,13 @@ class AttendedBatch:
     key_kinds: Tensor
     starts: Tensor
 
-    def totals(self, call: AttentionCall) -> AttentionTotals:
-        """Sums over the sampled queries of one layer.
+    @functools.cached_property
+    def keys(self) -> Tensor:
+        """int64 ``[kinds]``: keys of each kind."""
+        return self.key_kinds.sum(dim=(0, 1))
+
+    def rows(self, call: AttentionCall) -> AttentionRows:
+        """What the sampled queries do in one layer.
 
         Raises:
             UnmeasurableError: when its attention cannot be worked out again exactly.
@@ -150,10 +151,9 @@ class AttendedBatch:
         if call.across and call.key.shape[2] != self.key_kinds.shape[1]:
             raise UnmeasurableError("its keys are not the encoder's positions in the batch")
         rows = self.sample.rows
-        values = attention_rows(
+        return attention_rows(
             call.query, call.key, rows, call.row_mask(rows), self.key_kinds, self.starts, call.scaling, call.softcap
         )
-        return attention_totals(values, self.sample, self.key_kinds)
 
 
 def _hears(step: Step) -> bool:
@@ -177,13 +177,20 @@ def _starts(microbatch: Microbatch, real: Tensor) -> Tensor:
     return sequence_starts(real, positions if known else None)
 
 
-def _metrics(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
+def _add(prefix: str, across: bool, host: Mapping[str, Tensor], emit: Emitter) -> None:
+    """Add what the sampled queries of a microbatch do in a layer."""
+    totals = attention_totals(AttentionRows(*(host[name] for name in AttentionRows._fields)), host["kinds"])
+    for tag, value in _spread(totals) if across else _metrics(totals, host["keys"].tolist()):
+        emit.metric(f"{prefix}/{tag}", value)
+
+
+def _metrics(totals: AttentionTotals, keys: Sequence[int]) -> Iterator[tuple[str, Metric]]:
     kinds = KINDS[: len(totals.queries)]
     for (q, query), (k, key) in itertools.product(enumerate(kinds), repeat=2):
-        yield f"{query}_to_{key}", PresentMean(totals.mass[q, k], totals.queries[q], totals.keys[k])
+        yield f"{query}_to_{key}", PresentMean(totals.mass[q, k], totals.queries[q], keys[k])
     yield from _spread(totals)
     if kinds == KINDS:
-        yield "heads", Means(totals.heads, totals.queries[TARGET])
+        yield "heads", Means(torch.from_numpy(totals.heads), totals.queries[TARGET])
 
 
 def _spread(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
@@ -195,7 +202,7 @@ def _spread(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
     yield "nonfinite", PresentSum(totals.nonfinite, queries)
 
 
-def _show_images(layers: Sequence[int], emit: Emitter) -> None:
+def _show_images(layers: Sequence[int], _host: Mapping[str, Tensor], emit: Emitter) -> None:
     """Draw all ranks' attention; of what no rank has, nothing."""
     masses = {layer: _mass(layer, emit) for layer in layers}
     if any(np.isfinite(mass).sum() > 1 for mass in masses.values()):

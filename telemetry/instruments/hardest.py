@@ -145,6 +145,7 @@ class SampleLosses:
         self._run: weakref.ref[Recorder] | None = None
         self._ledger: Ledger | None = None
         self._sums: Tensor | None = None
+        self._unnamed = False
         self._sounds: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,12 +154,15 @@ class SampleLosses:
 
     def begin(self) -> None:
         """Begin a step."""
-        self._sums, self._sounds = None, {}
+        self._sums, self._unnamed, self._sounds = None, False, {}
 
-    def stream(self, stream: Stream, stats: TokenStats) -> None:
-        """Add a stream's losses, where its tokens are laid out by samples. Launches device work only."""
+    def stream(self, stream: Stream, stats: TokenStats, microbatch: Microbatch) -> None:
+        """Add a stream's losses, where its tokens are laid out by samples that have names. Waits for nothing."""
         block = not isinstance(stream.name, str)
         if stream.labels.dim() - block < 2:
+            return
+        self._unnamed = not any(one.get("sample_id") is not None for one in microbatch.metadata)
+        if self._unnamed:
             return
         batch, length = stream.labels.shape[:2]
         counted = (stream.predicted >= 0) & (stream.predicted < stream.logits.shape[-1])
@@ -176,12 +180,11 @@ class SampleLosses:
     def microbatch(self, step: Step, microbatch: Microbatch) -> None:
         """Send the samples of a microbatch on their way."""
         sums, self._sums = self._sums, None
+        if self._unnamed:
+            step.recorder.absent(TAG, NO_NAMES)
         if sums is None:
             return
         known = [dict(one) for one in microbatch.metadata[: sums.shape[1]]]
-        if not any(one.get("sample_id") is not None for one in known):
-            step.recorder.absent(TAG, NO_NAMES)
-            return
         if step.is_main and step.sound.enabled:
             self._sounds.update(_sounds(known))
 

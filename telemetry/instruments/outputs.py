@@ -41,6 +41,7 @@ WITHHELD = (
     "By the batch's labels, as the model's own loss would read them: the trainer keeps them from it, and what it "
     "minimizes may be more than their cross-entropy (label smoothing, a loss of its own)."
 )
+MEANS = ("loss", "accuracy", "top5", "entropy")
 COLUMNS = ("sample", "stream", "supervised", "accuracy", "target", "predicted")
 
 # How far rounding takes a loss of a dtype from the same loss added up otherwise, as a share of it. Where a compiled
@@ -172,13 +173,13 @@ class OutputInstrument(Instrument):
         shares: list[Tensor] = []
         shown: list[_Shown] = []
         for stream, stats in statistics_of(reading.streams):
-            totals = _totals(stream, stats)
+            totals, counts = _totals(stream, stats)
             some = SOME if stream.each is not None and stream.rows is not None else ""
             note = " ".join(filter(None, (some, withheld)))
-            for tag, value in _metrics(stream, stats, totals):
-                step.recorder.metric(f"outputs/{tag}", value, note)
-            shares.append(_share(stream, *totals["loss"]))
-            self._samples.stream(stream, stats)
+            tensors = {"totals": totals, "counts": counts, **_further(stream, stats)}
+            step.recorder.defer(tensors, functools.partial(_add, stream.group, stream.names, note))
+            shares.append(_share(stream, totals[0], counts))
+            self._samples.stream(stream, stats, microbatch)
             shown += _Shown.of(stream, stats)
             self._codebooks.update(stream.names if stream.group == "audio" else ())
         self._samples.microbatch(step, microbatch)
@@ -210,45 +211,51 @@ def statistics_of(streams: Iterable[Stream]) -> Iterator[tuple[Stream, TokenStat
         yield from ((stream, stats) for stream in together)
 
 
-def _totals(stream: Stream, stats: TokenStats) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums and counts over supervised tokens, float64 ``[sequences]``, of everything that has a mean."""
-    columns = {
-        "loss": stats.nll,
-        "accuracy": (stats.rank == 0).float(),
-        "top5": (stats.rank < 5).float(),
-        "entropy": stats.entropy,
-    }
-    mask, each = _supervised(stream), 1 if stream.each is None else stream.each
-    totals = {name: masked_totals(_by_sequence(values, stream), mask) for name, values in columns.items()}
-    return {name: (total * each, count * each) for name, (total, count) in totals.items()}
+def _totals(stream: Stream, stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """Sums over supervised tokens of everything that has a mean, and their counts, of each sequence.
+
+    float64 ``[4, sequences]`` in the order of :data:`MEANS`, and ``[sequences]``.
+    """
+    rank = stats.rank
+    columns = torch.stack([stats.nll, (rank == 0).to(stats.nll.dtype), (rank < 5).to(stats.nll.dtype), stats.entropy])
+    total, count = masked_totals(columns.reshape(len(MEANS), -1, len(stream.names)), _supervised(stream))
+    return (total, count) if stream.each is None else (total * stream.each, count * stream.each)
 
 
-def _metrics(
-    stream: Stream, stats: TokenStats, totals: Mapping[str, tuple[Tensor, Tensor]]
-) -> Iterator[tuple[str, Metric]]:
-    """Tag after ``outputs/`` → value, for the stream's group and for each of its sequences."""
-    for name, (total, count) in totals.items():
-        yield f"{name}/{stream.group}", Mean(total.sum(), count.sum())
-        for k, own in enumerate(stream.names if name != "entropy" else ()):
-            if own != stream.group:
-                yield f"{name}/{own}", Mean(total[k], count[k])
+def _further(stream: Stream, stats: TokenStats) -> dict[str, Tensor]:
+    """What else is measured of a stream: ends that it could predict, and how often it predicts each entry."""
+    tensors = {}
     if stream.eos_id is not None and stats.probe_probability is not None:
         ends = _by_sequence(stream.predicted == stream.eos_id if stream.ends is None else stream.ends, stream)
-        total, count = masked_totals(_by_sequence(stats.probe_probability, stream), ends)
-        yield "eos/probability", Mean(total.sum(), count.sum())
+        tensors["ends"] = torch.stack(masked_totals(_by_sequence(stats.probe_probability, stream), ends))
     if stream.group == "audio":
-        yield from _codebook_use(stream, stats)
+        tensors["predicted"] = _predicted_entries(stream, stats)
+    return tensors
 
 
-def _codebook_use(stream: Stream, stats: TokenStats) -> Iterator[tuple[str, Metric]]:
+def _add(group: str, names: Sequence[str], note: str, host: Mapping[str, Tensor], emit: Emitter) -> None:
+    """Add what was measured of a stream in a microbatch, for its group and for each of its sequences."""
+    counts = host["counts"].tolist()
+    for name, totals in zip(MEANS, host["totals"].tolist(), strict=True):
+        emit.metric(f"outputs/{name}/{group}", Mean(math.fsum(totals), math.fsum(counts)), note)
+        for own, total, count in zip(names, totals, counts, strict=True) if name != "entropy" else ():
+            if own != group:
+                emit.metric(f"outputs/{name}/{own}", Mean(total, count), note)
+    if "ends" in host:
+        probabilities, ends = host["ends"].tolist()
+        emit.metric("outputs/eos/probability", Mean(math.fsum(probabilities), math.fsum(ends)), note)
+    for own, predicted in zip(names, host.get("predicted", ()), strict=False):
+        emit.metric(f"outputs/{own}/used_fraction", UsedFraction(predicted), note)
+        emit.metric(f"outputs/{own}/perplexity", Perplexity(predicted), note)
+
+
+def _predicted_entries(stream: Stream, stats: TokenStats) -> Tensor:
+    """float64 ``[sequences, entries]``: how often each entry of the codebooks is predicted."""
     predicted = _by_sequence(stats.prediction, stream)
     first, size = stream.entries or (0, stream.logits.shape[-1])
     counts = histogram_of_ids(predicted - first, _supervised(stream), size)
     special = (stream.bos_id, stream.eos_id if stream.ends is None else None)
-    counts = _without(counts, {one for one in special if one is not None})
-    for k, name in enumerate(stream.names):
-        yield f"{name}/used_fraction", UsedFraction(counts[k])
-        yield f"{name}/perplexity", Perplexity(counts[k])
+    return _without(counts, {one for one in special if one is not None})
 
 
 def _say_of_ends(codebooks: Sequence[str], _host: Mapping[str, Tensor], emit: Emitter) -> None:

@@ -11,21 +11,24 @@ from telemetry.measures._support import piece_elements, row_pieces, sum_dtype, u
 
 
 class ActivationTotals(NamedTuple):
-    """Sums over the values of the positions that count: 0-d, float64 (float32 on "mps").
+    """Sums over the values of the positions that count, on the host.
 
     Attributes:
         values: how many.
         squares: sum of squares; NaN or infinite where a value is.
-        absmax: largest magnitude, a maximum and no sum; -inf without a value.
         zeros: values that are exactly zero.
         nonfinite: values that are NaN or infinite.
+        absmax: largest magnitude, a maximum and no sum; -inf without a value.
     """
 
-    values: Tensor
-    squares: Tensor
-    absmax: Tensor
-    zeros: Tensor
-    nonfinite: Tensor
+    values: float
+    squares: float
+    zeros: float
+    nonfinite: float
+    absmax: float
+
+
+SQUARES = ActivationTotals._fields.index("squares")
 
 
 def served_rows(served: Tensor, real: Tensor, rows: int) -> Tensor:
@@ -44,35 +47,36 @@ def served_rows(served: Tensor, real: Tensor, rows: int) -> Tensor:
     return (real & served).reshape(-1)[order[:rows]]
 
 
-def activation_totals(output: Tensor, counts: Tensor) -> ActivationTotals:
+def activation_totals(output: Tensor, counts: Tensor) -> Tensor:
     """Sums over the rows that count.
 
     Args:
         output: floating ``[rows, hidden]``.
         counts: bool ``[rows]``.
+
+    Returns:
+        float64 ``[5]`` (float32 on "mps"): the fields of :class:`ActivationTotals` in their order.
     """
     device = output.device
     with undisturbed(device):
         dtype = sum_dtype(device)
-        count = counts.sum().to(dtype)
         pieces = [_row_totals(piece.to(dtype)) for piece in row_pieces(output.detach(), piece_elements(device))]
         if not pieces:
-            none = torch.zeros((), dtype=dtype, device=device)
-            return ActivationTotals(none, none, none - torch.inf, none, none)
-        squares, largest, zeros, nonfinite = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return ActivationTotals(
-            values=count * output.shape[-1],
-            squares=torch.where(counts, squares, 0.0).sum(),
-            absmax=torch.where(counts, largest, -torch.inf).amax(),
-            zeros=torch.where(counts, zeros, 0).sum().to(dtype),
-            nonfinite=torch.where(counts, nonfinite, 0).sum().to(dtype),
-        )
+            nothing = torch.zeros(len(ActivationTotals._fields), dtype=dtype, device=device)
+            nothing[-1] = -torch.inf
+            return nothing
+        sums, largest = (parts[0] if len(parts) == 1 else torch.cat(parts, -1) for parts in zip(*pieces, strict=True))
+        found = torch.where(counts, sums, 0.0).sum(dim=1)
+        return torch.cat([found, torch.where(counts, largest, -torch.inf).amax(dim=0, keepdim=True)])
 
 
-def _row_totals(rows: Tensor) -> tuple[Tensor, ...]:
-    finite = torch.isfinite(rows).sum(dim=-1)
-    zeros = (rows == 0).sum(dim=-1)
-    return rows.square().sum(dim=-1), rows.abs().amax(dim=-1), zeros, rows.shape[-1] - finite
+def _row_totals(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``[4, rows]``, values, squares, zeros and non-finite values; ``[rows]``, the largest magnitudes."""
+    nonzero = torch.count_nonzero(rows, dim=-1)
+    odd = torch.count_nonzero(rows - rows, dim=-1)  # x - x is 0 for a finite x and NaN for any other
+    values = torch.full_like(nonzero, rows.shape[-1])
+    sums = [one.to(rows.dtype) for one in (values, rows.square().sum(dim=-1), values - nonzero, odd)]
+    return torch.stack(sums), rows.abs().amax(dim=-1)
 
 
 def counted_squares(rows: Tensor, counts: Tensor) -> Tensor:

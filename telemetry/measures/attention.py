@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from telemetry.measures._support import piece_elements, sum_dtype, undisturbed
+from telemetry.measures._support import piece_elements, undisturbed
 from telemetry.measures.attention_masks import RowMask
 
 KINDS = ("text", "reference", "target")
@@ -33,8 +34,7 @@ class QuerySample:
     kinds: Tensor
 
 
-@dataclass(frozen=True)
-class AttentionRows:
+class AttentionRows(NamedTuple):
     """What each sampled query does, head by head: float32 ``[batch, heads, rows]``.
 
     Attributes:
@@ -53,35 +53,27 @@ class AttentionRows:
 
 
 class AttentionTotals(NamedTuple):
-    """Sums over sampled queries, in float64 (float32 on "mps"), that combine over microbatches and ranks.
+    """Sums over sampled queries, in float64 on the host, that combine over microbatches and ranks.
 
     Attributes:
         mass: ``[kinds, kinds of keys]``, attention from each kind to each, mean over heads, summed over queries.
         queries: ``[kinds]``, queries of each kind.
-        keys: ``[kinds]``, keys of each kind in the batch.
-        entropy: 0-d, mean over heads, summed over queries.
-        fraction: ``[2]``, entropy over the largest possible one, and how many queries have such.
-        sink: 0-d.
-        nonfinite: 0-d, rows (one for each query and head) with a value that is not finite.
-        max_logit: 0-d, a maximum and no sum; -inf without a query.
+        entropy: mean over heads, summed over queries.
+        fraction: entropy over the largest possible one, and how many queries have such.
+        sink: mean over heads, summed over queries.
+        nonfinite: rows (one for each query and head) with a value that is not finite.
+        max_logit: a maximum and no sum; -inf without a query.
         heads: ``[heads]``, attention from target to reference, summed over queries.
     """
 
-    mass: Tensor
-    queries: Tensor
-    keys: Tensor
-    entropy: Tensor
-    fraction: Tensor
-    sink: Tensor
-    nonfinite: Tensor
-    max_logit: Tensor
-    heads: Tensor
-
-
-def merged_totals(parts: Sequence[AttentionTotals]) -> AttentionTotals:
-    """All parts as if measured together."""
-    stacked = AttentionTotals(*(torch.stack(values) for values in zip(*parts, strict=True)))
-    return AttentionTotals(*(values.sum(0) for values in stacked))._replace(max_logit=stacked.max_logit.amax(0))
+    mass: np.ndarray
+    queries: np.ndarray
+    entropy: float
+    fraction: tuple[float, float]
+    sink: float
+    nonfinite: float
+    max_logit: float
+    heads: np.ndarray
 
 
 def sample_queries(kinds: Tensor, queries: int, generator: torch.Generator) -> QuerySample:
@@ -148,9 +140,13 @@ def attention_rows(
             if h.start == 0:
                 parts.append([])
             parts[-1].append(piece)
-        joined = [tuple(torch.cat(pieces, dim=1) for pieces in zip(*part, strict=True)) for part in parts]
-        mass, entropy, sink, largest = (torch.cat(pieces) for pieces in zip(*joined, strict=True))
+        joined = [_joined(part, 1) for part in parts]
+        mass, entropy, sink, largest = _joined(joined, 0)
         return AttentionRows(mass, entropy, sink, largest, mask.allowed.sum(dim=-1))
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]], dim: int) -> tuple[Tensor, ...]:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(pieces, dim=dim) for pieces in zip(*parts, strict=True))
 
 
 def _pieces(batch: int, heads: int, elements: int, limit: int) -> Iterator[tuple[slice, slice]]:
@@ -171,50 +167,48 @@ def _row_values(logits: Tensor, mask: RowMask, key_kinds: Tensor, starts: Tensor
     """Mass, entropy, sink and largest logit of rows ``[batch, heads, rows, keys]``, which are used up."""
     if mask.bias is not None:
         logits = logits.add_(mask.bias)
-    logits = logits.masked_fill_(~mask.allowed, -torch.inf)
+    hidden = ~mask.allowed
+    logits = logits.masked_fill_(hidden, -torch.inf)
     largest = logits.amax(dim=-1)
-    normalizer = logits.logsumexp(dim=-1, keepdim=True)
-    logarithms = logits.sub_(normalizer)
+    logarithms = logits.log_softmax(dim=-1)
     weights = logarithms.exp()
     mass = weights @ key_kinds[:, None].to(weights.dtype)
     sink = weights.gather(-1, starts[:, None, :, None].expand(-1, weights.shape[1], -1, 1)).squeeze(-1)
     # 0 · log 0 is 0, and log 0 is -inf where a key is hidden.
-    entropy = -(weights.mul_(logarithms.masked_fill_(~mask.allowed, 0.0))).sum(dim=-1)
+    entropy = -(weights.mul_(logarithms.masked_fill_(hidden, 0.0))).sum(dim=-1)
     return mass, entropy, sink, largest
 
 
-def attention_totals(values: AttentionRows, sample: QuerySample, key_kinds: Tensor) -> AttentionTotals:
-    """Sums over the sampled queries. A row that sees no key at all does not count.
+def attention_totals(values: AttentionRows, kinds: Tensor) -> AttentionTotals:
+    """Sum host copies over the sampled queries. A row that sees no key at all does not count.
 
     Args:
-        values: of the sampled rows.
-        sample: where they are.
-        key_kinds: bool ``[batch, keys, kinds]``; of an encoder's keys, one kind.
+        values: of the sampled rows, on the host; masses on an encoder's keys are of one kind.
+        kinds: bool ``[batch, rows, kinds]``: what is at each row, as of :class:`QuerySample`, on the host.
     """
-    device = values.mass.device
-    with undisturbed(device):
-        dtype = sum_dtype(device)
-        kinds = sample.kinds & (values.visible > 0).all(dim=1)[..., None]
-        used = kinds.any(dim=-1)
+    mass, entropy, sink, largest = (
+        np.asarray(part, dtype=np.float64) for part in (values.mass, values.entropy, values.sink, values.max_logit)
+    )
+    visible = np.asarray(values.visible)
+    of_kind: np.ndarray = np.asarray(kinds) & (visible > 0).all(axis=1)[..., None]
+    used, spread = of_kind.any(axis=-1), (visible > 1).all(axis=1)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(entropy) & np.isfinite(largest)
+        fraction = (entropy / np.log(visible)).mean(axis=1)
 
-        def total(per_head: Tensor, rows: Tensor) -> Tensor:
-            return torch.where(rows, per_head.to(dtype).mean(dim=1), 0.0).sum()
+    def total(of_rows: np.ndarray, rows: np.ndarray = used) -> float:
+        return float(of_rows[rows].sum())
 
-        mass = values.mass.to(dtype).mean(dim=1)[:, :, None, :]
-        finite = torch.isfinite(values.entropy) & torch.isfinite(values.max_logit)
-        largest_entropy = values.visible.to(dtype).log()
-        spread = used & (values.visible > 1).all(dim=1)
-        all_kinds = key_kinds.shape[-1] > TARGET
-        target = kinds[:, None, :, TARGET] if all_kinds else torch.zeros_like(used)[:, None]
-        reference = values.mass[..., REFERENCE] if all_kinds else torch.zeros_like(values.entropy)
-        return AttentionTotals(
-            mass=torch.where(kinds[..., None], mass, 0.0).sum(dim=(0, 1)),
-            queries=kinds.sum(dim=(0, 1)).to(dtype),
-            keys=key_kinds.sum(dim=(0, 1)).to(dtype),
-            entropy=total(values.entropy, used),
-            fraction=torch.stack([total(values.entropy / largest_entropy, spread), spread.sum().to(dtype)]),
-            sink=total(values.sink, used),
-            nonfinite=(~finite & used[:, None]).sum().to(dtype),
-            max_logit=torch.where(used[:, None], values.max_logit, -torch.inf).amax().to(dtype),
-            heads=torch.where(target, reference, 0.0).to(dtype).sum(dim=(0, 2)),
-        )
+    all_kinds = mass.shape[-1] > TARGET
+    to_reference = mass[..., REFERENCE].swapaxes(1, 2)[of_kind[..., TARGET]] if all_kinds else mass[:0, :, 0, 0]
+    by_query = mass.mean(axis=1)
+    return AttentionTotals(
+        mass=np.stack([by_query[of_kind[..., kind]].sum(axis=0) for kind in range(of_kind.shape[-1])]),
+        queries=of_kind.sum(axis=(0, 1), dtype=np.float64),
+        entropy=total(entropy.mean(axis=1)),
+        fraction=(total(fraction, used & spread), float((used & spread).sum())),
+        sink=total(sink.mean(axis=1)),
+        nonfinite=float((~finite & used[:, None]).sum()),
+        max_logit=float(np.where(used[:, None], largest, -np.inf).max(initial=-np.inf)),
+        heads=to_reference.sum(axis=0),
+    )

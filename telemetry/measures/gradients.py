@@ -80,10 +80,10 @@ def _cpu_row(tensor: Tensor) -> tuple[float, float, int, int]:
         values = _as_array(piece)
         most = float(np.maximum(-values.min(), values.max()))  # NaN where any value is
         if not math.isfinite(most):
-            nonfinite += values.size - np.count_nonzero(np.isfinite(values))
+            nonfinite += values.size - int(np.count_nonzero(np.isfinite(values)))
         squares += float(np.dot(values, values))
         largest = largest if math.isnan(largest) or largest > most else most
-        zeros += np.count_nonzero(values == 0)
+        zeros += int(np.count_nonzero(values == 0))
     return squares, largest, zeros, nonfinite
 
 

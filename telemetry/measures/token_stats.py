@@ -79,17 +79,19 @@ def masked_totals(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Totals and counts of the values that ``mask`` lets through, by column.
 
     Args:
-        values: ``[..., columns]`` of any real dtype.
+        values: ``[..., columns]`` of any real dtype; or several such, ``[several, ..., columns]``.
         mask: bool ``[..., columns]``: True where the value counts.
 
     Returns:
-        ``(total, count)``, float64 ``[columns]`` each (float32 on "mps"). A NaN counts only where the mask is True.
+        ``(total, count)``: float64 ``[columns]`` or ``[several, columns]``, and ``[columns]`` (float32 on "mps"). A
+        NaN counts only where the mask is True.
     """
     with undisturbed(values.device):
         dtype = sum_dtype(values.device)
-        kept = torch.where(mask, values.to(dtype), torch.zeros((), dtype=dtype, device=values.device))
-        leading = tuple(range(values.dim()))  # of the tensors with one more dimension in front: all but the columns
-        return kept.unsqueeze(0).sum(leading), mask.unsqueeze(0).sum(leading, dtype=dtype)
+        kept = torch.where(mask, values.to(dtype), 0.0)
+        several, summed = values.dim() - mask.dim(), range(mask.dim())  # of the tensors with one more dimension before
+        total = kept.unsqueeze(several).sum([several + at for at in summed])
+        return total, mask.unsqueeze(0).sum([*summed], dtype=dtype)
 
 
 def histogram_of_ids(ids: Tensor, mask: Tensor, size: int) -> Tensor:

@@ -17,7 +17,7 @@ Sink = Callable[[int, str, Role, Tensor], None]
 def watch_networks(watch: Watch, owner: Any, layers: Sequence[Layer], sink: Sink) -> None:
     """Have ``sink`` told of every feed-forward network of some layers: layer, network, what it is, and the tensor.
 
-    The sink must keep no tensor.
+    ``added`` comes only where that is not the output itself. The sink must keep no tensor.
     """
     for layer in layers:
         for name, network in layer.feed_forward.items():
@@ -36,4 +36,5 @@ def _watch_network(watch: Watch, owner: Any, layer: int, name: str, network: Fee
     watch.after(owner, network.module, lambda output: tell("output", output))
     if network.residual is not None:
         watch.before(owner, network.residual, residual)
-        watch.after(owner, network.added, lambda output: tell("added", output))
+        if network.added is not network.module:
+            watch.after(owner, network.added, lambda output: tell("added", output))

@@ -12,7 +12,7 @@ from support.waiting import Watch
 from torch import Tensor
 
 from telemetry.measures import activations
-from telemetry.measures.activations import activation_totals, counted_squares, served_rows
+from telemetry.measures.activations import ActivationTotals, activation_totals, counted_squares, served_rows
 
 VALUES = st.sampled_from([0.0, -0.0, 1.5, -2.25, 1e-30, 3e20, math.inf, -math.inf, math.nan])
 
@@ -24,6 +24,10 @@ def counted(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
     return rows, draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
 
 
+def totals_of(output: Tensor, counts: Tensor) -> ActivationTotals:
+    return ActivationTotals(*activation_totals(output, counts).tolist())
+
+
 @pytest.mark.parametrize("limit", [1, 10**6])
 @settings(max_examples=60)
 @given(case=counted())
@@ -32,7 +36,7 @@ def test_totals_as_by_loops(limit: int, case: tuple[list[list[float]], list[bool
     output = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1 if rows else 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activations, "piece_elements", lambda _device: limit)
-        found = activation_totals(output, torch.tensor(counts, dtype=torch.bool))
+        found = totals_of(output, torch.tensor(counts, dtype=torch.bool))
         squares = counted_squares(output, torch.tensor(counts, dtype=torch.bool))
     values = [value for row, counts_too in zip(rows, counts, strict=True) if counts_too for value in row]
     expected = {
@@ -42,14 +46,14 @@ def test_totals_as_by_loops(limit: int, case: tuple[list[list[float]], list[bool
         "zeros": values.count(0.0),
         "nonfinite": sum(not math.isfinite(value) for value in values),
     }
-    assert {name: float(getattr(found, name)) for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert found._asdict() == pytest.approx(expected, nan_ok=True)
     assert float(squares) == pytest.approx(expected["squares"], nan_ok=True)
 
 
 def test_parts_merge_to_the_whole() -> None:
     output, counts = torch.arange(12.0).reshape(4, 3) - 5, torch.tensor([True, False, True, True])
-    whole = activation_totals(output, counts)
-    parts = [activation_totals(output[rows], counts[rows]) for rows in (slice(2), slice(2, None))]
+    whole = totals_of(output, counts)
+    parts = [totals_of(output[rows], counts[rows]) for rows in (slice(2), slice(2, None))]
     for name, *own in zip(whole._fields, *parts, strict=True):
         combine = max if name == "absmax" else sum
         assert combine(own) == getattr(whole, name)
