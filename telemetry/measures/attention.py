@@ -190,8 +190,9 @@ def attention_totals(values: AttentionRows, kinds: Tensor) -> AttentionTotals:
         np.asarray(part, dtype=np.float64) for part in (values.mass, values.entropy, values.sink, values.max_logit)
     )
     visible = np.asarray(values.visible)
-    of_kind: np.ndarray = np.asarray(kinds) & (visible > 0).all(axis=1)[..., None]
-    used, spread = of_kind.any(axis=-1), (visible > 1).all(axis=1)
+    sees, spread = np.all(visible > 0, axis=1), np.all(visible > 1, axis=1)
+    of_kind = np.asarray(kinds) & np.expand_dims(sees, -1)
+    used = of_kind.any(axis=-1)
     with np.errstate(all="ignore"):
         finite = np.isfinite(entropy) & np.isfinite(largest)
         fraction = (entropy / np.log(visible)).mean(axis=1)
