@@ -361,7 +361,7 @@ class Session:
 
     def see_gradients(self, clipped: bool | None, scaled: bool) -> None:
         """Tell instruments that all gradients are there: see :class:`Instrument` and :class:`Step`."""
-        if self._step is not None:
+        if self._step is not None and self._step.scaled != scaled:
             self._step = replace(self._step, scaled=scaled)
         self.tell("gradients", clipped)
 

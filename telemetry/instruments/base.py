@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,11 @@ class Step:
         if why is not None:
             self.recorder.absent(tag, why)
         return why is None
+
+    @functools.cached_property
+    def layers(self) -> Sequence[Layer]:
+        """The layers of the model, where the family knows them and they may be watched."""
+        return self.family.layers() if self.family is not None and self.watch.usable else ()
 
     @property
     def is_main(self) -> bool:
@@ -171,7 +177,7 @@ def probed_layers(step: Step, chosen: Sequence[int] | None, section: str) -> lis
     """
     if step.family is None:
         return []
-    layers = step.family.layers() if step.watch.usable else ()
+    layers = step.layers
     if not layers:
         step.recorder.absent(section, NO_LAYERS if step.watch.usable else COMPILED)
         return []

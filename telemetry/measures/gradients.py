@@ -187,6 +187,8 @@ def cosine(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> T
 
 
 def _as_dense(tensor: Tensor) -> Tensor:
+    if type(tensor) is Tensor and tensor.layout == torch.strided:  # the common case, of many
+        return tensor
     local = getattr(tensor, "to_local", None)  # a DTensor, known by its method: its module need not be importable
     tensor = local() if local is not None else tensor
     if tensor.layout == torch.sparse_coo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,12 +105,10 @@ class UpdateProbe:
     def __init__(self, parameters: Mapping[int, TrainedParameter], is_main: bool) -> None:
         self._parameters, self._is_main = parameters, is_main
         samples: list[_Sample] = []
-        for index, parameter in parameters.items():
-            part = own_part(parameter.tensor, is_main)
-            if part is not None and part.numel():
-                gradient = gradient_of(parameter.tensor)
-                samples += _samples(index, part, None if gradient is None else own_part(gradient, is_main))
-        self._groups = self._read(samples)
+        parts = self._parts(parameters)
+        for index, part in parts.items():
+            samples += [_Sample(index, _whole)] if part.numel() <= SAMPLED else self._of_large(index, part)
+        self._groups = _read(samples, parts)
 
     def compare(self) -> tuple[list[tuple[int, float]], Tensor]:
         """After the optimizer's step, once. Launches device work only.
@@ -122,7 +120,7 @@ class UpdateProbe:
         """
         groups, self._groups = self._groups, []
         samples = [sample for group in groups for sample in group.samples]
-        after = self._read(samples)
+        after = _read(samples, self._parts({sample.index for sample in samples}))
         norms = []
         with torch.no_grad():
             for old, new in zip(groups, after, strict=True):
@@ -134,23 +132,30 @@ class UpdateProbe:
         joined = [one.to(first, non_blocking=True) for one in norms]
         return [(one.index, one.weight) for one in samples], torch.cat(joined) if joined else torch.zeros(0, 2)
 
-    def _read(self, samples: Sequence[_Sample]) -> list[_Values]:
-        """The values of samples, copied to float32 or wider: one copy a device and dtype."""
-        views: dict[tuple[torch.device, torch.dtype], list[tuple[_Sample, Tensor]]] = defaultdict(list)
-        parts = {index: own_part(self._parameters[index].tensor, self._is_main) for index in {s.index for s in samples}}
-        for sample in samples:
-            part = parts[sample.index]
-            assert part is not None  # it was there when the sample was taken
-            view = sample.read(part)
-            views[view.device, view.dtype].append((sample, view))
-        return [
-            _Values(
-                [sample for sample, _ in held],
-                [view.numel() for _, view in held],
-                torch.cat([view for _, view in held]).to(torch.promote_types(dtype, torch.float32)),
-            )
-            for (_, dtype), held in views.items()
-        ]
+    def _parts(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """Index → this rank's part of the parameter, where it has any."""
+        parts = {index: own_part(self._parameters[index].tensor, self._is_main) for index in indices}
+        return {index: part for index, part in parts.items() if part is not None and part.numel()}
+
+    def _of_large(self, index: int, part: Tensor) -> list[_Sample]:
+        gradient = gradient_of(self._parameters[index].tensor)
+        return _samples(index, part, None if gradient is None else own_part(gradient, self._is_main))
+
+
+def _read(samples: Sequence[_Sample], parts: Mapping[int, Tensor]) -> list[_Values]:
+    """The values of samples, copied to float32 or wider: one copy a device and dtype."""
+    views: dict[tuple[torch.device, torch.dtype], list[tuple[_Sample, Tensor]]] = defaultdict(list)
+    for sample in samples:
+        view = sample.read(parts[sample.index])
+        views[view.device, view.dtype].append((sample, view))
+    return [
+        _Values(
+            [sample for sample, _ in held],
+            [view.numel() for _, view in held],
+            torch.cat([view for _, view in held]).to(torch.promote_types(dtype, torch.float32)),
+        )
+        for (_, dtype), held in views.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -187,9 +192,9 @@ class _Sample:
 
 
 def _samples(index: int, part: Tensor, gradient: Tensor | None) -> list[_Sample]:
-    """All of a small parameter; of a large one its rows with the largest gradients and an even sample of the others."""
+    """The rows of a large parameter with the largest gradients, and an even sample of the others."""
     stride = _stride(part)
-    if stride == 1 or part.dim() < 2 or gradient is None or gradient.shape != part.shape:
+    if part.dim() < 2 or gradient is None or gradient.shape != part.shape:
         return [_Sample(index, evenly_spread, part.numel() / len(range(0, part.numel(), stride)))]
     columns = part.shape[-1]
     rows = part.numel() // columns
@@ -212,6 +217,10 @@ def _rows_of_largest(gradient: Tensor, count: int) -> Tensor:
     else:
         sizes = gradient.reshape(-1, gradient.shape[-1])[:, :COLUMNS_READ].abs().amax(-1)
     return sizes.topk(count).indices
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1)
 
 
 def _stride(tensor: Tensor) -> int:
