@@ -263,10 +263,12 @@ class StrategicCallback(Door, TrainerCallback):
         outputs: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._unwatch()
+        if self._unwatch is not _nothing:
+            self._unwatch()
+            self._unwatch = _nothing
         if (session := self._led()) is not None:
             session.end_step(inputs, outputs)
-        if self._is_to_stop():
+        if self.stop_on and self._is_to_stop():
             logger.error("training stops, as asked: %s", self.stopped)
             control.should_save = control.should_training_stop = True
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T", int, float)
+_KEPT = 1000  # steps that are not yet added up
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._steps = Steps()
+        self._ended: list[tuple[float, float | None, int | None, float | None]] = []  # steps, of which they are the sum
         self._began = 0.0  # 0 where no step is under way
         self._loading: float | None = None
         self._tokens: int | None = None
@@ -53,6 +57,9 @@ class Pace:
             ids: the name of what a batch is counted by.
         """
         self._began, self._loading = began, time.perf_counter() - began
+        if len(batches) == 1:
+            self._tokens, self._audio = _known(batches[0], ids)
+            return
         whole: int | None = 0
         heard: float | None = 0.0
         for batch in batches:
@@ -66,20 +73,33 @@ class Pace:
         began, self._began = self._began, 0.0
         if not began:
             return
-        if not self._warm:
-            self._warm = True
-            return
-        steps = self._steps
-        steps.count += 1
-        steps.seconds += time.perf_counter() - began
-        steps.loading = None if steps.loading is None or self._loading is None else steps.loading + self._loading
-        steps.tokens = None if steps.tokens is None or self._tokens is None else steps.tokens + self._tokens
-        steps.audio = None if steps.audio is None or self._audio is None else steps.audio + self._audio
+        if self._warm:
+            self._ended.append((time.perf_counter() - began, self._loading, self._tokens, self._audio))
+            if len(self._ended) == _KEPT:
+                self._add_up()
+        self._warm = True
 
     def take(self) -> Steps:
         """Hand over what the steps took that have ended since this was last asked."""
+        self._add_up()
         steps, self._steps = self._steps, Steps()
         return steps
+
+    def _add_up(self) -> None:
+        """Add up what has been kept of steps, which on every step would take longer than to keep it."""
+        ended, self._ended = self._ended, []
+        if ended:
+            steps, (seconds, loading, tokens, audio) = self._steps, zip(*ended, strict=True)
+            steps.count += len(ended)
+            steps.seconds += sum(seconds)
+            steps.loading = _sum((steps.loading, *loading))
+            steps.tokens = _sum((steps.tokens, *tokens))
+            steps.audio = _sum((steps.audio, *audio))
+
+
+def _sum(parts: Sequence[T | None]) -> T | None:
+    """Return the sum of numbers; None where one is missing."""
+    return None if None in parts else sum(parts)  # type: ignore[return-value, arg-type]
 
 
 def _known(batch: Any, ids: str) -> tuple[int | None, float | None]:
@@ -89,13 +109,13 @@ def _known(batch: Any, ids: str) -> tuple[int | None, float | None]:
     makes it: nothing that it does ends training.
     """
     try:
-        held, metadata = batch.get(ids), batch.get("metadata")
-        clips = [clip for one in metadata for clip in one.get("target") or ()] if metadata else ()
-        lengths: list[Any] = [getattr(clip, "__dict__", {}).get("seconds") for clip in clips]
-        audio = float(sum(lengths)) if lengths and None not in lengths else None
+        held, metadata, audio = batch.get(ids), batch.get("metadata"), None
+        if metadata:
+            clips = [clip for one in metadata for clip in one.get("target") or ()]
+            lengths: list[Any] = [getattr(clip, "__dict__", {}).get("seconds") for clip in clips]
+            audio = float(sum(lengths)) if lengths and None not in lengths else None
         if not isinstance(held, Tensor) or held.is_floating_point():
             return None, audio
-        shape = held.shape
-        return (shape[0] if len(shape) == 1 else shape[0] * shape[1]), audio
+        return (held.numel() if held.dim() < 3 else held.shape[0] * held.shape[1]), audio
     except Exception:  # noqa: BLE001  (there is nothing to be known of it)
         return None, None

@@ -51,7 +51,8 @@ class Sentinel:
         """Keep what a microbatch of a step, counted as after its update, has been trained on. Costs a list's entry."""
         if isinstance(loss, Tensor):
             self._seen.append((step, loss.detach() if loss.requires_grad else loss, self._names))
-            self._names = ()
+            if self._names:
+                self._names = ()
 
     def take(self) -> list[tuple[int, Tensor, Names]]:
         """Hand over all that was kept: step, loss (0-d), and what its samples are called."""
