@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from telemetry.measures import fused_gradients
 from telemetry.measures._support import piece_elements, sum_dtype, undisturbed, value_pieces
+from telemetry.once import Once
+
+logger = logging.getLogger(__name__)
 
 # A piece of 1 MiB stays in the processor's cache, and a float32 sum over so few values keeps five digits.
 _SWEEP_ELEMENTS = 2**18
@@ -18,11 +23,18 @@ _SWEEP_ELEMENTS = 2**18
 SQUARES, ABSMAX, ZEROS, NONFINITE = range(4)
 """The columns of :func:`gradient_statistics`."""
 
+Measure = Callable[[list[Tensor]], Tensor]
+"""Measures real, dense tensors on one device in one dtype: a row of each."""
+
+_once = Once(logger)
+_unfused: set[tuple[torch.device, torch.dtype]] = set()  # where the fused sweep has failed
+
 
 def gradient_statistics(tensors: Sequence[Tensor]) -> Tensor:
     """Squared norm, largest magnitude, zeros and non-finite values of each tensor, before any reduction over ranks.
 
-    On the CPU all four are taken of a piece while it lies in the cache. On other devices the two norms are one
+    On the CPU all four are taken of a piece while it lies in the cache. On a GPU with Triton two launches read each
+    value once (:mod:`telemetry.measures.fused_gradients`). On other devices and without Triton the two norms are one
     ``torch._foreach_norm`` each, and the counts are taken piece by piece.
 
     Norms and magnitudes are computed in float32 (bfloat16 and float16 too; float64 for float64 tensors), as by
@@ -38,7 +50,26 @@ def gradient_statistics(tensors: Sequence[Tensor]) -> Tensor:
         float64 ``[len(tensors), 4]`` (float32 on "mps") on the device of the first tensor: columns :data:`SQUARES`,
         :data:`ABSMAX`, :data:`ZEROS`, :data:`NONFINITE`. An empty tensor has zeros. On the CPU for no tensors.
     """
-    return _grouped(tensors, lambda group: _cpu_rows(group) if group[0].device.type == "cpu" else device_rows(group), 4)
+    return _grouped(tensors, _way_to_rows, 4)
+
+
+def _way_to_rows(tensor: Tensor) -> Measure:
+    if tensor.device.type == "cpu":
+        return _cpu_rows
+    return _fused_rows if fused_gradients.takes(tensor) else device_rows
+
+
+def _fused_rows(tensors: list[Tensor]) -> Tensor:
+    """Measure like :func:`device_rows`, in one sweep where Triton runs."""
+    place = tensors[0].device, tensors[0].dtype
+    if place not in _unfused:
+        try:
+            return fused_gradients.fused_rows(tensors)
+        except Exception as error:  # noqa: BLE001  (whatever Triton lacks here, there is another way)
+            _unfused.add(place)
+            message = "One sweep over all gradients has failed, so that more, slower kernels measure them: %r"
+            _once.say("unfused", message, error, level=logging.INFO)
+    return device_rows(tensors)
 
 
 def device_rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -112,7 +143,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         float64 ``[len(tensors)]`` (float32 on "mps") on the device of the first; empty, on the CPU, for no tensors.
     """
-    return _grouped(tensors, _group_squares)
+    return _grouped(tensors, lambda _tensor: _group_squares)
 
 
 def squared_norms_of_parts(values: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -132,8 +163,8 @@ def squared_norms_of_parts(values: Tensor, sizes: Sequence[int]) -> Tensor:
         return torch.from_numpy(squares.astype(np.float64))
 
 
-def _grouped(tensors: Sequence[Tensor], measure: Callable[[list[Tensor]], Tensor], *row: int) -> Tensor:
-    """``[len(tensors), *row]``: what is measured of tensors on one device in one dtype at a time."""
+def _grouped(tensors: Sequence[Tensor], way: Callable[[Tensor], Measure], *row: int) -> Tensor:
+    """``[len(tensors), *row]``: each tensor measured its ``way``, those of one on one device in one dtype together."""
     if not tensors:
         return torch.zeros(0, *row, dtype=torch.float64)
     device = tensors[0].device
@@ -141,10 +172,10 @@ def _grouped(tensors: Sequence[Tensor], measure: Callable[[list[Tensor]], Tensor
         dense = [_as_real(_as_dense(tensor)) for tensor in tensors]
         groups = defaultdict(list)
         for index, tensor in enumerate(dense):
-            groups[tensor.device, tensor.dtype].append(index)
+            groups[tensor.device, tensor.dtype, way(tensor)].append(index)
         measured = [
             measure([dense[index] for index in indices]).to(device, sum_dtype(device), non_blocking=True)
-            for indices in groups.values()
+            for (_, _, measure), indices in groups.items()
         ]
         if len(measured) == 1:
             return measured[0]

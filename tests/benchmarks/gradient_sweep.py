@@ -1,4 +1,7 @@
-"""All statistics of all gradients in one sweep, against reading the same bytes once and against ``wandb.watch``."""
+"""All statistics of all gradients in one sweep, against reading the same bytes once and against ``wandb.watch``.
+
+On a GPU also against copying all gradients once, and against the sweep without Triton.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from telemetry.measures.gradients import gradient_statistics
+from telemetry.measures.gradients import device_rows, gradient_statistics
 
 ROUNDS = 5
 READ, WANDB = "read once (sum of a flat buffer)", "wandb.watch's histograms"
@@ -39,11 +42,15 @@ def report() -> list[tuple[str, ...]]:
         READ: flat.sum,
         "one sweep, four statistics": lambda: gradient_statistics(gradients),
     }
+    if device == "cuda":
+        copies = [torch.empty_like(gradient) for gradient in gradients]
+        ways["copied once"] = lambda: torch._foreach_copy_(copies, gradients)
+        ways["the same without Triton"] = lambda: device_rows(gradients)
     with tempfile.TemporaryDirectory() as directory, _WandbHistograms(directory, gradients) as histograms:
         ways[WANDB] = histograms.log
         medians = {name: statistics.median(values) for name, values in _in_turns(ways).items()}
     return [
-        (name, f"{median * 1e3:,.1f}", f"{median / medians[READ]:,.2f}", f"{medians[WANDB] / median:,.1f}")
+        (name, f"{median * 1e3:,.2f}", f"{median / medians[READ]:,.2f}", f"{medians[WANDB] / median:,.1f}")
         for name, median in medians.items()
     ]
 

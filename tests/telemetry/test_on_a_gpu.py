@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from telemetry.clock import StepClock
 from telemetry.delivery.recorder import Recorder
+from telemetry.measures import fused_gradients
+from telemetry.measures.gradients import device_rows, gradient_statistics
 from tests.benchmarks import step_time
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,3 +71,31 @@ def test_nothing_on_the_training_thread_waits_for_the_device(
     assert sorted(backend.scalars("outputs/loss/total")) == [1, 2, 3]
     assert sorted(backend.scalars("gradients/total_norm")) == [1, 2, 3]
     assert sorted(backend.scalars("zero_shot/conditioning/gain")) == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_fused_sweep_equals_the_plain_one_and_waits_for_nothing(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    whole = torch.randn(1_000_000, generator=torch.Generator("cuda").manual_seed(0), device="cuda").to(dtype)
+    broken = whole.clone()
+    broken[1], broken[70_000] = -math.inf, math.inf
+    nan = broken.clone()
+    nan[131_072] = math.nan
+    ends = (0, 1, 7, 2048, 65_535, 65_536, 65_537, 999_999)
+    tensors = [whole[start : start + size] for start in (0, 1, 3) for size in ends]
+    tensors += [torch.zeros_like(whole), broken, broken[5:], nan, whole[: 1000 * 64].view(1000, 64).t()]
+    tensors.append((torch.tensor([torch.finfo(dtype).tiny, 0, -0.0], dtype=torch.float64) / 2).to("cuda", dtype))
+    assert all(map(fused_gradients.takes, tensors))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), waiting("error"):
+        for tensor in (whole, broken, nan):
+            tensor.mul_(0.5)  # what the sweep must come after, on its stream
+        rows = fused_gradients.fused_rows(tensors)
+        again = fused_gradients.fused_rows(tensors)
+        plain, routed = device_rows(tensors), gradient_statistics(tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.testing.assert_close(rows[:, 0], plain[:, 0], rtol=2e-6, atol=0, equal_nan=True)  # norms to 1e-6
+    torch.testing.assert_close(rows[:, 1:], plain[:, 1:], rtol=0, atol=0, equal_nan=True)
+    for same in (again, routed):
+        assert torch.equal(rows.view(torch.int64), same.view(torch.int64)), "not the same bits"
