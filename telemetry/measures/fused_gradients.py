@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,16 +56,18 @@ def fused_rows(tensors: Sequence[Tensor]) -> Tensor:
 
     from telemetry.measures import sweep_kernels  # here: it imports Triton
 
+    measure_chunks: Any = sweep_kernels.measure_chunks
+    join_chunks: Any = sweep_kernels.join_chunks
     device = tensors[0].device
-    if device.type == "cuda" and not isinstance(sweep_kernels.measure_chunks, JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set: its interpreter takes a GPU's addresses for the host's")
+    if device.type == "cuda" and not isinstance(measure_chunks, JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set, and its interpreter takes an address of the GPU for the host's")
     table, chunks = _chunk_table(tensors)
     formats = sweep_kernels.FORMATS[tensors[0].dtype]
     with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
         found = torch.empty(chunks, 4, dtype=torch.float64, device=device)
         rows = torch.empty(len(tensors), 4, dtype=torch.float64, device=device)
-        sweep_kernels.measure_chunks[(chunks,)](table, found, **formats, BLOCK=_BLOCK, num_warps=8, **_OPTIONS)
-        sweep_kernels.join_chunks[(len(tensors),)](
+        measure_chunks[(chunks,)](table, found, **formats, BLOCK=_BLOCK, num_warps=8, **_OPTIONS)
+        join_chunks[(len(tensors),)](
             table[2 * chunks :], found, rows, WIDE=formats["WIDE"], BLOCK=_JOINED, num_warps=4, **_OPTIONS
         )
     return rows

@@ -11,7 +11,7 @@ holds them to the plain way where there is one.
 """
 
 # Triton's decorator has no types, and its constant arguments are upper case by custom.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, arg-type"
 # ruff: noqa: N803, SIM300
 
 from __future__ import annotations

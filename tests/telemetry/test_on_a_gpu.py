@@ -92,10 +92,11 @@ def test_the_fused_sweep_equals_the_plain_one_and_waits_for_nothing(dtype: torch
         for tensor in (whole, broken, nan):
             tensor.mul_(0.5)  # what the sweep must come after, on its stream
         rows = fused_gradients.fused_rows(tensors)
-        again = fused_gradients.fused_rows(tensors)
+        again, none = fused_gradients.fused_rows(tensors), fused_gradients.fused_rows([whole[:0]])
         plain, routed = device_rows(tensors), gradient_statistics(tensors)
     torch.cuda.current_stream().wait_stream(side)
     torch.testing.assert_close(rows[:, 0], plain[:, 0], rtol=2e-6, atol=0, equal_nan=True)  # norms to 1e-6
     torch.testing.assert_close(rows[:, 1:], plain[:, 1:], rtol=0, atol=0, equal_nan=True)
+    assert none.tolist() == [[0, 0, 0, 0]]
     for same in (again, routed):
         assert torch.equal(rows.view(torch.int64), same.view(torch.int64)), "not the same bits"
