@@ -5,9 +5,9 @@ the bits of a value, not from comparing floating-point numbers: as integers, mag
 infinity above all finite ones and NaN above infinity, whatever a compiler assumes of NaN or a device does to the
 smallest numbers.
 
-The kernels run in Triton's interpreter in the tests, and compile for NVIDIA's GPUs from compute capability 8.0 on with
-Triton 3.2 and 3.9, with 3.9 for AMD's MI300 too. They have not run on a GPU yet: ``tests/telemetry/test_on_a_gpu.py``
-holds them to the plain way where there is one.
+The kernels run in Triton's interpreter in the tests. They compile for NVIDIA's compute capabilities 8.0 and 9.0 with
+Triton 3.2 and 3.9, and with 3.9 for 10.0 and AMD's gfx942. They have not run on a GPU yet:
+``tests/telemetry/test_on_a_gpu.py`` holds them to the plain way where there is one.
 """
 
 # Triton's decorator has no types, and its constant arguments are upper case by custom.
