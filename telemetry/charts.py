@@ -52,9 +52,12 @@ HEADLINES: tuple[tuple[str, ...], ...] = (
 """What is looked at first: of each line the first tag that a run has."""
 
 
+_HEADLINES = frozenset(tag for tags in HEADLINES for tag in tags)
+
+
 def is_headline(tag: str) -> bool:
     """Whether a tag is among :data:`HEADLINES`."""
-    return any(tag in tags for tags in HEADLINES)
+    return tag in _HEADLINES
 
 
 def anchored(tag: str) -> str:

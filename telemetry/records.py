@@ -11,9 +11,9 @@ any backend.
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -53,17 +53,22 @@ class Metric:
         if type(other) is not type(self):
             raise TypeError(f"cannot merge {type(self).__name__} with {type(other).__name__}")
         pairs = zip(self.ops, self.components, other.components, strict=True)
-        return type(self)(*(_combine(op, ours, theirs) for op, ours, theirs in pairs))
+        parts = [_combine(op, ours, theirs) for op, ours, theirs in pairs]
+        return self._over(parts)
 
     def mapped(self: MetricT, convert: Callable[[Any], Any]) -> MetricT:
         """The same kind of value over its components as ``convert`` gives them (their host copies, say)."""
-        mapped = copy.copy(self)
-        mapped.components = tuple(map(convert, self.components))
-        return mapped
+        return self._over(map(convert, self.components))
+
+    def _over(self: MetricT, components: Iterable[Component]) -> MetricT:
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self), components=tuple(components))
+        return made
 
     def result(self) -> float | None:
         """The number to show, or None where nothing was measured. Reads the components: call it on host copies."""
-        return self._result(*(np.asarray(component) for component in self.components))
+        parts: list[Any] = [one if type(one) is float else np.asarray(one) for one in self.components]
+        return self._result(*parts)
 
     def _result(self, *components: np.ndarray) -> float | None:
         raise TypeError(f"{type(self).__name__} has no result of its own")
@@ -284,6 +289,16 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"{self.tag}: a row of {len(row)} cells under {len(self.columns)} columns: {row!r}")
 
+    @functools.cached_property
+    def media(self) -> bool:
+        """Whether any cell is a sound or a picture."""
+        return any(isinstance(cell, Audio | Image) for row in self.rows for cell in row)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Roughly what it holds in memory, without sounds and pictures: they are recorded by themselves too."""
+        return sum(len(cell) if isinstance(cell, str) else 8 for row in self.rows for cell in row)
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -336,8 +351,7 @@ def held_bytes(record: Record) -> int:
     if isinstance(record, Scalar):
         return 64
     if isinstance(record, Table):
-        # A sound or picture in a cell is recorded by itself too, and counted there.
-        return sum(len(cell) if isinstance(cell, str) else 8 for row in record.rows for cell in row)
+        return record.nbytes
     if isinstance(record, Audio):
         return sum(int(clip.samples.nbytes) for clip in record.clips)
     return int(record.pixels.nbytes) if isinstance(record, Image) else len(record.text)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from telemetry.records import Audio, Clip, Image, Record, Table
+from telemetry.records import Audio, Clip, Image, Record, Scalar, Table
 
 LEFT_OUT = "sound is off"
 
@@ -35,7 +35,7 @@ class SoundPolicy:
     def allowed(self, records: Sequence[Record]) -> list[Record]:
         """The records of one step without what must not be heard. What is allowed is returned as it is."""
         heard: Counter[str] = Counter()
-        kept = (self._allowed(record, heard) for record in records)
+        kept = (record if type(record) is Scalar else self._allowed(record, heard) for record in records)
         return [record for record in kept if record is not None]
 
     def _allowed(self, record: Record, heard: Counter[str]) -> Record | None:
@@ -44,7 +44,7 @@ class SoundPolicy:
         return self._medium(record, heard) if isinstance(record, Audio | Image) else record
 
     def _table(self, table: Table) -> Table:
-        if not any(isinstance(cell, Audio | Image) for row in table.rows for cell in row):
+        if not table.media:
             return table
         heard: Counter[str] = Counter()
         rows = (

@@ -18,13 +18,16 @@ from telemetry.records import Alert, Record, Scalar, Table
 
 VERSION = 1
 ALERTS_FILE = "alerts.jsonl"
+SECONDS = 1.0  # from one writing of health.json to the next, where nothing in it is urgent
 
 
 class RunFiles:
     """Keeps both files in the run's output directory, and ``health.json`` in every checkpoint too.
 
-    ``health.json`` is replaced as a whole whenever something is recorded: whoever opens it reads all of it. A line of
-    ``alerts.jsonl`` is one alert; a resumed run goes on with the file that is there.
+    ``health.json`` is replaced as a whole when something is recorded: whoever opens it reads all of it. Where steps
+    come quicker than once a second, only a verdict that changes, an alert and the end are written at once: what a
+    process that is killed leaves lacks the last second at most. A line of ``alerts.jsonl`` is one alert; a resumed run
+    goes on with the file that is there.
     """
 
     name = "files"
@@ -32,6 +35,7 @@ class RunFiles:
     def __init__(self) -> None:
         self.step_time: float | None = None
         self._directory = Path()
+        self._replaced = 0.0
         self._known: dict[str, Any] = {}
         self._checks: dict[str, list[dict[str, Any]]] = {}
 
@@ -66,6 +70,7 @@ class RunFiles:
                 self._known["numbers"][record.tag] = {"step": step, "value": _number(record.value)}
         checks = [check for tag in CHECKS for check in self._checks.get(tag, ())]
         worst = max((VERDICTS.index(check["verdict"]) for check in checks), default=None)
+        before = self._known["verdict"]
         self._known |= {
             "time": at,
             "step": max(step, self._known["step"]),
@@ -75,7 +80,8 @@ class RunFiles:
         if alerts:
             with (self._directory / ALERTS_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(alerts)
-        self._replace(self._directory)
+        if alerts or self._known["verdict"] != before or time.monotonic() - self._replaced >= SECONDS:
+            self._replace(self._directory)
 
     def saved(self, directory: Path) -> None:
         """Leave what is known in a checkpoint that has been saved."""
@@ -92,6 +98,7 @@ class RunFiles:
         unfinished = file.with_name(f".{HEALTH_FILE}.{os.getpid()}")
         unfinished.write_text(json.dumps(self._known, indent=1, ensure_ascii=False), encoding="utf-8")
         unfinished.replace(file)
+        self._replaced = time.monotonic()
 
 
 def _line(step: int, at: float, run: str, alert: Alert) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -168,8 +168,9 @@ class Home:
         for work in step.deferred:
             if not work.shows:
                 self._build(work, step)
-        own = self._own_scalars(step)
-        nonfinite = tuple(tag for tag, metric in step.metrics.items() if not _finite(metric))
+        values = {metric: metric.result() for metric in step.metrics.values() if metric.shown}
+        own = self._own_scalars(step, values)
+        nonfinite = tuple(tag for tag, one in step.metrics.items() if not math.isfinite(values.get(one) or 0.0))
         shares = self._gathered(job.step, step, nonfinite)
         if shares is None:
             return (), own
@@ -178,7 +179,7 @@ class Home:
             if work.shows:
                 self._build(work, step)
         self._name_nonfinite(job.step, shares)
-        records = [*self._scalars(step), *step.records]
+        records = [*self._scalars(step, values), *step.records]
         if LOST in step.metrics:
             self._lost_shown = int(step.metrics[LOST].result() or 0)
             self._lost_elsewhere = self._lost_shown - lost
@@ -249,12 +250,13 @@ class Home:
                 more = f" and {left} more" if left > 0 else ""
                 self.say_once(f"nonfinite:{rank}", "step %d: not finite on rank %d: %s%s", step, rank, named, more)
 
-    def _scalars(self, step: Measured) -> list[Scalar]:
+    def _scalars(self, step: Measured, known: Mapping[Metric, float | None]) -> list[Scalar]:
+        """What is shown of a step's metrics, of which some results are known."""
         scalars = []
         for tag, metric in step.metrics.items():
             if not metric.shown:
                 continue
-            value = metric.result()
+            value = known[metric] if metric in known else metric.result()
             if value is None:
                 entry = catalogue.find(tag)
                 self.absent(tag, (entry.absent if entry else "") or "nothing to measure in the step")
@@ -262,12 +264,12 @@ class Home:
                 scalars.append(Scalar(tag, value, step.notes.get(tag, "")))
         return scalars
 
-    def _own_scalars(self, step: Measured) -> list[Scalar]:
+    def _own_scalars(self, step: Measured, values: Mapping[Metric, float | None]) -> list[Scalar]:
         """What this rank alone has measured, where some backend shows that beside what all ranks have."""
         if self._gather is None or not any(lane.every_rank for lane in self._lanes):
             return []
-        values = {tag: metric.result() for tag, metric in step.metrics.items() if metric.shown}
-        return [Scalar(f"rank_{self._rank}/{tag}", value) for tag, value in values.items() if value is not None]
+        known = ((tag, values.get(metric)) for tag, metric in step.metrics.items())
+        return [Scalar(f"rank_{self._rank}/{tag}", value) for tag, value in known if value is not None]
 
     def _deliver(self, job: Job, records: Sequence[Record], own: Sequence[Scalar]) -> None:
         records = [_without_secrets(one) for one in self.sound.allowed(records)] if self.shows else []
@@ -277,11 +279,6 @@ class Home:
             given = [*records, *own] if lane.every_rank else records
             if given:
                 lane.put(job.step, job.at, given)
-
-
-def _finite(metric: Metric) -> bool:
-    value = metric.result() if metric.shown else None
-    return value is None or math.isfinite(value)
 
 
 def _without_secrets(record: Record) -> Record:

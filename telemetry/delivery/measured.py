@@ -88,7 +88,7 @@ class Measured:
     def emptied(self) -> Measured:
         """The same without its tensors, for which places are kept: they may be large, on a device."""
         added = [(tag, metric.mapped(_emptied)) for tag, metric in self.added]
-        deferred = [replace(work, tensors=dict.fromkeys(work.tensors, _PLACE)) for work in self.deferred]
+        deferred = [Deferred(dict.fromkeys(work.tensors, _PLACE), work.build, work.shows) for work in self.deferred]
         return replace(self, added=added, deferred=deferred)
 
     def hosted(self, copies: Iterable[Tensor]) -> Measured:
@@ -97,7 +97,9 @@ class Measured:
         host = Measured({**self.metrics}, [], {**self.notes}, [*self.records])
         for tag, metric in self.added:
             host.metric(tag, metric.mapped(lambda part: _host(next(rest)) if isinstance(part, Tensor) else part))
-        host.deferred = [replace(work, tensors={name: next(rest) for name in work.tensors}) for work in self.deferred]
+        host.deferred = [
+            Deferred({name: next(rest) for name in work.tensors}, work.build, work.shows) for work in self.deferred
+        ]
         return host
 
 

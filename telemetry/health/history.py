@@ -23,15 +23,19 @@ class History:
         self._first: dict[str, tuple[int, float]] = {}
         self._values: dict[str, deque[tuple[int, float]]] = {}
         self._notes: dict[str, str] = {}
+        self._matching: dict[re.Pattern[str], list[str]] = {}  # tags, until there is a new one
 
     def add(self, step: int, records: Iterable[Record]) -> None:
         """Take in the scalars of a step."""
         self.step = step
         for record in records:
             if isinstance(record, Scalar):
-                self._first.setdefault(record.tag, (step, record.value))
-                self._notes[record.tag] = record.note
-                self._values.setdefault(record.tag, deque(maxlen=KEPT)).append((step, record.value))
+                tag, value = record.tag, (step, record.value)
+                self._notes[tag] = record.note
+                if tag not in self._values:
+                    self._first[tag], self._values[tag] = value, deque(maxlen=KEPT)
+                    self._matching.clear()
+                self._values[tag].append(value)
 
     def latest(self, tag: str) -> float | None:
         """The last value of a tag, or None for one never recorded."""
@@ -57,7 +61,14 @@ class History:
 
     def matching(self, pattern: re.Pattern[str]) -> dict[str, float]:
         """The last value of every tag that matches as a whole."""
-        return {tag: values[-1][1] for tag, values in self._values.items() if pattern.fullmatch(tag)}
+        tags = self._matching.get(pattern)
+        if tags is None:
+            tags = self._matching[pattern] = [tag for tag in self._values if pattern.fullmatch(tag)]
+        return {tag: self._values[tag][-1][1] for tag in tags}
+
+    def last_step(self, tag: str) -> int:
+        """The step of the last value of a tag that has been recorded."""
+        return self._values[tag][-1][0]
 
     def now(self) -> dict[str, float]:
         """The values recorded at the latest step."""

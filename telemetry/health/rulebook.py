@@ -38,8 +38,8 @@ def _gradients_arrive(history: History, limits: Limits) -> Verdict | None:
     zero = {tag: value for tag, value in norms.items() if value == 0}
     if zero:
         return Verdict(Level.FAILING, evidence(zero))
-    newest = max(history.steps(tag)[-1] for tag in norms)
-    gone = [f"{tag} last seen at step {history.steps(tag)[-1]}" for tag in norms if history.steps(tag)[-1] < newest]
+    newest = max(history.last_step(tag) for tag in norms)
+    gone = [f"{tag} last seen at step {history.last_step(tag)}" for tag in norms if history.last_step(tag) < newest]
     if gone:
         return Verdict(Level.WARNING, ", ".join(gone[:NAMED]))
     return Verdict(Level.OK, evidence(dict(sorted(norms.items(), key=lambda item: item[1])[:1])))

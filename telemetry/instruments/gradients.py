@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -103,8 +104,11 @@ class GradientInstrument(Instrument):
         shares = [(self._parameters[index].group, weight) for index, weight in weights]
 
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
-            for (group, weight), (moved, before) in zip(shares, host["norms"].tolist(), strict=True):
-                emit.metric(f"gradients/{group}/update_ratio", NormRatio(moved * weight, before * weight))
+            sums = defaultdict[str, np.ndarray](lambda: np.zeros(2))
+            for (group, weight), norms in zip(shares, host["norms"].double().numpy(), strict=True):
+                sums[group] += norms * weight
+            for group, (moved, before) in sums.items():
+                emit.metric(f"gradients/{group}/update_ratio", NormRatio(moved, before))
 
         step.recorder.defer({"norms": norms}, build)
 
@@ -165,14 +169,19 @@ def _metrics(parameters: Sequence[TrainedParameter], values: Mapping[int, int], 
         columns[SQUARES] /= scale**2
         columns[ABSMAX] /= scale
         emit.metric(SUMS, ParameterSums(*(torch.from_numpy(column) for column in columns)))
+        groups, layers = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
         for index in indices:
             group, layer = layout[index]
-            squares, count = float(columns[SQUARES, index]), float(columns[4, index])
-            emit.metric(TOTAL, Norm(squares), note)
-            emit.metric(f"gradients/{group}/norm", Norm(squares), note)
-            emit.metric(f"gradients/{group}/zero_fraction", Mean(float(columns[ZEROS, index]), count), note)
-            emit.metric(f"gradients/{group}/nonfinite", Sum(float(columns[NONFINITE, index])), note)
+            groups[group].append(index)
             if layer is not None and group in PARTS_OF_A_LAYER:
-                emit.metric(f"gradients/layer_{layer}/{group}/norm", Norm(squares), note)
+                layers[f"gradients/layer_{layer}/{group}/norm"].append(index)
+        emit.metric(TOTAL, Norm(columns[SQUARES, indices].sum()), note)
+        for group, own in groups.items():
+            sums = columns[:, own].sum(axis=1).tolist()
+            emit.metric(f"gradients/{group}/norm", Norm(sums[SQUARES]), note)
+            emit.metric(f"gradients/{group}/zero_fraction", Mean(sums[ZEROS], sums[4]), note)
+            emit.metric(f"gradients/{group}/nonfinite", Sum(sums[NONFINITE]), note)
+        for tag, own in layers.items():
+            emit.metric(tag, Norm(columns[SQUARES, own].sum()), note)
 
     return build

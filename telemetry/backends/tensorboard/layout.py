@@ -33,6 +33,8 @@ class Layout:
     def update(self, tags: Iterable[str]) -> Summary.Value | None:
         """The layout, when these scalar tags bring a chart its first data; None when it is as before."""
         new = set(tags) - self._seen
+        if not new:
+            return None
         self._seen |= new
         charts = {chart for question in self._questions for chart in question.charts} - self._shown
         gained = {chart for chart in charts if any(matcher(one).fullmatch(tag) for tag in new for one in chart.tags)}

@@ -7,6 +7,7 @@ taken for markup.
 
 from __future__ import annotations
 
+import functools
 import numbers
 import re
 import string
@@ -39,12 +40,19 @@ def escape(text: str, width: int = sys.maxsize) -> str:
     Newlines become ``<br>``, spaces that HTML would swallow become no-break spaces, and what :func:`visible` replaces
     is replaced.
     """
+    return _escaped(text, width) if len(text) <= MAX_CELL else _escaped.__wrapped__(text, width)
+
+
+@functools.lru_cache(maxsize=4096)  # most cells of a table are those of the step before
+def _escaped(text: str, width: int) -> str:
     lines = [part for line in visible(text).split("\n") for part in _wrap(line, width)]
     return "<br>".join(_COLLAPSING_SPACE.sub("\N{NO-BREAK SPACE}", line).translate(_ESCAPES) for line in lines)
 
 
 def visible(text: str) -> str:
     """Text whose newlines are all ``\\n``, with visible stand-ins for control characters and broken surrogates."""
+    if text.isascii() and text.isprintable():
+        return text
     return _NEWLINE.sub("\n", text.encode("utf-8", "backslashreplace").decode("utf-8")).translate(_VISIBLE)
 
 
@@ -92,13 +100,15 @@ def _line_width(columns: list[int]) -> int:
 
 def _cell_text(cell: Cell) -> str:
     """What a cell says, cut: where sound is, nothing for None, ``true`` and ``false``, six digits of a float."""
+    if type(cell) is float:  # before what abstract types take long to tell
+        return f"{cell:.6g}"
     if cell is None:
         return ""
     if isinstance(cell, Audio | Image):
         return f"see {cell.tag}"
     if isinstance(cell, bool | np.bool_):
         return "true" if cell else "false"
-    if isinstance(cell, numbers.Real) and not isinstance(cell, numbers.Integral):
+    if not isinstance(cell, str) and isinstance(cell, numbers.Real) and not isinstance(cell, numbers.Integral):
         return f"{float(cell):.6g}"
     text = str(cell)
     return text if len(text) <= MAX_CELL else text[:MAX_CELL] + "…"

@@ -51,6 +51,8 @@ class Summaries(Shown):
 
     def _values(self, record: Record) -> list[Summary.Value]:
         tag = self._tag(record)
+        if isinstance(record, Scalar) and tag in self._described:
+            return [scalar_value(tag, record.value)]
         remarks: list[str] = []
         if isinstance(record, Audio):
             value, remarks = self._audio(tag, record)
@@ -98,7 +100,7 @@ class Summaries(Shown):
 
 def _stateless_value(record: Scalar | Table | Image | Alert) -> Summary.Value | None:
     if isinstance(record, Scalar):
-        return scalar_value(record)
+        return scalar_value(record.tag, record.value)
     if isinstance(record, Image):
         return image_value(record)
     if isinstance(record, Table):

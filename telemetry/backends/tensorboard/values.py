@@ -22,12 +22,12 @@ from tensorboard.plugins.text import metadata as text_metadata
 
 from telemetry.backends.encoding import Wav, encode_png
 from telemetry.backends.tensorboard.markdown import escape
-from telemetry.records import Image, Scalar
+from telemetry.records import Image
 
 
-def scalar_value(scalar: Scalar) -> Summary.Value:
+def scalar_value(tag: str, value: float) -> Summary.Value:
     """A number, NaN and infinities as they are."""
-    return Summary.Value(simple_value=scalar.value)
+    return Summary.Value(tag=tag, simple_value=value)
 
 
 def scalar_description(tag: str, description: str) -> Summary.Value:
