@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Transfer:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._shapes = [tensor.shape for tensor in tensors]
+        self._count = len(tensors)
         self._packed = [_Packed([(index, tensors[index]) for index in group]) for group in _by_device(tensors)]
 
     @property
@@ -33,7 +34,16 @@ class Transfer:
         copies: dict[int, Tensor] = {}
         for packed in self._packed:
             copies.update(packed.wait())
-        return [copies[index].view(shape) for index, shape in enumerate(self._shapes)]
+        return [copies[index] for index in range(self._count)]
+
+
+class _Run(NamedTuple):
+    """Tensors of one dtype side by side: so many of no dimension, then those of these shapes."""
+
+    dtype: torch.dtype
+    indices: list[int]
+    single: int
+    shapes: list[torch.Size]
 
 
 class _Packed:
@@ -45,15 +55,17 @@ class _Packed:
             runs[tensor.dtype].append((index, tensor.detach()))
         # Widest first, so that every run is aligned for its dtype; in each those with one value, which are stacked.
         ordered = sorted(runs.items(), key=lambda run: (-run[0].itemsize, str(run[0])))
-        self._layout: list[tuple[torch.dtype, list[int], list[int]]] = []
+        self._layout: list[_Run] = []
         parts: list[Tensor] = []
         for dtype, run in ordered:
-            run.sort(key=lambda pair: pair[1].dim() > 0)
-            single = [tensor for _, tensor in run if tensor.dim() == 0]
-            several = [tensor.reshape(-1) for _, tensor in run[len(single) :]]
-            self._layout.append((dtype, [index for index, _ in run], [1] * len(single) + [len(one) for one in several]))
-            parts += [torch.stack(single).view(torch.uint8)] if single else []
-            parts += [torch.cat(several).view(torch.uint8)] if several else []
+            single = [pair for pair in run if pair[1].dim() == 0]
+            several = [pair for pair in run if pair[1].dim() > 0]
+            shapes = [tensor.shape for _, tensor in several]
+            self._layout.append(_Run(dtype, [index for index, _ in (*single, *several)], len(single), shapes))
+            if single:
+                parts.append(torch.stack([tensor for _, tensor in single]).view(torch.uint8))
+            if several:
+                parts.append(torch.cat([tensor.reshape(-1) for _, tensor in several]).view(torch.uint8))
         self._on_device = torch.cat(parts)
         self._event: torch.cuda.Event | None = None
         if self._on_device.is_cuda:
@@ -73,9 +85,13 @@ class _Packed:
             self._event.synchronize()
         copies: dict[int, Tensor] = {}
         start = 0
-        for dtype, indices, sizes in self._layout:
-            end = start + sum(sizes) * dtype.itemsize
-            copies.update(zip(indices, self._on_host[start:end].view(dtype).split(sizes), strict=True))
+        for run in self._layout:
+            sizes = [shape.numel() for shape in run.shapes]
+            end = start + (run.single + sum(sizes)) * run.dtype.itemsize
+            values = self._on_host[start:end].view(run.dtype)
+            several = values[run.single :].split(sizes) if sizes else ()
+            found = [one.view(shape) for one, shape in zip(several, run.shapes, strict=True)]
+            copies.update(zip(run.indices, (*values[: run.single].unbind(), *found), strict=True))
             start = end
         return copies
 
