@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from transformers import Trainer
 
 from telemetry.probes.sentinel import Sentinel
@@ -40,12 +41,16 @@ class PreparedBatches:
 
 
 def within_step(
-    trainer: Trainer | None, about_to_clip: Callable[[], None], cut_off: Callable[[], None]
+    trainer: Trainer | None,
+    about_to_clip: Callable[[], None],
+    cut_off: Callable[[], None],
+    update: Callable[[Any, bool], None],
 ) -> Callable[[], None]:
     """Have a function called when all gradients are there and the Trainer is about to clip, another when it is cut off.
 
     Cut off is a step whose forward or backward pass, update, or one of its callbacks, is left by an exception, Ctrl-C
-    among them: no callback is told.
+    among them: no callback is told. DeepSpeed updates inside of the backward pass: ``update(optimizer, done)`` is
+    called before and after what it puts in the place of the optimizer steps.
 
     Returns:
         What ends that.
@@ -59,6 +64,8 @@ def within_step(
     ]
     if trainer.optimizer is not None:
         stands.append(_Updating(trainer.optimizer, cut_off))
+    if isinstance(trainer.optimizer, DeepSpeedOptimizerWrapper):
+        stands.append(_UpdatingInside(trainer.optimizer.optimizer, update))
 
     def end() -> None:
         for stand in stands:
@@ -195,6 +202,19 @@ class _Updating(_Stepping):
     """In the place of what updates the weights."""
 
     name = "step"
+
+
+class _UpdatingInside(_Stand):
+    """In the place of what updates the weights for DeepSpeed."""
+
+    name = "step"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = self._trainer()
+        self._see(optimizer, False)
+        returned = super().__call__(*args, **kwargs)
+        self._see(optimizer, True)
+        return returned
 
 
 class _Clipping(_Stand):

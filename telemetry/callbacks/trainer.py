@@ -131,6 +131,7 @@ class StrategicCallback(Door, TrainerCallback):
         )
         self._once = Once(logger)
         self._unwatch: Callable[[], None] = _nothing
+        self._updated = False  # inside of the backward pass of this due step
         self._around: list[Session] = []
         if any(getattr(type(self), verb) is not getattr(StrategicCallback, verb) for verb in _VERBS):
             self.instruments.append(_Overridden(self))
@@ -174,16 +175,28 @@ class StrategicCallback(Door, TrainerCallback):
             except ValueError as error:
                 self._once.say("late", "%s cannot join: %s", type(self).__name__, error, level=logging.ERROR)
         if self._session is not None:
-            self._gradients_seen = False
+            self._gradients_seen = self._updated = False
             self._unwatch()
             model = kwargs.get("model")
-            self._unwatch = within_step(model and calling_trainer(model), self._about_to_clip, self._cut_off)
+            self._unwatch = within_step(
+                model and calling_trainer(model), self._about_to_clip, self._cut_off, self._update_inside
+            )
             loader = kwargs.get("eval_dataloader")
             predicted = _predicted.get(id(loader)) is loader
             self._session.begin_step(self, state.global_step + 1, None if predicted else loader)
 
     def _about_to_clip(self) -> None:
         self._see_gradients(clipped=False)
+
+    def _update_inside(self, optimizer: Any, done: bool) -> None:
+        """See an update that DeepSpeed makes in the backward pass, and of which the Trainer's events come too late."""
+        if (session := self._led()) is not None:
+            self._updated = True
+            if done:
+                session.tell("after_update", optimizer)
+            else:  # of ZeRO before clipping, which is a part of its step
+                self._see_gradients(clipped=False if hasattr(optimizer, "clip_grad") else None)
+                session.tell("before_update", optimizer)
 
     def _cut_off(self) -> None:
         self._unwatch()
@@ -238,7 +251,7 @@ class StrategicCallback(Door, TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if (session := self._led()) is not None:
+        if (session := self._led()) is not None and not self._updated:
             # By now the Trainer has taken a loss scaler's factor out, whether it clips or not.
             self._see_gradients(clipped=(args.max_grad_norm or 0) > 0, scaled=False)
             session.tell("before_update", optimizer)
@@ -251,7 +264,7 @@ class StrategicCallback(Door, TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if (session := self._led()) is not None:
+        if (session := self._led()) is not None and not self._updated:
             session.tell("after_update", optimizer)
 
     def on_step_end(

@@ -35,7 +35,7 @@ TOTAL = "gradients/total_norm"
 SUMS = "gradients/parameters"
 PARTS_OF_A_LAYER = frozenset({"shared_attention", "text_ffn", "audio_ffn"})
 NONE_KEPT = "no parameter has a gradient when the optimizer is to step (one that steps in the backward pass keeps none)"
-STEPPED_BY_ITSELF = "DeepSpeed's optimizer has stepped before a callback could look"
+STEPPED_BY_ITSELF = "DeepSpeed has moved them to the host, or its optimizer has stepped before telemetry could look"
 
 
 class GradientInstrument(Instrument):
@@ -83,11 +83,9 @@ class GradientInstrument(Instrument):
         if not self._parameters or optimizer is None:
             return
         self._note_scale(optimizer)
-        if steps_by_itself(self._parameters):
-            step.recorder.absent("gradients/<group>/update_ratio", STEPPED_BY_ITSELF)
-            return
         if not any(one.has_gradient for one in self._parameters):  # whatever moves them has done so already, or nothing
-            step.recorder.absent("gradients/<group>/update_ratio", NONE_KEPT)
+            reason = STEPPED_BY_ITSELF if steps_by_itself(self._parameters) else NONE_KEPT
+            step.recorder.absent("gradients/<group>/update_ratio", reason)
             return
         if step.is_main:
             self._missing.see_optimizer(step.number, self._parameters, optimizer, step.recorder)
@@ -135,6 +133,8 @@ class GradientInstrument(Instrument):
     def _note_scale(self, optimizer: Any) -> None:
         """Until clipping or the Trainer's own norm takes it out, gradients carry the scale."""
         scale = getattr(getattr(optimizer, "scaler", None), "_scale", None)
+        if steps_by_itself(self._parameters):  # a number, in what DeepSpeed puts in the place of an optimizer
+            scale = torch.tensor(float(getattr(optimizer, "loss_scale", 1.0)))
         if self._tensors and self._scaled and self._clipped is False and isinstance(scale, Tensor):
             self._tensors["scale"] = scale.detach().clone()  # the scaler changes it in place
 

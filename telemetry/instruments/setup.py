@@ -19,7 +19,7 @@ from telemetry.instruments.asked import FirstStep
 from telemetry.instruments.base import Step
 from telemetry.measures.token_stats import token_statistics
 from telemetry.probes.forward import Microbatch, Reading
-from telemetry.probes.sharding import forwards_are_collective
+from telemetry.probes.sharding import forwards_are_collective, is_zero, own_value
 from telemetry.records import Max, Mean, Metric, Scalar
 
 SAMPLED = 64  # parameters of which it is looked whether a step moves them
@@ -43,12 +43,13 @@ class SetupInstrument(FirstStep):
         """Begin with nothing."""
         super().begin(step)
         self._before, self._clips = [], []
-        if not self.looks or forwards_are_collective(step.model):
+        if not self.looks:
             return
-        norms = [one for name, one in step.model.named_parameters() if one.dim() == 1 and "norm" in name.lower()]
-        if norms:
-            untouched = torch.stack([((one.detach() == 1) | (one.detach() == 0)).all() for one in norms])
-            step.recorder.metric("setup/norms/untouched_fraction", Mean(untouched.sum(), len(norms)))
+        norms = [own_value(one, is_main=True) for name, one in step.model.named_parameters() if _is_norm(name, one)]
+        own = [one for one in norms if one is not None]
+        if own:
+            untouched = torch.stack([((one == 1) | (one == 0)).all() for one in own])
+            step.recorder.metric("setup/norms/untouched_fraction", Mean(untouched.sum(), len(own)))
 
     def inputs(self, step: Step, microbatch: Microbatch) -> None:
         """Look at the modes that training runs in, and keep the batch's codes."""
@@ -75,6 +76,8 @@ class SetupInstrument(FirstStep):
         if not held:
             return
         trained = [one for one in step.model.parameters() if one.requires_grad]
+        if any(map(is_zero, trained)):  # its optimizer holds copies
+            return
         known = sum(one.numel() for one in trained)
         step.recorder.metric(
             "setup/optimizer/held_fraction", Mean(sum(one.numel() for one in trained if id(one) in held), known)
@@ -121,6 +124,11 @@ class Apart(Metric):
 
     def _result(self, most: np.ndarray, least: np.ndarray) -> float | None:  # type: ignore[override]
         return float(most + least) / abs(float(most)) if most else None
+
+
+def _is_norm(name: str, parameter: nn.Parameter) -> bool:
+    whole = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps a part, and leaves an empty parameter
+    return len(whole) == 1 and "norm" in name.lower()
 
 
 def _size(model: nn.Module) -> Tensor:

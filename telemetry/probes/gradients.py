@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from telemetry.families.base import Family
 from telemetry.measures.gradients import squared_norms_of_parts
-from telemetry.probes.sharding import gradient_of, is_fsdp1, is_zero, is_zero3, own_part
+from telemetry.probes.sharding import gradient_of, is_elsewhere, is_fsdp1, is_zero, own_part, own_value
 
 SAMPLED = 2**16
 """The most values of a parameter that are compared evenly: all of a smaller one, spread ones of a larger one."""
@@ -40,8 +40,8 @@ class TrainedParameter:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the last backward passes have left it a gradient."""
-        return gradient_of(self.tensor) is not None
+        """Whether the last backward passes have left it a gradient, as far as this rank can tell."""
+        return gradient_of(self.tensor) is not None or is_elsewhere(self.tensor)
 
 
 _places: weakref.WeakKeyDictionary[Family, dict[str, tuple[str, int | None]]] = weakref.WeakKeyDictionary()
@@ -72,7 +72,7 @@ def own_gradients(parameters: Sequence[TrainedParameter], is_main: bool) -> dict
     found = {}
     for index, parameter in enumerate(parameters):
         gradient = gradient_of(parameter.tensor)
-        part = None if gradient is None else own_part(gradient, is_main or is_zero3(parameter.tensor))
+        part = None if gradient is None else own_part(gradient, is_main or is_zero(parameter.tensor))
         if part is not None:
             found[index] = part
     return found
@@ -86,7 +86,7 @@ def out_of_reach(model: nn.Module) -> str | None:
 
 
 def steps_by_itself(parameters: Sequence[TrainedParameter]) -> bool:
-    """Whether DeepSpeed's ZeRO holds the parameters: its optimizer has stepped before a callback could look."""
+    """Whether DeepSpeed's ZeRO holds the parameters, whose gradients are gone when its optimizer has stepped."""
     return any(is_zero(one.tensor) for one in parameters)
 
 
@@ -134,7 +134,7 @@ class UpdateProbe:
 
     def _parts(self, indices: Iterable[int]) -> dict[int, Tensor]:
         """Index → this rank's part of the parameter, where it has any."""
-        parts = {index: own_part(self._parameters[index].tensor, self._is_main) for index in indices}
+        parts = {index: own_value(self._parameters[index].tensor, self._is_main) for index in indices}
         return {index: part for index, part in parts.items() if part is not None and part.numel()}
 
     def _of_large(self, index: int, part: Tensor) -> list[_Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch.distributed as dist
@@ -40,13 +41,45 @@ def is_zero(parameter: nn.Parameter) -> bool:
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
-    """Return a parameter's gradient, of ZeRO-3 this rank's shard; None where there is none. Gathers nothing."""
-    if parameter.grad is not None or not is_zero3(parameter):
-        return parameter.grad
-    from deepspeed.utils import safe_get_local_grad
+    """Return a parameter's gradient, of ZeRO this rank's part; None where there is none. Gathers nothing.
 
-    gradient: Tensor | None = safe_get_local_grad(parameter)
-    return gradient
+    ZeRO-1 and 2 have one from the last backward pass to their optimizer's step: averaged over ranks, with the factor of
+    a loss scaler.
+    """
+    if not is_zero(parameter):
+        return parameter.grad
+    if is_zero3(parameter):
+        return parameter.grad if parameter.grad is not None else _of_zero3("safe_get_local_grad", parameter)
+    part: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+    if part is None or part.use_offload:  # which may still be on its way to the host
+        return None
+    try:
+        gradient: Tensor = part.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+    except (ValueError, LookupError):  # before a backward pass, or after the optimizer's step
+        return None
+    flat, at = gradient.detach().reshape(-1), part.lp_fragment_address
+    return flat if flat.numel() == at.numel else flat.narrow(0, at.start, at.numel)
+
+
+def own_value(parameter: nn.Parameter, is_main: bool) -> Tensor | None:
+    """Return this rank's part of a parameter as :func:`own_part` does; of ZeRO, of what its optimizer steps."""
+    if is_zero3(parameter):
+        return _of_zero3("safe_get_local_fp32_param", parameter)
+    if is_zero(parameter):
+        part: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        return None if part is None else part.hp_fragment.detach()
+    return own_part(parameter, is_main)
+
+
+def is_elsewhere(parameter: nn.Parameter) -> bool:
+    """Whether another rank alone has the gradient of a parameter: ZeRO-1 and 2 spread them as wholes."""
+    return getattr(parameter, "_hp_mapping", parameter) is None
+
+
+def _of_zero3(name: str, parameter: nn.Parameter) -> Tensor | None:
+    utils = importlib.import_module("deepspeed.utils")
+    found: Tensor | None = getattr(utils, name)(parameter)
+    return None if found is None else found.detach()
 
 
 def own_part(tensor: Tensor, is_main: bool) -> Tensor | None:
