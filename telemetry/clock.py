@@ -47,11 +47,19 @@ class StepClock:
 
 
 class _Period(NamedTuple):
-    """Seconds from one due step to the next: in all; that the training thread waited; that the background computed."""
+    """Seconds from one due step to the next.
+
+    Attributes:
+        seconds: in all.
+        waited: that the training thread waited outside of telemetry.
+        computed: that the background computed.
+        slowed: that the training thread computed longer on the due step, outside of telemetry, than on another step.
+    """
 
     seconds: float
     waited: float
     computed: float
+    slowed: float
 
 
 class Overhead:
@@ -60,7 +68,8 @@ class Overhead:
     It costs what it takes of the training thread. And its own threads make the training thread wait: for the
     interpreter, or for a core. That is at most what they computed, and at most what the training thread waited outside
     of telemetry, where it waits for a device and for data too: the lesser of the two. What hooks slow down around
-    themselves, by caches that they empty, is not in it.
+    themselves, by caches that they empty, shows where there are other steps to compare a due step with; where every
+    step is due, it is not in it.
 
     Args:
         background: processor seconds that telemetry's own threads have taken so far.
@@ -77,27 +86,32 @@ class Overhead:
         """Count what telemetry took beside the due step that comes next."""
         self._owed = self._owed[0] + clock.spent, self._owed[1] + clock.computed
 
-    def share(self, clock: StepClock) -> float:
+    def share(self, clock: StepClock, steps: int = 1) -> float:
         """Return the share since the last due step, 0 to 1; of the first, since it began.
 
         Args:
             clock: what telemetry has taken of the due step.
+            steps: optimizer steps since the last due step, this one included.
         """
         now = time.perf_counter(), time.thread_time(), self._background()
         before, self._before = self._before, now
         thread, self._thread = self._thread, threading.get_ident()
         if before is None or thread != self._thread:  # another thread's processor seconds are no measure of this one's
-            before, self._owed = (*clock.began, now[2]), (0.0, 0.0)
+            before, self._owed, steps = (*clock.began, now[2]), (0.0, 0.0), 1
         seconds, computed, background = (new - old for new, old in zip(now, before, strict=True))
         spent = clock.spent + self._owed[0]
         outside = max(0.0, seconds - spent)
         own = max(0.0, computed - clock.computed - self._owed[1])
+        slowed = 0.0
+        if steps > 1:
+            due = now[1] - clock.began[1] - clock.computed
+            slowed = max(0.0, due - (own - due) / (steps - 1))
         self._owed = (0.0, 0.0)
         # On a machine with other work a second of computing takes longer, here as in the background.
         stretch = clock.spent / clock.computed if 0 < clock.computed < clock.spent else 1.0
-        self._periods.append(_Period(seconds, max(0.0, outside - own), background * stretch))
+        self._periods.append(_Period(seconds, max(0.0, outside - own), background * stretch, slowed * stretch))
         # A job of the background may be counted a step after it was waited for.
-        total, waited, computed = (sum(part) for part in zip(*self._periods, strict=True))
+        total, waited, computed, slowed = (sum(part) for part in zip(*self._periods, strict=True))
         if total <= 0 or seconds <= 0:
             return 1.0
-        return min(1.0, spent / seconds + min(waited, computed) / total)
+        return min(1.0, spent / seconds + (min(waited, computed) + slowed) / total)

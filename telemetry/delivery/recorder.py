@@ -69,6 +69,7 @@ class Recorder:
         self._home = Home(self._lanes, self._losses, gather, judge, sound or SoundPolicy(), rank, max_queue_bytes)
         self._overhead = Overhead(lambda: self._home.computed + sum(lane.computed for lane in self._lanes))
         self._step = Measured()
+        self._due = 0  # the last due step
         self._closed = False
         self._closing = threading.Lock()
         self._ended = threading.Event()
@@ -154,7 +155,8 @@ class Recorder:
             collected = collected.emptied()
         if clock is not None and own_state:
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
-            collected.metrics["telemetry/overhead_fraction"] = Max(self._overhead.share(clock))
+            collected.metrics["telemetry/overhead_fraction"] = Max(self._overhead.share(clock, step - self._due))
+            self._due = step
             clock = StepClock()  # what follows is of the next
         with (clock := clock or StepClock()).running():
             self._home.put(Job(step, time.time(), collected, transfer, due=own_state, told=told))

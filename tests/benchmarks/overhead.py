@@ -20,7 +20,7 @@ from telemetry.backends.memory import MemoryBackend
 
 WARM_UP = 10
 TIMED = {1: 50, 10: 100, 100: 300}  # due every so many steps → steps that are timed
-SIZES = {"small": (64, 2, 16), "larger": (256, 4, 64)}  # hidden size, layers, positions
+SIZES = {"small": (128, 2, 40), "larger": (256, 4, 64)}  # hidden size, layers, positions
 TRAININGS = [("small", 1), ("small", 10), ("small", 100), ("larger", 10)]
 
 

@@ -98,6 +98,14 @@ def test_the_steps_between_due_steps_dilute_it(clocks: Clocks) -> None:
     assert share == pytest.approx(0.05)
 
 
+def test_what_a_due_step_computes_longer_than_others_is_a_cost(clocks: Clocks) -> None:
+    overhead = Overhead(lambda: clocks.background)
+    for _ in range(20):
+        clocks.passes(9 * 5.0)
+        share = overhead.share(due_step(clocks, own=3.0, training=7.0), steps=10)
+    assert share == pytest.approx((3 + 2) / 55)
+
+
 def test_a_job_that_is_counted_steps_after_it_was_waited_for_is_a_cost_all_the_same(clocks: Clocks) -> None:
     overhead = Overhead(lambda: clocks.background)
     shares = []
