@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,16 +139,39 @@ def _piece_statistics(rows: Tensor, labels: Tensor, labelled: Tensor, probe_id: 
     log_probabilities = torch.log_softmax(rows, -1)
     target_log_probability = log_probabilities.gather(-1, targets).squeeze(-1)
     log_probabilities.clamp_(min=_LOWEST_LOG_PROBABILITY)
-    probabilities = log_probabilities.exp()
+    probabilities = torch.softmax(rows, -1)
     probe = () if probe_id is None else (probabilities[:, probe_id].to(torch.float32, copy=True),)
     entropy = -probabilities.mul_(log_probabilities).sum(-1)
-    own, ids = rows.gather(-1, targets), torch.arange(vocab, device=rows.device)
-    rank = ((rows > own) | ((rows == own) & (ids < targets))).sum(-1)
+    rank, prediction = (_cpu_ranks if rows.device.type == "cpu" else _ranks)(rows, targets)
     poisoned = entropy.isnan()  # log_softmax spreads a log-sum-exp that is not finite over its whole row
     return (
         torch.where(valid, torch.where(poisoned, torch.nan, -target_log_probability), 0.0).float(),
         torch.where(valid, entropy, 0.0).float(),
         torch.where(valid & ~poisoned, rank, vocab),
-        rows.argmax(-1),
+        prediction,
         *probe,
     )
+
+
+def _ranks(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries of each row are ahead of its target ``[n, 1]``, and its largest: int64 ``[n]`` each."""
+    own, ids = rows.gather(-1, targets), torch.arange(rows.shape[-1], device=rows.device)
+    return ((rows > own) | ((rows == own) & (ids < targets))).sum(-1), rows.argmax(-1)
+
+
+def _cpu_ranks(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_ranks`, in NumPy, which compares five times as fast: a CPU tensor is host memory."""
+    values: np.ndarray = np.from_dlpack(rows.detach())
+    at: np.ndarray = np.from_dlpack(targets)
+    own = np.take_along_axis(values, at, axis=1)
+    ahead, equal = _counted(values > own), values == own
+    tied = np.flatnonzero(_counted(equal) > 1)
+    if tied.size:
+        ahead[tied] += _counted(equal[tied] & (np.arange(values.shape[1]) < at[tied]))
+    return torch.from_numpy(ahead.astype(np.int64)), torch.from_numpy(values.argmax(axis=1))
+
+
+def _counted(flags: np.ndarray) -> np.ndarray:
+    """int32 ``[n]``: how many of each row are true."""
+    counts: np.ndarray = flags.view(np.int8).sum(axis=1, dtype=np.int32)
+    return counts

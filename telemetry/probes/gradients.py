@@ -15,7 +15,7 @@ from telemetry.families.base import Family
 from telemetry.measures.gradients import squared_norms_of_parts
 from telemetry.probes.sharding import gradient_of, is_elsewhere, is_fsdp1, is_zero, own_part, own_value
 
-SAMPLED = 2**16
+SAMPLED = 2**15
 """The most values of a parameter that are compared evenly: all of a smaller one, spread ones of a larger one."""
 
 COLUMNS_READ = 8
@@ -91,7 +91,7 @@ def steps_by_itself(parameters: Sequence[TrainedParameter]) -> bool:
 
 
 class UpdateProbe:
-    """Copies values before the optimizer steps, and compares them after it: at most 384 KiB a parameter, freed at once.
+    """Copies values before the optimizer steps, and compares them after it: at most 192 KiB a parameter, freed at once.
 
     Of a large parameter two samples are taken: the rows with the largest gradients, whole (of an embedding only the
     rows of the tokens that were there move), and evenly spread values, which stand for all other rows.
