@@ -7,7 +7,6 @@ taken for markup.
 
 from __future__ import annotations
 
-import functools
 import numbers
 import re
 import string
@@ -40,11 +39,9 @@ def escape(text: str, width: int = sys.maxsize) -> str:
     Newlines become ``<br>``, spaces that HTML would swallow become no-break spaces, and what :func:`visible` replaces
     is replaced.
     """
-    return _escaped(text, width) if len(text) <= MAX_CELL else _escaped.__wrapped__(text, width)
-
-
-@functools.lru_cache(maxsize=4096)  # most cells of a table are those of the step before
-def _escaped(text: str, width: int) -> str:
+    spaced = "  " in text or text[:1] == " " or text[-1:] == " "
+    if len(text) <= width and not spaced and text.isascii() and text.isprintable():  # most cells
+        return text.translate(_ESCAPES)
     lines = [part for line in visible(text).split("\n") for part in _wrap(line, width)]
     return "<br>".join(_COLLAPSING_SPACE.sub("\N{NO-BREAK SPACE}", line).translate(_ESCAPES) for line in lines)
 
