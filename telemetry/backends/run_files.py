@@ -35,7 +35,7 @@ class RunFiles:
     def __init__(self) -> None:
         self.step_time: float | None = None
         self._directory = Path()
-        self._replaced = 0.0
+        self._replaced = -math.inf
         self._known: dict[str, Any] = {}
         self._checks: dict[str, list[dict[str, Any]]] = {}
 
@@ -80,8 +80,10 @@ class RunFiles:
         if alerts:
             with (self._directory / ALERTS_FILE).open("a", encoding="utf-8") as file:
                 file.writelines(alerts)
-        if alerts or self._known["verdict"] != before or time.monotonic() - self._replaced >= SECONDS:
+        now = time.monotonic()
+        if alerts or self._known["verdict"] != before or now - self._replaced >= SECONDS:
             self._replace(self._directory)
+            self._replaced = now
 
     def saved(self, directory: Path) -> None:
         """Leave what is known in a checkpoint that has been saved."""
@@ -98,7 +100,6 @@ class RunFiles:
         unfinished = file.with_name(f".{HEALTH_FILE}.{os.getpid()}")
         unfinished.write_text(json.dumps(self._known, indent=1, ensure_ascii=False), encoding="utf-8")
         unfinished.replace(file)
-        self._replaced = time.monotonic()
 
 
 def _line(step: int, at: float, run: str, alert: Alert) -> str:

@@ -20,11 +20,13 @@ from transformers import TrainerCallback
 
 from dashboards import status
 from telemetry import StrategicTelemetry, Telemetry
+from telemetry.backends.base import Run
 from telemetry.backends.memory import MemoryBackend
-from telemetry.backends.run_files import ALERTS_FILE
+from telemetry.backends.run_files import ALERTS_FILE, RunFiles
 from telemetry.backends.tensorboard import TensorBoardBackend
 from telemetry.catalogue import HEALTH_FILE
-from telemetry.records import Alert
+from telemetry.health.monitor import COLUMNS
+from telemetry.records import Alert, Record, Scalar, Table
 
 POISONED = 3
 STEPS = 8
@@ -152,6 +154,36 @@ def test_files_for_programs_say_what_is_known(tmp_path: Path) -> None:
     assert {step: found["step"] for step, found in verdicts.items()} == {step: step for step in verdicts}
     assert verdicts[2]["verdict"] != "failing"
     assert verdicts[4]["verdict"] == "failing"
+
+
+def test_what_is_known_is_written_once_a_second_and_a_finding_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    files = RunFiles()
+    files.open(Run(name="run", logging_dir=tmp_path, output_dir=tmp_path))
+
+    def known_after(step: int, *records: Record) -> int:
+        files.write(step, [Scalar("train/loss", float(step)), *records])
+        return int(json.loads((tmp_path / HEALTH_FILE).read_text())["step"])
+
+    def judged(verdict: str) -> Table:
+        return Table("health/checks", COLUMNS, (("a loss", verdict, "", "", ""),))
+
+    assert [known_after(step) for step in (1, 2, 3)] == [1, 1, 1]
+    now = 0.9
+    files.saved(checkpoint)  # with all that is known, which puts the run's own file off no longer
+    assert json.loads((checkpoint / HEALTH_FILE).read_text())["step"] == 3
+    now = 1.0
+    assert [known_after(step) for step in (4, 5)] == [4, 4]
+    assert [known_after(6, judged("ok")), known_after(7, judged("ok")), known_after(8, judged("failing"))] == [6, 6, 8]
+    assert [known_after(9, Alert("health/alerts", "a loss", "is bad")), known_after(10)] == [9, 9]
+    files.close()
+    ended = json.loads((tmp_path / HEALTH_FILE).read_text())
+    assert (ended["state"], ended["step"], ended["numbers"]["train/loss"]["value"]) == ("ended", 10, 10.0)
 
 
 @pytest.mark.parametrize("asked", ["failing", "nonfinite"])
