@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from telemetry.records import Record, Scalar
 
@@ -46,18 +46,16 @@ class History:
         """What was said beside the last value of a tag; "" where nothing was."""
         return self._notes.get(tag, "")
 
-    def past(self, tag: str) -> list[tuple[int, float]]:
-        """Steps and values of a tag, oldest first: the first ever, and the last ones."""
-        values = [*self._values.get(tag, ())]
-        return [self._first[tag], *values] if len(values) == KEPT and values[0] != self._first[tag] else values
+    def past(self, tag: str, last: int = 0) -> list[tuple[int, float]]:
+        """Steps and values of a tag, oldest first: the first ever, and the last ones; or only ``last`` of these."""
+        values: Sequence[tuple[int, float]] = self._values.get(tag, ())
+        if 0 < last <= len(values):
+            return [values[place] for place in range(-last, 0)]
+        return [self._first[tag], *values] if len(values) == KEPT and values[0] != self._first[tag] else [*values]
 
-    def values(self, tag: str) -> list[float]:
+    def values(self, tag: str, last: int = 0) -> list[float]:
         """The values of :meth:`past`."""
-        return [value for _, value in self.past(tag)]
-
-    def steps(self, tag: str) -> list[int]:
-        """The steps of :meth:`past`."""
-        return [step for step, _ in self.past(tag)]
+        return [value for _, value in self.past(tag, last)]
 
     def matching(self, pattern: re.Pattern[str]) -> dict[str, float]:
         """The last value of every tag that matches as a whole."""

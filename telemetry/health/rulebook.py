@@ -51,7 +51,7 @@ def _updates_arrive(history: History, limits: Limits) -> Verdict | None:
     tags = [
         tag for tag in history.matching(_UPDATE_RATIO) if not norms or norms.get(tag.replace("update_ratio", "norm"))
     ]
-    ratios = {tag: history.values(tag)[-2:] for tag in tags}
+    ratios = {tag: history.values(tag, last=2) for tag in tags}
     known = {tag: values for tag, values in ratios.items() if len(values) == 2 and all(map(math.isfinite, values))}
     if not known:
         return None
@@ -112,8 +112,8 @@ def _reference_is_used(history: History, limits: Limits) -> Verdict | None:
 def _loss_is_steady(history: History, limits: Limits) -> Verdict | None:
     """Few values tell less of what is usual: a larger jump is needed then."""
     tag = "train/loss"
-    values = history.values(tag)
-    past = [value for value in values[-int(limits["past"]) - 1 : -1] if math.isfinite(value)]
+    values = history.values(tag, last=int(limits["past"]) + 1)
+    past = [value for value in values[:-1] if math.isfinite(value)]
     if len(past) < limits["fewest"] or not math.isfinite(values[-1]):
         return None
     usual, largest = statistics.median(past), max(past)
@@ -142,7 +142,7 @@ def _step_skipped(history: History, limits: Limits) -> Verdict | None:
 def _steps_take_as_long(history: History, limits: Limits) -> Verdict | None:
     """Twice in a row, and by more than a machine with other work would explain of a short step."""
     tag = "throughput/seconds_per_step"
-    values = history.values(tag)[-int(limits["past"]) - 2 :]
+    values = history.values(tag, last=int(limits["past"]) + 2)
     past = values[:-2]
     if len(past) < limits["fewest"]:
         return None
@@ -160,7 +160,7 @@ def _steps_take_as_long(history: History, limits: Limits) -> Verdict | None:
 def _memory_is_steady(history: History, limits: Limits) -> Verdict | None:
     """From measurement to measurement: what warms up, or had its longest batch, grows a few times and stays."""
     tag, wanted = "throughput/memory_bytes", int(limits["measurements"])
-    values = history.values(tag)[-wanted:]
+    values = history.values(tag, last=wanted)
     if len(values) < wanted:
         return None
     first, last = values[0], values[-1]
@@ -179,10 +179,10 @@ def _losses_are_finite(history: History, limits: Limits) -> Verdict | None:
 def _rate_is_positive(history: History, limits: Limits) -> Verdict | None:
     """A warm-up may begin at 0: twice in a row. What is logged is the first group's: others may move."""
     tag = "train/learning_rate"
-    last = history.past(tag)[-2:]
+    last = history.past(tag, last=2)
     if len(last) < 2:
         return None
-    newest = (history.past(one)[-1] for one in history.matching(_UPDATE_RATIO))
+    newest = (history.past(one, last=1)[0] for one in history.matching(_UPDATE_RATIO))
     moves = any(step >= last[0][0] and ratio > 0 for step, ratio in newest)
     still = not any(rate for _, rate in last) and not moves
     return Verdict(Level.FAILING if still else Level.OK, evidence({tag: last[-1][1]}))
