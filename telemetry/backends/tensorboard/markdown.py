@@ -62,7 +62,7 @@ def _wrap(line: str, width: int) -> list[str]:
 
 def table_texts(table: Table) -> list[list[str]]:
     """A table's column names and at most :data:`MAX_ROWS` rows as text; a last row says how many more there are."""
-    texts = [[visible(_cell_text(cell)) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
+    texts = [[_cell_text(cell) for cell in row] for row in (table.columns, *table.rows[:MAX_ROWS])]
     if (left_out := len(table.rows) - MAX_ROWS) > 0:
         texts.append([f"… {left_out} more rows", *[""] * (len(table.columns) - 1)])
     return texts
@@ -73,8 +73,7 @@ def table_markdown(texts: Sequence[Sequence[str]]) -> str:
 
     Lines of wide columns are broken so that the table fits the page: the page itself breaks short words first.
     """
-    lines = [[line for text in column for line in text.split("\n")] for column in zip(*texts, strict=True)]
-    width = _line_width([max(map(len, column)) for column in lines])
+    width = _line_width([max(map(len, "\n".join(column).split("\n"))) for column in zip(*texts, strict=True)])
     header, *rows = ["| " + " | ".join(escape(text, width) for text in row) + " |" for row in texts]
     return "\n".join([header, "|" + " --- |" * len(texts[0]), *rows])
 
@@ -96,16 +95,17 @@ def _line_width(columns: list[int]) -> int:
 
 
 def _cell_text(cell: Cell) -> str:
-    """What a cell says, cut: where sound is, nothing for None, ``true`` and ``false``, six digits of a float."""
-    if type(cell) is float:  # before what abstract types take long to tell
+    """What a cell visibly says, cut: where sound is, nothing for None, ``true`` or ``false``, six digits of a float."""
+    if isinstance(cell, float):  # before what abstract types take long to tell
         return f"{cell:.6g}"
-    if cell is None:
-        return ""
-    if isinstance(cell, Audio | Image):
-        return f"see {cell.tag}"
-    if isinstance(cell, bool | np.bool_):
-        return "true" if cell else "false"
-    if not isinstance(cell, str) and isinstance(cell, numbers.Real) and not isinstance(cell, numbers.Integral):
-        return f"{float(cell):.6g}"
+    if type(cell) is not str and type(cell) is not int:
+        if cell is None:
+            return ""
+        if isinstance(cell, Audio | Image):
+            return visible(f"see {cell.tag}")
+        if isinstance(cell, bool | np.bool_):
+            return "true" if cell else "false"
+        if isinstance(cell, numbers.Real) and not isinstance(cell, numbers.Integral):
+            return f"{float(cell):.6g}"
     text = str(cell)
-    return text if len(text) <= MAX_CELL else text[:MAX_CELL] + "…"
+    return visible(text if len(text) <= MAX_CELL else text[:MAX_CELL] + "…")
