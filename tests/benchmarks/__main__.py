@@ -37,11 +37,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """One benchmark: what is promised, about how long it takes, and what measures it, given a number of pairs."""
+    """One benchmark.
+
+    Attributes:
+        promise: what is promised.
+        seconds: about how long it takes among all.
+        measure: measures it, given a number of pairs and whether it is to be brief, as one among all.
+    """
 
     promise: str
     seconds: int
-    measure: Callable[[int], Iterator[Table]]
+    measure: Callable[[int, bool], Iterator[Table]]
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
         if not arguments.names and began + PARTS[name].seconds > until:
             console.print(f"{name} is left out: it takes {PARTS[name].seconds} s, and the time is up")
             continue
-        for table in PARTS[name].measure(arguments.pairs):
+        for table in PARTS[name].measure(arguments.pairs, not arguments.names):
             tables.append(table)
             _show(console, table)
         found[name] = tables, time.perf_counter() - began
@@ -75,13 +81,13 @@ def main() -> None:
             console.print(f"written to {DOCUMENT}")
 
 
-def _off_due(_pairs: int) -> Iterator[Table]:
+def _off_due(_pairs: int, _brief: bool) -> Iterator[Table]:
     from tests.benchmarks import off_due
 
     yield Table("A step that is not due", ("callback", "µs a step", "ratio to empty"), off_due.report())
 
 
-def _hand_over(_pairs: int) -> Iterator[Table]:
+def _hand_over(_pairs: int, _brief: bool) -> Iterator[Table]:
     from tests.benchmarks import hand_over
 
     columns = ("way", "ms of the training thread a step", "against SummaryWriter")
@@ -89,7 +95,7 @@ def _hand_over(_pairs: int) -> Iterator[Table]:
     yield Table("Through queue and backend", ("backend", "scalars a second"), hand_over.throughput())
 
 
-def _reduction(_pairs: int) -> Iterator[Table]:
+def _reduction(_pairs: int, _brief: bool) -> Iterator[Table]:
     from tests.benchmarks import reduction
 
     title = f"Bringing {reduction.TAGS} metrics of all ranks together, without the network"
@@ -97,82 +103,82 @@ def _reduction(_pairs: int) -> Iterator[Table]:
     yield Table(title, columns, reduction.report())
 
 
-def _step_time(pairs: int) -> Iterator[Table]:
+def _step_time(pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import step_time
 
     title = f"Training step, {step_time.describe()}"
     columns = ("due", "due step, s", "step around it, s", "ratio", "quartiles")
-    yield Table(title, columns, step_time.report(pairs))
+    yield Table(title, columns, step_time.report(pairs, brief))
 
 
-def _setup_checks(pairs: int) -> Iterator[Table]:
+def _setup_checks(pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import setup_checks, step_time
 
     title = f"Due steps with and without the set-up checks, {step_time.describe()}"
     columns = ("due step", "with, s", "without, s", "ratio")
-    yield Table(title, columns, setup_checks.report(pairs))
+    yield Table(title, columns, setup_checks.report(1 if brief else max(2, pairs // 2)))
 
 
-def _families(pairs: int) -> Iterator[Table]:
+def _families(pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import families
 
     title = f"Training step of other speech models, {families.describe()}"
     columns = ("due", "due step, s", "step around it, s", "ratio", "quartiles")
-    yield Table(title, columns, families.report(pairs))
+    yield Table(title, columns, families.report(2 if brief else pairs, brief))
 
 
-def _overhead(pairs: int) -> Iterator[Table]:
+def _overhead(pairs: int, _brief: bool) -> Iterator[Table]:
     from tests.benchmarks import overhead
 
     columns = ("model", "due", "ms a step without", "with", "ratio", "quartiles", "its share by that", "share recorded")
     yield Table("Trainings of small models", columns, overhead.report(pairs))
 
 
-def _memory(_pairs: int) -> Iterator[Table]:
+def _memory(_pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import memory, step_time
 
     title = f"Peak memory of a training step, {step_time.describe()}"
-    yield Table(title, ("mode", "MB", "ratio to plain"), memory.report())
+    yield Table(title, ("mode", "MB", "ratio to plain"), memory.report(1 if brief else 2))
 
 
-def _attention_probe(_pairs: int) -> Iterator[Table]:
+def _attention_probe(_pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import attention_probe
 
     title = (
         f"Looking at attention: forward pass of {attention_probe.LAYERS} layers, {attention_probe.POSITIONS} positions"
     )
     columns = ("mode", "s", "extra s", "of the whole's", "peak MB", "extra MB", "of the whole's")
-    yield Table(title, columns, attention_probe.report())
+    yield Table(title, columns, attention_probe.report(5 if brief else 9))
     yield Table("Largest difference from the whole", ("measure", "difference"), attention_probe.agreement())
 
 
-def _report(_pairs: int) -> Iterator[Table]:
+def _report(_pairs: int, _brief: bool) -> Iterator[Table]:
     from tests.benchmarks import report
 
     title = f"HTML report of {report.STEPS} steps of {report.SCALARS} scalars"
     yield Table(title, ("what", "measured"), report.rows())
 
 
-def _gradient_sweep(_pairs: int) -> Iterator[Table]:
+def _gradient_sweep(_pairs: int, _brief: bool) -> Iterator[Table]:
     from tests.benchmarks import gradient_sweep
 
     columns = ("way", "ms", "ratio to one read", "times faster than wandb.watch")
     yield Table(gradient_sweep.describe(), columns, gradient_sweep.report())
 
 
-def _wandb_hand_over(_pairs: int) -> Iterator[Table]:
+def _wandb_hand_over(_pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import wandb_hand_over
 
     title = f"A due step of {wandb_hand_over.SCALARS} scalars and a table with sound and pictures, to W&B"
     columns = ("server", "µs of the training thread", "largest", "ratio", "s to the server, median / largest")
-    yield Table(title, columns, wandb_hand_over.report())
+    yield Table(title, columns, wandb_hand_over.report(0.2 if brief else 0.5))
 
 
-def _endurance(_pairs: int) -> Iterator[Table]:
+def _endurance(_pairs: int, brief: bool) -> Iterator[Table]:
     from tests.benchmarks import endurance
 
     columns = ("step", "resident MB", "files", "threads")
-    yield Table("Due steps of a tiny model", columns, endurance.report())
+    yield Table("Due steps of a tiny model", columns, endurance.report(3_000 if brief else 10_000))
 
 
 PARTS: dict[str, Part] = {
@@ -181,14 +187,14 @@ PARTS: dict[str, Part] = {
     "hand_over": Part("The training thread hands numbers over, and waits for no writer.", 12, _hand_over),
     "report": Part("The HTML report of a long run is made, and opens, at once.", 10, _report),
     "gradient_sweep": Part("All gradients are looked at for about the cost of reading them.", 10, _gradient_sweep),
-    "overhead": Part("What telemetry costs a whole training of a small model, and says that it does.", 95, _overhead),
-    "step_time": Part("A due step takes little longer than the steps around it.", 240, _step_time),
-    "attention_probe": Part("Attention is looked at for a sample of queries, not as a whole.", 60, _attention_probe),
-    "memory": Part("A due step needs little more memory.", 90, _memory),
-    "wandb_hand_over": Part("A slow server slows no step.", 130, _wandb_hand_over),
-    "families": Part("So it does with other speech models, and where a fused loss hides the logits.", 200, _families),
-    "setup_checks": Part("Set-up checks cost once, on the first due step.", 120, _setup_checks),
-    "endurance": Part("Memory, files and threads do not grow.", 120, _endurance),
+    "overhead": Part("What telemetry costs a whole training of a small model, and says that it does.", 60, _overhead),
+    "step_time": Part("A due step takes little longer than the steps around it.", 60, _step_time),
+    "memory": Part("A due step needs little more memory.", 50, _memory),
+    "attention_probe": Part("Attention is looked at for a sample of queries, not as a whole.", 40, _attention_probe),
+    "wandb_hand_over": Part("A slow server slows no step.", 70, _wandb_hand_over),
+    "setup_checks": Part("Set-up checks cost once, on the first due step.", 60, _setup_checks),
+    "endurance": Part("Memory, files and threads do not grow.", 40, _endurance),
+    "families": Part("So it is with other speech models, and where a fused loss hides the logits.", 60, _families),
 }
 
 
@@ -219,7 +225,7 @@ def _document(found: dict[str, tuple[list[Table], float]], machine: str) -> str:
         "",
         f"Written by `make bench`, which took {whole / 60:.1f} min: {machine}; {_commit()}.",
         "Medians. Ratios are of neighbours in time; their quartiles say how far to trust them where others work too.",
-        "A part alone: `python -m tests.benchmarks step_time`.",
+        "A part alone, at more length: `python -m tests.benchmarks step_time`.",
     ]
     if left_out := [f"`{name}`" for name in PARTS if name not in found]:
         lines.append(f"Left out, for the time would not have done: {', '.join(left_out)}.")

@@ -24,7 +24,7 @@ from telemetry.probes.attention import AttentionCall, watch_attention
 from telemetry.probes.watch import Watch
 from tests.benchmarks import step_time
 
-LAYERS, POSITIONS, ROUNDS = 3, 1024, 9
+LAYERS, POSITIONS = 3, 1024
 TEXT, REFERENCE = 128, 400
 PLAIN, PROBE, WHOLE = "sdpa", "sdpa, probe", "eager, output_attentions"
 MODES = (PLAIN, PROBE, WHOLE)
@@ -54,7 +54,7 @@ class Forward:
         family = HiggsAudioV2Family(self.model)
         watch = Watch(self.model, lambda _owner, action, *args: action(*args))
         watch.open()
-        watch_attention(watch, self, family.layers(), sink or self.batch.totals)
+        watch_attention(watch, self, family.layers(), sink or self.batch.rows)
         self.model(**self.inputs, use_cache=False)
         watch.close()
 
@@ -102,12 +102,12 @@ def _peak_megabytes(mode: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def report() -> list[tuple[str, ...]]:
+def report(repeats: int) -> list[tuple[str, ...]]:
     """Rows of mode, seconds, extra seconds, peak MB, extra MB, and extras over those of the whole attention."""
     forwards = [Forward(mode) for mode in MODES]
     for forward in forwards:
         forward.run()
-    rounds = [[_seconds(forward) for forward in forwards] for _ in range(ROUNDS)]
+    rounds = [[_seconds(forward) for forward in forwards] for _ in range(repeats)]
     seconds = dict(zip(MODES, map(statistics.median, zip(*rounds, strict=True)), strict=True))
     # Round by round: the machine's speed drifts, and neighbours share it.
     extra_seconds = {mode: statistics.median(r[at] - r[0] for r in rounds) for at, mode in enumerate(MODES)}

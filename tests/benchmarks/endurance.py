@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-STEPS, EVERY, SHOWN, SETTLED = 10_000, 100, 1000, 1000
+EVERY, SHOWN, SETTLED = 100, 1000, 1000
 ROOT = Path(__file__).parents[2]
 
 
-def report() -> list[tuple[str, ...]]:
+def report(steps: int) -> list[tuple[str, ...]]:
     """Rows of step, resident MB, files, threads; in the end the growth of the memory, in bytes a step."""
     with tempfile.TemporaryDirectory() as directory:
-        program = [str(ROOT / "tests" / "faults" / "scenarios.py"), "endures", directory, str(STEPS), str(EVERY)]
+        program = [str(ROOT / "tests" / "faults" / "scenarios.py"), "endures", directory, str(steps), str(EVERY)]
         path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, *program], env=environment, check=True, capture_output=True)

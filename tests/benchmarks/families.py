@@ -132,12 +132,15 @@ def measure(name: str, components: list[str] | None, pairs: int, directory: str)
     return [(seconds[at], (seconds[at - 1] + seconds[at + 1]) / 2) for at in range(3, 2 * pairs + 2, 2)]
 
 
-def report(pairs: int) -> list[tuple[str, ...]]:
-    """Rows of model and components, median seconds of a due and of another step, median ratio and its quartiles."""
+def report(pairs: int, brief: bool = False) -> list[tuple[str, ...]]:
+    """Rows of model and components, median seconds of a due and of another step, median ratio and its quartiles.
+
+    ``brief``: of all components together only.
+    """
     rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as directory:
         for name in MODELS:
-            for components in (["outputs"], None):
+            for components in [None] if brief else [["outputs"], None]:
                 measured = measure(name, components, pairs, directory)
                 low, middle, high = statistics.quantiles([due / other for due, other in measured], n=4)
                 due, other = (statistics.median(seconds) for seconds in zip(*measured, strict=True))

@@ -9,13 +9,12 @@ import sys
 import tempfile
 
 STEPS = 3
-ROUNDS = 2
 
 
-def report() -> list[tuple[str, ...]]:
+def report(rounds: int) -> list[tuple[str, ...]]:
     """Rows of mode, peak resident MB (median), and ratio to plain."""
     peaks: dict[str, list[float]] = {"plain": [], "due: all": []}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for mode, values in peaks.items():
             command = [sys.executable, "-m", "tests.benchmarks.memory", mode]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

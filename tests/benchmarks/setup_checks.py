@@ -16,10 +16,11 @@ CHECKS = (AskedLabels, CausalityInstrument, SetupInstrument)
 STEPS = 4
 
 
-def report(pairs: int) -> list[tuple[str, ...]]:
+def report(rounds: int) -> list[tuple[str, ...]]:
     """Rows of a due step's number, its seconds with and without the checks, and the median of the ratios."""
-    _seconds(checks=True)  # what is loaded once
-    taken = [(_seconds(checks=True), _seconds(checks=False)) for _ in range(max(2, pairs // 2))]
+    if rounds > 1:
+        _seconds(checks=True)  # what is loaded once
+    taken = [(_seconds(checks=True), _seconds(checks=False)) for _ in range(rounds)]
     rows = []
     for name, at in (("first", 0), ("third", 2)):
         ratios = [ours[at] / plain[at] for ours, plain in taken]

@@ -175,11 +175,16 @@ def train(
     trainer.train()
 
 
-def report(pairs: int) -> list[tuple[str, ...]]:
-    """Rows of components, median seconds of a due and of another step, median ratio and its quartiles."""
+def report(pairs: int, brief: bool = False) -> list[tuple[str, ...]]:
+    """Rows of components, median seconds of a due and of another step, median ratio and its quartiles.
+
+    ``brief``: of all components together only.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for name, components in modes():
+            if brief and components is not None:
+                continue
             measured = measure(components, pairs, directory)
             ratios = [due / other for due, other in measured]
             low, middle, high = statistics.quantiles(ratios, n=4)

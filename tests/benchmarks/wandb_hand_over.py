@@ -22,18 +22,18 @@ from telemetry.records import Audio, Clip, Image, Record, Scalar, Table
 from tests.support.wandb_server import Fault, serve
 
 SERVERS = ("no W&B", "up", "slow (5 s)", "killed meanwhile", "never there")
-STEPS, STEP_SECONDS, KILLED_AT = 30, 0.5, 15
+STEPS, KILLED_AT = 30, 15
 SCALARS = 200
 MEASURED = "outputs/loss/total"
 
 
-def report() -> list[tuple[str, ...]]:
+def report(step_seconds: float) -> list[tuple[str, ...]]:
     """Rows of server, µs of the training thread a due step (median, largest), ratio, seconds to the server."""
     rows = []
     base = 0.0
     for server in SERVERS:
         with tempfile.TemporaryDirectory() as directory:
-            micros, latencies = _measured(server, Path(directory))
+            micros, latencies = _measured(server, Path(directory), step_seconds)
         median = statistics.median(micros)
         base = base or median
         arrived = f"{statistics.median(latencies):.2f} / {max(latencies):.2f}" if latencies else "-"
@@ -41,7 +41,7 @@ def report() -> list[tuple[str, ...]]:
     return rows
 
 
-def _measured(condition: str, directory: Path) -> tuple[list[float], list[float]]:
+def _measured(condition: str, directory: Path, step_seconds: float) -> tuple[list[float], list[float]]:
     """Microseconds of every due step, and seconds from a step to the server for those after the run was opened."""
     with serve(directory) as server:
         environment = {**os.environ, **server.environment(directory / "client")}
@@ -50,7 +50,7 @@ def _measured(condition: str, directory: Path) -> tuple[list[float], list[float]
         if condition.startswith("slow"):
             server.fail(Fault(delay=5))
         program = subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.wandb_hand_over", condition, str(directory)],
+            [sys.executable, "-m", "tests.benchmarks.wandb_hand_over", condition, str(directory), str(step_seconds)],
             env=environment,
             stderr=subprocess.DEVNULL,
         )
@@ -88,7 +88,7 @@ def _records(step: int) -> list[Record]:
     ]
 
 
-def train(condition: str, directory: Path) -> None:
+def train(condition: str, directory: Path, step_seconds: float) -> None:
     """Steps of a training that does nothing else."""
     recorder = Recorder([MemoryBackend() if condition == "no W&B" else WandbBackend()])
     recorder.open(Run(directory / "logs"))
@@ -101,7 +101,7 @@ def train(condition: str, directory: Path) -> None:
             recorder.record(record)
         recorder.flush(step)
         micros.append((time.perf_counter() - began) * 1e6)
-        time.sleep(STEP_SECONDS)
+        time.sleep(step_seconds)
         if step == KILLED_AT:
             (directory / "killed").touch()
     recorder.close()
@@ -109,4 +109,4 @@ def train(condition: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], Path(sys.argv[2]))
+    train(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
