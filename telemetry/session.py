@@ -105,7 +105,7 @@ class Door:
 
     def is_due(self, step: int) -> bool:
         """Return whether an optimizer step, counted from 1 as after its update, is measured."""
-        return step == 1 or step % self.logging_steps == 0
+        return not step % self.logging_steps or step == 1
 
     def _is_to_stop(self) -> bool:
         """Return whether something has been found that ends the training: on all ranks alike, once a step on each."""

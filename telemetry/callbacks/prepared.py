@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -175,7 +175,7 @@ class _Loading(_Stand):
         self._ids = getattr(trainer.model, "main_input_name", "input_ids")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began = perf_counter()
         made = self._own(*args, **kwargs)
         if isinstance(made, tuple) and made and isinstance(made[0], list):
             self._see(began, made[0], self._ids)

@@ -167,7 +167,8 @@ class StrategicCallback(Door, TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.is_due(state.global_step + 1):
+        step = state.global_step + 1
+        if not self.is_due(step):
             return
         if self._session is None:  # added while training runs, which what is refused before training must not end
             try:
@@ -183,7 +184,7 @@ class StrategicCallback(Door, TrainerCallback):
             )
             loader = kwargs.get("eval_dataloader")
             predicted = _predicted.get(id(loader)) is loader
-            self._session.begin_step(self, state.global_step + 1, None if predicted else loader)
+            self._session.begin_step(self, step, None if predicted else loader)
 
     def _about_to_clip(self) -> None:
         self._see_gradients(clipped=False)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -46,7 +46,7 @@ class Pace:
 
     def begin(self) -> None:
         """Begin a step of which nothing is known but when it begins and ends."""
-        self._began, self._loading, self._tokens, self._audio = time.perf_counter(), None, None, None
+        self._began, self._loading, self._tokens, self._audio = perf_counter(), None, None, None
 
     def load(self, began: float, batches: Sequence[Any], ids: str) -> None:
         """Take in what has just been loaded for a step, since a moment of ``time.perf_counter``.
@@ -56,7 +56,8 @@ class Pace:
             batches: the step's microbatches.
             ids: the name of what a batch is counted by.
         """
-        self._began, self._loading = began, time.perf_counter() - began
+        self._began = began
+        self._loading = perf_counter() - began
         if len(batches) == 1:
             self._tokens, self._audio = _known(batches[0], ids)
             return
@@ -70,14 +71,17 @@ class Pace:
 
     def end(self) -> None:
         """End the step that is under way, where there is one."""
-        began, self._began = self._began, 0.0
+        began = self._began
         if not began:
             return
-        if self._warm:
-            self._ended.append((time.perf_counter() - began, self._loading, self._tokens, self._audio))
-            if len(self._ended) == _KEPT:
-                self._add_up()
-        self._warm = True
+        self._began = 0.0
+        if not self._warm:
+            self._warm = True
+            return
+        ended = self._ended
+        ended.append((perf_counter() - began, self._loading, self._tokens, self._audio))
+        if len(ended) == _KEPT:
+            self._add_up()
 
     def take(self) -> Steps:
         """Hand over what the steps took that have ended since this was last asked."""

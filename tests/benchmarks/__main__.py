@@ -148,7 +148,7 @@ def _attention_probe(_pairs: int, brief: bool) -> Iterator[Table]:
         f"Looking at attention: forward pass of {attention_probe.LAYERS} layers, {attention_probe.POSITIONS} positions"
     )
     columns = ("mode", "s", "extra s", "of the whole's", "peak MB", "extra MB", "of the whole's")
-    yield Table(title, columns, attention_probe.report(5 if brief else 9))
+    yield Table(title, columns, attention_probe.report(3 if brief else 9))
     yield Table("Largest difference from the whole", ("measure", "difference"), attention_probe.agreement())
 
 
@@ -171,7 +171,7 @@ def _wandb_hand_over(_pairs: int, brief: bool) -> Iterator[Table]:
 
     title = f"A due step of {wandb_hand_over.SCALARS} scalars and a table with sound and pictures, to W&B"
     columns = ("server", "µs of the training thread", "largest", "ratio", "s to the server, median / largest")
-    yield Table(title, columns, wandb_hand_over.report(0.2 if brief else 0.5))
+    yield Table(title, columns, wandb_hand_over.report(0.1 if brief else 0.5))
 
 
 def _endurance(_pairs: int, brief: bool) -> Iterator[Table]:

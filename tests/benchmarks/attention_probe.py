@@ -111,7 +111,7 @@ def report(repeats: int) -> list[tuple[str, ...]]:
     seconds = dict(zip(MODES, map(statistics.median, zip(*rounds, strict=True)), strict=True))
     # Round by round: the machine's speed drifts, and neighbours share it.
     extra_seconds = {mode: statistics.median(r[at] - r[0] for r in rounds) for at, mode in enumerate(MODES)}
-    peaks = {mode: statistics.median(_peak_megabytes(mode) for _ in range(3)) for mode in MODES}
+    peaks = {mode: statistics.median(_peak_megabytes(mode) for _ in range(1 + repeats // 4)) for mode in MODES}
     extra_peaks = {mode: peaks[mode] - peaks[PLAIN] for mode in MODES}
     return [
         (

@@ -33,7 +33,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1.0
         for module in (pace, prepared):
-            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+            monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
 
 class Slow(Trainer):
