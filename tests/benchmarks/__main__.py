@@ -194,7 +194,7 @@ PARTS: dict[str, Part] = {
     "wandb_hand_over": Part("A slow server slows no step.", 70, _wandb_hand_over),
     "setup_checks": Part("Set-up checks cost once, on the first due step.", 60, _setup_checks),
     "endurance": Part("Memory, files and threads do not grow.", 40, _endurance),
-    "families": Part("So it is with other speech models, and where a fused loss hides the logits.", 60, _families),
+    "families": Part("So it is with other speech models, and where a fused loss hides the logits.", 80, _families),
 }
 
 

@@ -73,7 +73,7 @@ def dia() -> tuple[Any, list[dict[str, Tensor]]]:
 def text() -> tuple[Any, list[dict[str, Tensor]]]:
     """A language model of 32,000 words; all of them are taught."""
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=WORDS, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    ids = torch.randint(3, WORDS, (8, 4 * FRAMES), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, WORDS, (8, 2 * FRAMES), generator=torch.Generator().manual_seed(0))
     return model, [{"input_ids": one} for one in ids]
 
 
