@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _COUNTED = contextlib.nullcontext()
+_SLOWED = 1 / 3  # of what telemetry takes itself: on small models, whose weights caches hold, it was a quarter
 _SMOOTHED = 8  # due steps over which what the background does is set against what the training thread waits
 
 
@@ -53,12 +54,15 @@ class _Period(NamedTuple):
         seconds: in all.
         waited: that the training thread waited outside of telemetry.
         computed: that the background computed.
-        slowed: that the training thread computed longer on the due step, outside of telemetry, than on another step.
+        spent: that telemetry took of the training thread.
+        slowed: that the training thread computed longer on the due step, outside of telemetry, than on others: below 0
+            where that step had less to do.
     """
 
     seconds: float
     waited: float
     computed: float
+    spent: float
     slowed: float
 
 
@@ -68,8 +72,8 @@ class Overhead:
     It costs what it takes of the training thread. And its own threads make the training thread wait: for the
     interpreter, or for a core. That is at most what they computed, and at most what the training thread waited outside
     of telemetry, where it waits for a device and for data too: the lesser of the two. What hooks slow down around
-    themselves, by caches that they empty, shows where there are other steps to compare a due step with; where every
-    step is due, it is not in it.
+    themselves, by caches that they empty, shows where there are other steps to compare a due step with, and is at most
+    a share of what telemetry itself takes: steps differ by their batches too. Where every step is due, it is not in it.
 
     Args:
         background: processor seconds that telemetry's own threads have taken so far.
@@ -105,13 +109,14 @@ class Overhead:
         slowed = 0.0
         if steps > 1:
             due = now[1] - clock.began[1] - clock.computed
-            slowed = max(0.0, due - (own - due) / (steps - 1))
+            slowed = due - (own - due) / (steps - 1)
         self._owed = (0.0, 0.0)
         # On a machine with other work a second of computing takes longer, here as in the background.
         stretch = clock.spent / clock.computed if 0 < clock.computed < clock.spent else 1.0
-        self._periods.append(_Period(seconds, max(0.0, outside - own), background * stretch, slowed * stretch))
+        self._periods.append(_Period(seconds, max(0.0, outside - own), background * stretch, spent, slowed * stretch))
         # A job of the background may be counted a step after it was waited for.
-        total, waited, computed, slowed = (sum(part) for part in zip(*self._periods, strict=True))
+        total, waited, computed, taken, slowed = (sum(part) for part in zip(*self._periods, strict=True))
+        slowed = min(max(0.0, slowed), _SLOWED * taken)
         if total <= 0 or seconds <= 0:
             return 1.0
         return min(1.0, spent / seconds + (min(waited, computed) + slowed) / total)

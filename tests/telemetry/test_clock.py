@@ -102,8 +102,16 @@ def test_what_a_due_step_computes_longer_than_others_is_a_cost(clocks: Clocks) -
     overhead = Overhead(lambda: clocks.background)
     for _ in range(20):
         clocks.passes(9 * 5.0)
-        share = overhead.share(due_step(clocks, own=3.0, training=7.0), steps=10)
-    assert share == pytest.approx((3 + 2) / 55)
+        share = overhead.share(due_step(clocks, own=6.0, training=7.0), steps=10)
+    assert share == pytest.approx((6 + 2) / 58)
+
+
+def test_a_batch_that_is_longer_than_others_is_no_cost_of_telemetry(clocks: Clocks) -> None:
+    overhead = Overhead(lambda: clocks.background)
+    for number in range(20):
+        clocks.passes(9 * 5.0)
+        share = overhead.share(due_step(clocks, own=0.01, training=9.0 if number % 2 else 1.0), steps=10)
+    assert share < 0.02 / 50
 
 
 def test_a_job_that_is_counted_steps_after_it_was_waited_for_is_a_cost_all_the_same(clocks: Clocks) -> None:
