@@ -23,6 +23,7 @@ from telemetry.probes.gradients import (
     steps_by_itself,
     trained_parameters,
 )
+from telemetry.probes.sharding import gradient_of
 from telemetry.records import Mean, Norm, NormRatio, Scalar, Sum
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
@@ -83,7 +84,8 @@ class GradientInstrument(Instrument):
         if not self._parameters or optimizer is None:
             return
         self._note_scale(optimizer)
-        if not any(one.has_gradient for one in self._parameters):  # whatever moves them has done so already, or nothing
+        # Of no parameter at hand: whatever moves them has done so already, or nothing.
+        if all(gradient_of(one.tensor) is None for one in self._parameters):
             reason = STEPPED_BY_ITSELF if steps_by_itself(self._parameters) else NONE_KEPT
             step.recorder.absent("gradients/<group>/update_ratio", reason)
             return

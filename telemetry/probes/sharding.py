@@ -72,7 +72,7 @@ def own_value(parameter: nn.Parameter, is_main: bool) -> Tensor | None:
 
 
 def is_elsewhere(parameter: nn.Parameter) -> bool:
-    """Whether another rank alone has the gradient of a parameter: ZeRO-1 and 2 spread them as wholes."""
+    """Whether other ranks alone have a parameter's gradient: ZeRO-1 and 2 cut all, laid end to end, by ranks."""
     return getattr(parameter, "_hp_mapping", parameter) is None
 
 
