@@ -131,7 +131,7 @@ class Telemetry(Door):
         Labels are read by their names in the batch. ``metadata`` in it, one mapping a sample, names samples: see
         :class:`telemetry.probes.forward.Microbatch`. Off a due step it does nothing.
         """
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             session.prepare(batch)
             session.announce(batch.get("metadata") or ())
 
@@ -168,19 +168,19 @@ class Telemetry(Door):
     def before_update(self, optimizer: Any) -> None:
         """Look at the gradients, unless :meth:`gradients` has, and at the weights before the optimizer steps."""
         self._see_gradients(clipped=None)
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             session.tell("before_update", optimizer)
 
     def after_update(self, optimizer: Any) -> None:
         """Look at the weights after the optimizer has stepped."""
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             session.tell("after_update", optimizer)
 
     def end_step(self) -> None:
         """End an optimizer step: see :meth:`step`."""
         self.steps += 1
         self._unhook()
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             session.end_step()
         self._joined().sentinel.pace.end()
 

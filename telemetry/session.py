@@ -97,11 +97,12 @@ class Door:
         self.stop_on = check_findings([stop_on] if isinstance(stop_on, str) else stop_on, rules_of(health_rules))
         self.stopped = ""
         self._session: Session | None = None
+        self._led: Session | None = None  # while a due step is under way that this door has opened
         self._gradients_seen = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy (for another process, say) watches nothing until a training of its own begins."""
-        return vars(self) | {"_session": None}
+        return vars(self) | {"_session": None, "_led": None}
 
     def is_due(self, step: int) -> bool:
         """Return whether an optimizer step, counted from 1 as after its update, is measured."""
@@ -115,13 +116,9 @@ class Door:
 
     def _leave(self) -> None:
         session, self._session = self._session, None
+        self._led = None
         if session is not None:
             session.leave(self)
-
-    def _led(self) -> Session | None:
-        """The run, while a due step is under way that this door has opened."""
-        session = self._session
-        return session if session is not None and session.leads(self) else None
 
     def _see_gradients(self, clipped: bool | None, scaled: bool = True) -> None:
         """Have the gradients of a due step measured, once; ``clipped``: see :meth:`Instrument.gradients`.
@@ -129,7 +126,7 @@ class Door:
         Args:
             scaled: whether a loss scaler's factor, where there is one, is still in them.
         """
-        if not self._gradients_seen and (session := self._led()) is not None:
+        if not self._gradients_seen and (session := self._led) is not None:
             self._gradients_seen = True
             session.see_gradients(clipped, scaled)
 
@@ -333,7 +330,7 @@ class Session:
                     recorder.say_once("family", NO_FAMILY)
                 due = [one for other in self._doors if other.is_due(number) for one in other.instruments]
                 self._due = [instrument for instrument in due if self._is_its_turn(instrument)]
-                self._step, self._leader = self._make_step(number), door
+                self._step, self._leader, door._led = self._make_step(number), door, self
                 self._watch.open()
                 self._hide = self.setting.show_batches(self.prepare)
                 self._reader.attach(self._watch)
@@ -527,6 +524,8 @@ class Session:
         self._unwatch()
         self._hide()
         self._hide = _nothing
+        if self._leader is not None and self._leader._led is self:
+            self._leader._led = None
         self._step = self._leader = None
         self._due = []
 

@@ -159,7 +159,7 @@ class StrategicCallback(Door, TrainerCallback):
     ) -> None:
         if self._session is not None:  # another training's, inside of which this one runs, or that was interrupted
             self._around.append(self._session)
-            self._session = None
+            self._session = self._led = None
         self.stopped = ""
         self._judge_by_ear(args)
         self._join(args, state, **kwargs)
@@ -191,7 +191,7 @@ class StrategicCallback(Door, TrainerCallback):
 
     def _update_inside(self, optimizer: Any, done: bool) -> None:
         """See an update that DeepSpeed makes in the backward pass, and of which the Trainer's events come too late."""
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             self._updated = True
             if done:
                 session.tell("after_update", optimizer)
@@ -219,7 +219,7 @@ class StrategicCallback(Door, TrainerCallback):
         """
         if self._session is not None:
             self._session.sentinel.announce(metadata)
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             session.announce(metadata)
 
     def on_outputs(
@@ -235,7 +235,7 @@ class StrategicCallback(Door, TrainerCallback):
 
         Used where the model is compiled, and hooks cannot watch it.
         """
-        if (session := self._led()) is not None and inputs is not None:
+        if (session := self._led) is not None and inputs is not None:
             session.hand_over(inputs, outputs)
 
     def on_gradients(
@@ -252,7 +252,7 @@ class StrategicCallback(Door, TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if (session := self._led()) is not None and not self._updated:
+        if (session := self._led) is not None and not self._updated:
             # By now the Trainer has taken a loss scaler's factor out, whether it clips or not.
             self._see_gradients(clipped=(args.max_grad_norm or 0) > 0, scaled=False)
             session.tell("before_update", optimizer)
@@ -265,7 +265,7 @@ class StrategicCallback(Door, TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if (session := self._led()) is not None and not self._updated:
+        if (session := self._led) is not None and not self._updated:
             session.tell("after_update", optimizer)
 
     def on_step_end(
@@ -280,7 +280,7 @@ class StrategicCallback(Door, TrainerCallback):
         if self._unwatch is not _nothing:
             self._unwatch()
             self._unwatch = _nothing
-        if (session := self._led()) is not None:
+        if (session := self._led) is not None:
             session.end_step(inputs, outputs)
         if self.stop_on and self._is_to_stop():
             logger.error("training stops, as asked: %s", self.stopped)
@@ -347,7 +347,8 @@ class StrategicCallback(Door, TrainerCallback):
         self._leave()
         while self._around and self._session is None:
             around = self._around.pop()
-            self._session = around if around.is_open else None
+            if around.is_open:
+                self._session, self._led = around, around if around.leads(self) else None
 
     def _judge_by_ear(self, args: TrainingArguments) -> None:
         """See that the best checkpoint is the one that sounds best, where a number of the clips chooses it.
