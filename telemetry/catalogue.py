@@ -896,6 +896,21 @@ CATALOGUE: tuple[Entry, ...] = (
             absent="the batch has no ids, or only due steps are seen",
         ),
         Entry(
+            "throughput/model_flops_per_second",
+            "Floating-point operations of the model that are trained a second: 6 × positions × weights that multiply "
+            "them. Attention between positions, and what is computed again, is not in it.",
+            better="higher",
+            reduction="sum over ranks, over the seconds of the slowest",
+            absent="parameters are frozen, or only some of them work on a position of the main input",
+        ),
+        Entry(
+            "throughput/model_flops_utilization",
+            "Share of what the GPUs could do of dense 16-bit operations, by their makers' data sheets.",
+            better="higher",
+            reduction="mean over steps and ranks",
+            absent="no GPU that is known, or another precision",
+        ),
+        Entry(
             "throughput/audio_seconds_per_second",
             "Seconds of target audio that are trained on in a second.",
             better="higher",

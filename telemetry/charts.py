@@ -198,6 +198,8 @@ QUESTIONS: tuple[Question, ...] = (
             "Time of a step", ("throughput/seconds_per_step", "throughput/{slowest_rank,fastest_rank}/seconds_per_step")
         ),
         Chart("Tokens a second", ("throughput/tokens_per_second",)),
+        Chart("Operations of the model a second", ("throughput/model_flops_per_second",)),
+        Chart("Share of what the GPUs could do", ("throughput/model_flops_utilization",)),
         Chart("Seconds of audio a second", ("throughput/audio_seconds_per_second",)),
         Chart("Share of a step that waits for data", ("throughput/loader_fraction",)),
         Chart("Memory", ("throughput/memory_bytes",)),

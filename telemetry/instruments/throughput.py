@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from telemetry.delivery.recorder import Emitter
-from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.base import NO_LAYERS, Instrument, Step
+from telemetry.measures.model_flops import UncountableError, operations_a_position, peak_operations
+from telemetry.probes.pace import Steps
 from telemetry.records import Max, Mean, Metric, Min, Rate
 
 SECONDS = "throughput/seconds_per_step"
 BY_RANK = "throughput/by_rank"
+FLOPS = "throughput/model_flops_per_second"
+UTILIZATION = "throughput/model_flops_utilization"
 
 
 class ByRank(Metric):
@@ -28,6 +33,9 @@ class ByRank(Metric):
 
 class ThroughputInstrument(Instrument):
     """Shows what the steps took that have ended since the last due step."""
+
+    def __init__(self) -> None:
+        self._counted = weakref.WeakKeyDictionary[nn.Module, float | str]()
 
     def finish(self, step: Step) -> None:
         """Send that on its way."""
@@ -43,6 +51,7 @@ class ThroughputInstrument(Instrument):
             recorder.metric("throughput/tokens_per_second", Rate(float(steps.tokens), steps.seconds))
         else:
             recorder.absent("throughput/tokens_per_second", "the batches of steps that are not due are not seen")
+        self._show_operations(step, steps)
         if step.world_size > 1:
             own = torch.zeros(step.world_size, dtype=torch.float64)
             own[step.rank] = steps.seconds / steps.count
@@ -58,6 +67,34 @@ class ThroughputInstrument(Instrument):
                 emit.absent("throughput/audio_seconds_per_second", "batches do not say how long their target audio is")
 
         recorder.defer({}, build)
+
+    def _show_operations(self, step: Step, steps: Steps) -> None:
+        """Show what is computed of the model a second, and which part that is of what the GPU could do."""
+        counted = self._counted.get(step.model)
+        if counted is None:
+            counted = self._counted[step.model] = _operations(step)
+        if isinstance(counted, str):
+            step.recorder.absent(FLOPS, counted)
+        elif steps.tokens is not None:
+            operations = counted * steps.tokens
+            step.recorder.metric(FLOPS, Rate(operations, steps.seconds))
+            parameter = next(step.model.parameters())
+            gpu = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "a processor"
+            dtype = step.autocast or parameter.dtype
+            if (peak := peak_operations(gpu, dtype)) is not None:
+                step.recorder.metric(UTILIZATION, Mean(operations, peak * steps.seconds))
+            else:
+                step.recorder.absent(UTILIZATION, f"what {gpu} could do of {dtype} is not known")
+
+
+def _operations(step: Step) -> float | str:
+    """Return the operations of a position, or why they are not counted."""
+    if step.family is None or not step.family.layers():
+        return NO_LAYERS
+    try:
+        return operations_a_position(step.model, step.family.group_of)
+    except UncountableError as reason:
+        return str(reason)
 
 
 def _extremes(_host: Mapping[str, Tensor], emit: Emitter) -> None:

@@ -73,6 +73,8 @@ OUTPUTS = [
     "throughput/slowest_rank/seconds_per_step",
     "throughput/fastest_rank/seconds_per_step",
     "throughput/tokens_per_second",
+    "throughput/model_flops_per_second",
+    "throughput/model_flops_utilization",
     "throughput/audio_seconds_per_second",
     "throughput/loader_fraction",
     "throughput/memory_bytes",

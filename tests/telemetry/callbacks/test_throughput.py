@@ -18,13 +18,19 @@ from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks import prepared
 from telemetry.delivery.measured import Measured
+from telemetry.instruments import throughput
 from telemetry.instruments.throughput import BY_RANK, ByRank, _extremes
 from telemetry.loop import Telemetry
 from telemetry.probes import pace
 from telemetry.records import Rate
 
+PEAK = 1e6
 LOADING, PASS, UPDATE, EVALUATION = 2.0, 1.0, 0.5, 100.0
 STEP = 2 * LOADING + 2 * PASS + UPDATE
+
+
+def is_multiplied(name: str) -> bool:
+    return "proj" in name or "lm_head" in name
 
 
 class Clock:
@@ -70,6 +76,7 @@ def test_means_of_all_steps_since_the_last_due_step(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Collator, "__call__", collate)
     monkeypatch.setattr(Slow, "clock", clock, raising=False)
+    monkeypatch.setattr(throughput, "peak_operations", lambda *_: PEAK)
     callbacks = [Between(clock), StrategicTelemetry(["inputs"], 3, [backend])]
     run = training(llama(0.0), tmp_path, callbacks, 6, 2, Slow, logging_strategy="steps", logging_steps=1)
     run.trainer.train()
@@ -82,6 +89,10 @@ def test_means_of_all_steps_since_the_last_due_step(tmp_path: Path, monkeypatch:
         "tokens_per_second": {due: sum(of_step[n] for n in those) / len(those) / STEP for due, those in steps.items()},
         "audio_seconds_per_second": dict.fromkeys(steps, 2 * (0 + 1) / STEP),
     }
+    operations = 6 * sum(one.numel() for name, one in run.trainer.model.named_parameters() if is_multiplied(name))
+    flops = {due: operations * rate for due, rate in expected["tokens_per_second"].items()}
+    expected |= {"model_flops_per_second": flops}
+    expected |= {"model_flops_utilization": {due: rate / PEAK for due, rate in flops.items()}}
     for name, values in expected.items():
         assert backend.scalars(f"throughput/{name}") == pytest.approx(values), name
     resident = psutil.Process().memory_info().rss
