@@ -863,6 +863,12 @@ CATALOGUE: tuple[Entry, ...] = (
         reduction="mean over ranks",
         absent="only the Trainer shows the loss of every step",
     ),
+    Entry(
+        "steps/{highest_rank,lowest_rank}/median_loss",
+        "The same of the ranks with the highest and the lowest, which are named.",
+        reduction="max, min over ranks",
+        absent="one process, or only the Trainer shows the loss of every step",
+    ),
     _count(
         "steps/zero_losses",
         "Microbatches since the last due step whose loss was exactly 0: they had no labels, or were skipped.",
@@ -886,6 +892,14 @@ CATALOGUE: tuple[Entry, ...] = (
             reduction="max, min over ranks",
             better="lower",
             absent="one process",
+        ),
+        Entry(
+            "throughput/{slowest_loader,fastest_loader}/loader_fraction",
+            "Share of a step that the rank waits for its data which waits longest, and which waits least; they are "
+            "named. All others wait for the slowest where gradients are averaged.",
+            reduction="max, min over ranks",
+            better="lower",
+            absent="one process, or only the Trainer shows how long it waits for data",
         ),
         Entry(
             "throughput/tokens_per_second",

@@ -191,6 +191,7 @@ QUESTIONS: tuple[Question, ...] = (
     _question(
         "steps",
         Chart("Losses of all steps that were bad", ("steps/{nonfinite_losses,zero_losses}",)),
+        Chart("Median loss of all steps", ("steps/median_loss", "steps/{highest_rank,lowest_rank}/median_loss")),
     ),
     _question(
         "throughput",
@@ -201,7 +202,10 @@ QUESTIONS: tuple[Question, ...] = (
         Chart("Operations of the model a second", ("throughput/model_flops_per_second",)),
         Chart("Share of what the GPUs could do", ("throughput/model_flops_utilization",)),
         Chart("Seconds of audio a second", ("throughput/audio_seconds_per_second",)),
-        Chart("Share of a step that waits for data", ("throughput/loader_fraction",)),
+        Chart(
+            "Share of a step that waits for data",
+            ("throughput/loader_fraction", "throughput/{slowest_loader,fastest_loader}/loader_fraction"),
+        ),
         Chart("Memory", ("throughput/memory_bytes",)),
     ),
     _question(

@@ -152,6 +152,8 @@ def _steps_take_as_long(history: History, limits: Limits) -> Verdict | None:
     loading = history.latest("throughput/loader_fraction")
     if slow and loading is not None:
         said += f"; throughput/loader_fraction = {loading:.4g}"
+        if note := history.note("throughput/slowest_loader/loader_fraction"):
+            said += f", most on {note}"
     if slow and (note := history.note("throughput/slowest_rank/seconds_per_step")):
         said += f"; slowest: {note}"
     return Verdict(Level.WARNING if slow else Level.OK, said)

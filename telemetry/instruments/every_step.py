@@ -11,12 +11,14 @@ from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.instruments.base import Instrument, Step
+from telemetry.instruments.by_rank import Extremes
 from telemetry.probes.sentinel import Names
 from telemetry.records import Mean, Metric, Sum
 
-NONFINITE, ZERO = "steps/nonfinite_losses", "steps/zero_losses"
+NONFINITE, ZERO, MEDIAN = "steps/nonfinite_losses", "steps/zero_losses", "steps/median_loss"
 NOT_SHOWN = "only the Trainer shows the loss of every step"
 NAMED = 3  # samples
+ODD_RANK = Extremes(MEDIAN, "highest_rank", "lowest_rank")
 
 
 class First(Metric):
@@ -58,7 +60,9 @@ class EveryStepInstrument(Instrument):
         def build(host: Mapping[str, Tensor], emit: Emitter) -> None:
             values = host["losses"].tolist()
             if finite := [value for value in values if math.isfinite(value)]:
-                emit.metric("steps/median_loss", Mean(statistics.median(finite), 1))
+                median = statistics.median(finite)
+                emit.metric(MEDIAN, Mean(median, 1))
+                ODD_RANK.add(step, emit, median)
             for tag, count, first in judged(named, values, rank):
                 emit.metric(tag, Sum(count))
                 if first is not None:
@@ -71,6 +75,7 @@ class EveryStepInstrument(Instrument):
 
         recorder.defer({"losses": losses}, build)
         recorder.show({}, show)
+        recorder.show({}, ODD_RANK.show)
 
 
 def judged(

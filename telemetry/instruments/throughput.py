@@ -7,28 +7,23 @@ import os
 import weakref
 from collections.abc import Mapping
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
 from telemetry.delivery.recorder import Emitter
 from telemetry.instruments.base import NO_LAYERS, Instrument, Step
+from telemetry.instruments.by_rank import Extremes
 from telemetry.measures.model_flops import UncountableError, operations_a_position, peak_operations
 from telemetry.probes.pace import Steps
-from telemetry.records import Max, Mean, Metric, Min, Rate
+from telemetry.records import Max, Mean, Rate
 
 SECONDS = "throughput/seconds_per_step"
-BY_RANK = "throughput/by_rank"
+LOADING = "throughput/loader_fraction"
 FLOPS = "throughput/model_flops_per_second"
 UTILIZATION = "throughput/model_flops_utilization"
-
-
-class ByRank(Metric):
-    """One number of each rank, a vector that is 0 but for a rank's own place."""
-
-    ops = ("sum",)
-    shown = False
+RANKS = Extremes(SECONDS, "slowest_rank", "fastest_rank")
+LOADERS = Extremes(LOADING, "slowest_loader", "fastest_loader")
 
 
 class ThroughputInstrument(Instrument):
@@ -43,20 +38,17 @@ class ThroughputInstrument(Instrument):
         if steps is None or not steps.count or steps.seconds <= 0:
             return  # before the end of the second step there is nothing to say
         recorder.metric(SECONDS, Mean(steps.seconds, float(steps.count)))
+        RANKS.add(step, recorder, steps.seconds / steps.count)
         if steps.loading is not None:
-            recorder.metric("throughput/loader_fraction", Mean(steps.loading, steps.seconds))
+            recorder.metric(LOADING, Mean(steps.loading, steps.seconds))
+            LOADERS.add(step, recorder, steps.loading / steps.seconds)
         else:
-            recorder.absent("throughput/loader_fraction", "only the Trainer shows how long it waits for data")
+            recorder.absent(LOADING, "only the Trainer shows how long it waits for data")
         if steps.tokens is not None:
             recorder.metric("throughput/tokens_per_second", Rate(float(steps.tokens), steps.seconds))
         else:
             recorder.absent("throughput/tokens_per_second", "the batches of steps that are not due are not seen")
         self._show_operations(step, steps)
-        if step.world_size > 1:
-            own = torch.zeros(step.world_size, dtype=torch.float64)
-            own[step.rank] = steps.seconds / steps.count
-            recorder.metric(BY_RANK, ByRank(own))
-            recorder.show({}, _extremes)
         device = next((parameter.device for parameter in step.model.parameters()), torch.device("cpu"))
 
         def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
@@ -67,6 +59,8 @@ class ThroughputInstrument(Instrument):
                 emit.absent("throughput/audio_seconds_per_second", "batches do not say how long their target audio is")
 
         recorder.defer({}, build)
+        recorder.show({}, RANKS.show)
+        recorder.show({}, LOADERS.show)
 
     def _show_operations(self, step: Step, steps: Steps) -> None:
         """Show what is computed of the model a second, and which part that is of what the GPU could do."""
@@ -95,19 +89,6 @@ def _operations(step: Step) -> float | str:
         return operations_a_position(step.model, step.family.group_of)
     except UncountableError as reason:
         return str(reason)
-
-
-def _extremes(_host: Mapping[str, Tensor], emit: Emitter) -> None:
-    """Name the slowest and the fastest of the ranks that were heard."""
-    merged = emit.merged(BY_RANK)
-    if merged is None:
-        return
-    each = np.asarray(merged.components[0])
-    heard = np.flatnonzero(each)
-    if heard.size > 1:
-        slowest, fastest = heard[each[heard].argmax()], heard[each[heard].argmin()]
-        emit.metric("throughput/slowest_rank/seconds_per_step", Max(float(each[slowest])), f"rank {slowest}")
-        emit.metric("throughput/fastest_rank/seconds_per_step", Min(float(each[fastest])), f"rank {fastest}")
 
 
 def _memory(device: torch.device) -> float:

@@ -123,6 +123,20 @@ def test_the_tables_show_its_rows(outcomes: dict[str, list[Outcome]]) -> None:
     assert own == {f"sample-{10 * (at - FAULTY_RANK)}"}
 
 
+def test_the_ranks_with_the_highest_and_lowest_losses_are_named(outcomes: dict[str, list[Outcome]]) -> None:
+    tags = "steps/highest_rank/median_loss", "steps/lowest_rank/median_loss", "steps/median_loss"
+    for name, left_out in (("sound", set()), ("poisoned_step", {POISONED_STEP})):
+        backend = outcomes[name][0].backend
+        high, low, mean = map(backend.scalars, tags)
+        assert high.keys() == low.keys() == set(EVERY_STEP) - left_out  # of one rank's number none is the highest
+        assert all(high[step] > low[step] for step in high)
+        assert {step: mean[step] for step in high} == pytest.approx({s: (high[s] + low[s]) / 2 for s in high})
+        named = [{record.note for _, record in both} for both in zip(*map(backend.records.get, tags[:2]), strict=True)]
+        assert named == [{"rank 0", "rank 1"}] * len(high)
+        shown = {"throughput/slowest_loader/loader_fraction", "throughput/slowest_rank/seconds_per_step"}
+        assert shown <= set(backend.tags())
+
+
 # -- weights that come apart ------------------------------------------------------------------------------------------
 
 
@@ -172,12 +186,12 @@ def test_a_broken_measure_is_said_where_it_broke(outcomes: dict[str, list[Outcom
     [said] = lines_with(second, "InputInstrument failed; training goes on")
     assert "ValueError: this measure is broken" in said
     assert len(lines_with(second, "InputInstrument failed 3 times: switched off")) == 1
-    assert first.log == outcomes["sound"][0].log
+    assert sorted(first.log) == sorted(outcomes["sound"][0].log)  # two threads say it
 
     first, second = outcomes["broken_check"]
     [said] = lines_with(second, "could not show")
     assert "ValueError: this measure is broken" in said
-    assert first.log == outcomes["sound"][0].log
+    assert sorted(first.log) == sorted(outcomes["sound"][0].log)  # two threads say it
 
 
 # -- one token on rank 1 -----------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.text_training import Collator, training
 from support.trl_training import llama
 from torch import nn
@@ -19,7 +21,7 @@ from telemetry.backends.memory import MemoryBackend
 from telemetry.callbacks import prepared
 from telemetry.delivery.measured import Measured
 from telemetry.instruments import throughput
-from telemetry.instruments.throughput import BY_RANK, ByRank, _extremes
+from telemetry.instruments.by_rank import Extremes
 from telemetry.loop import Telemetry
 from telemetry.probes import pace
 from telemetry.records import Rate
@@ -117,18 +119,24 @@ def test_a_loop_of_ones_own_is_timed_and_what_it_does_not_show_is_absent(
     assert tags <= {row[0] for row in absent.rows}  # type: ignore[union-attr]
 
 
-def test_the_slowest_rank_is_named_and_all_ranks_tokens_count() -> None:
-    step = Measured()
-    for rank, seconds in enumerate([1.0, 3.0, 0.5, 0.0]):  # of the last nothing was heard
-        own = torch.zeros(4, dtype=torch.float64)
-        own[rank] = seconds
-        step.metric(BY_RANK, ByRank(own))
-    _extremes({}, step)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False), min_size=1, max_size=9))
+def test_the_extreme_ranks_are_named(numbers: list[float]) -> None:
+    step, shown = Measured(), Extremes("a/number", "most", "least")
+    for rank, number in enumerate(numbers):
+        of_rank: Any = SimpleNamespace(rank=rank, world_size=9)
+        shown.add(of_rank, step, number)
+    shown.show({}, step)
     found = {tag: (metric.result(), step.notes[tag]) for tag, metric in step.metrics.items() if metric.shown}
-    assert found == {
-        "throughput/slowest_rank/seconds_per_step": (3.0, "rank 1"),
-        "throughput/fastest_rank/seconds_per_step": (0.5, "rank 2"),
-    }
+    if len(numbers) == 1:
+        assert not found
+        return
+    for tag, wanted in (("a/most/number", max(numbers)), ("a/least/number", min(numbers))):
+        value, named = found[tag]
+        assert value == pytest.approx(wanted, rel=1e-9)
+        assert numbers[int(named.removeprefix("rank "))] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_all_ranks_tokens_count_over_the_seconds_of_the_slowest() -> None:
     assert Rate(100.0, 2.0).merge(Rate(60.0, 4.0)).result() == 40.0
 
 
