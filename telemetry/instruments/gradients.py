@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from telemetry.probes.gradients import (
     steps_by_itself,
     trained_parameters,
 )
-from telemetry.probes.sharding import gradient_of
+from telemetry.probes.sharding import gradient_of, is_offloaded
 from telemetry.records import Mean, Norm, NormRatio, Scalar, Sum
 
 CLIPPED_NOTE = "Measured after clipping: this Trainer shows its gradients no earlier."
@@ -36,7 +37,8 @@ TOTAL = "gradients/total_norm"
 SUMS = "gradients/parameters"
 PARTS_OF_A_LAYER = frozenset({"shared_attention", "text_ffn", "audio_ffn"})
 NONE_KEPT = "no parameter has a gradient when the optimizer is to step (one that steps in the backward pass keeps none)"
-STEPPED_BY_ITSELF = "DeepSpeed has moved them to the host, or its optimizer has stepped before telemetry could look"
+OFFLOADED = "DeepSpeed has moved them to the host, and to look there would hold up the step"
+STEPPED_BY_ITSELF = "DeepSpeed's optimizer has stepped before telemetry could look"
 
 
 class GradientInstrument(Instrument):
@@ -86,8 +88,7 @@ class GradientInstrument(Instrument):
         self._note_scale(optimizer)
         # Of no parameter at hand: whatever moves them has done so already, or nothing.
         if all(gradient_of(one.tensor) is None for one in self._parameters):
-            reason = STEPPED_BY_ITSELF if steps_by_itself(self._parameters) else NONE_KEPT
-            step.recorder.absent("gradients/<group>/update_ratio", reason)
+            step.recorder.absent("gradients/<group>/update_ratio", _why_none(self._parameters))
             return
         if step.is_main:
             self._missing.see_optimizer(step.number, self._parameters, optimizer, step.recorder)
@@ -129,8 +130,7 @@ class GradientInstrument(Instrument):
         if found:
             self._missing.see_gradients(step.number, self._parameters, step.recorder)
         else:
-            stepped = steps_by_itself(self._parameters)
-            step.recorder.absent(TOTAL, STEPPED_BY_ITSELF if stepped else NONE_KEPT)
+            step.recorder.absent(TOTAL, _why_none(self._parameters))
 
     def _note_scale(self, optimizer: Any) -> None:
         """Until clipping or the Trainer's own norm takes it out, gradients carry the scale."""
@@ -151,10 +151,16 @@ class GradientInstrument(Instrument):
         step.recorder.show({}, show)
 
 
+def _why_none(parameters: Sequence[TrainedParameter]) -> str:
+    if any(is_offloaded(one.tensor) for one in parameters):
+        return OFFLOADED
+    return STEPPED_BY_ITSELF if steps_by_itself(parameters) else NONE_KEPT
+
+
 def _show_clipping(most: float, _host: Mapping[str, Tensor], emit: Emitter) -> None:
-    """What torch multiplies the gradients by where it clips."""
+    """What torch multiplies the gradients by where it clips: of such as overflow nothing that is one number."""
     norm = total.result() if (total := emit.merged(TOTAL)) is not None else None
-    if norm is not None:
+    if norm is not None and math.isfinite(norm):
         emit.record(Scalar("gradients/clip_coefficient", min(1.0, most / (norm + 1e-6))))
 
 

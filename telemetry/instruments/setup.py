@@ -19,7 +19,7 @@ from telemetry.instruments.asked import FirstStep
 from telemetry.instruments.base import Step
 from telemetry.measures.token_stats import token_statistics
 from telemetry.probes.forward import Microbatch, Reading
-from telemetry.probes.sharding import forwards_are_collective, is_zero, own_value
+from telemetry.probes.sharding import forwards_are_collective, is_zero, own_value, whole_shape
 from telemetry.records import Max, Mean, Metric, Scalar
 
 SAMPLED = 64  # parameters of which it is looked whether a step moves them
@@ -127,8 +127,7 @@ class Apart(Metric):
 
 
 def _is_norm(name: str, parameter: nn.Parameter) -> bool:
-    whole = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps a part, and leaves an empty parameter
-    return len(whole) == 1 and "norm" in name.lower()
+    return len(whole_shape(parameter)) == 1 and "norm" in name.lower()
 
 
 def _size(model: nn.Module) -> Tensor:
@@ -198,7 +197,8 @@ def _trained(step: Step) -> dict[str, tuple[int, int]]:
     for name, parameter in step.model.named_parameters():
         group = step.family.group_of(name) if step.family is not None else "other"
         trained, count = found.get(group, (0, 0))
-        found[group] = trained + parameter.numel() * parameter.requires_grad, count + parameter.numel()
+        size = whole_shape(parameter).numel()
+        found[group] = trained + size * parameter.requires_grad, count + size
     return found
 
 

@@ -271,13 +271,16 @@ def _on_gradients(
     return hooked
 
 
-def _hear_gradient(value: Tensor, hear: Callable[[Tensor], None]) -> None:
-    """Have a function called with the gradient of a tensor, or of what it is a copy of in another dtype.
+_COPIES = ("ToCopyBackward", "PreBackwardFunctionForModule")  # the latter is DeepSpeed's
 
-    Under autocast, what a model returns is a copy of the logits that its loss is made of.
+
+def _hear_gradient(value: Tensor, hear: Callable[[Tensor], None]) -> None:
+    """Have a function called with the gradient of a tensor, or of what it is a copy of.
+
+    Under autocast, what a model returns is a copy of the logits that its loss is made of; under ZeRO-3 of every tensor.
     """
     node = value.grad_fn
-    while node is not None and node.name().startswith("ToCopyBackward") and node.next_functions:
+    while node is not None and node.name().startswith(_COPIES) and node.next_functions:
         node = node.next_functions[0][0]
     if node is None or node is value.grad_fn:
         value.register_hook(hear)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -35,23 +36,40 @@ def is_zero3(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter that other ranks may have parts of; ZeRO-3 leaves an empty one."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
 def is_zero(parameter: nn.Parameter) -> bool:
     """Whether a parameter belongs to an optimizer of DeepSpeed's ZeRO, of any stage."""
     return is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
 
 
+def is_offloaded(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO steps a parameter, as far as it is this rank's, on the host."""
+    if is_zero3(parameter):
+        return bool(getattr(getattr(parameter, "_z3_optimizer", None), "offload_optimizer", False))
+    return bool(getattr(getattr(parameter, "_hp_mapping", None), "use_offload", False))
+
+
 def gradient_of(parameter: nn.Parameter) -> Tensor | None:
     """Return a parameter's gradient, of ZeRO this rank's part; None where there is none. Gathers nothing.
+
+    Of one that is offloaded there is none: it may still be on its way to the host, and the way back would wait.
 
     ZeRO-1 and 2 have one from the last backward pass to their optimizer's step: averaged over ranks, with the factor of
     a loss scaler.
     """
     if not is_zero(parameter):
         return parameter.grad
+    if is_offloaded(parameter):
+        return None
     if is_zero3(parameter):
-        return parameter.grad if parameter.grad is not None else _of_zero3("safe_get_local_grad", parameter)
+        return parameter.grad if parameter.grad is not None else _of_zero3(parameter, "safe_get_local_grad")
     part: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-    if part is None or part.use_offload:  # which may still be on its way to the host
+    if part is None:
         return None
     try:
         gradient: Tensor = part.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
@@ -62,9 +80,12 @@ def gradient_of(parameter: nn.Parameter) -> Tensor | None:
 
 
 def own_value(parameter: nn.Parameter, is_main: bool) -> Tensor | None:
-    """Return this rank's part of a parameter as :func:`own_part` does; of ZeRO, of what its optimizer steps."""
+    """Return this rank's part of a parameter as :func:`own_part` does; of ZeRO, of what its optimizer steps.
+
+    Of ZeRO-3 that steps on the host, of what its forward passes take.
+    """
     if is_zero3(parameter):
-        return _of_zero3("safe_get_local_fp32_param", parameter)
+        return _as_forward_takes_it(parameter) if is_offloaded(parameter) else _of_zero3(parameter, _ZERO3_STEPS)
     if is_zero(parameter):
         part: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if part is None else part.hp_fragment.detach()
@@ -76,10 +97,24 @@ def is_elsewhere(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_hp_mapping", parameter) is None
 
 
-def _of_zero3(name: str, parameter: nn.Parameter) -> Tensor | None:
+_ZERO3_STEPS = "safe_get_local_fp32_param"
+
+
+def _of_zero3(parameter: nn.Parameter, name: str) -> Tensor | None:
     utils = importlib.import_module("deepspeed.utils")
     found: Tensor | None = getattr(utils, name)(parameter)
-    return None if found is None else found.detach()
+    return None if found is None else _without_padding(parameter, found)
+
+
+def _as_forward_takes_it(parameter: Any) -> Tensor | None:
+    part = parameter.ds_tensor
+    return _without_padding(parameter, part) if part.numel() == part.ds_numel else None  # else it is on a disk
+
+
+def _without_padding(parameter: Any, part: Tensor) -> Tensor:
+    """What a rank has of ZeRO-3 of a parameter itself: to all ranks it gives as much, the last ones' filled up."""
+    at = dist.get_rank(getattr(parameter, "ds_process_group", None)) * part.numel()
+    return part.detach().narrow(0, 0, max(0, min(part.numel(), parameter.ds_numel - at)))
 
 
 def own_part(tensor: Tensor, is_main: bool) -> Tensor | None:
