@@ -458,7 +458,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "gradients/clip_coefficient",
         "What the trainer's clipping multiplies all gradients by: 1 where they are not clipped.",
-        absent="the trainer does not clip, or does not say to what",
+        absent="the trainer does not clip, or does not say to what, or gradients are not finite",
     ),
     Entry(
         "gradients/total_norm",

@@ -291,7 +291,7 @@ RULES: tuple[Rule, ...] = (
         _nonfinite,
         "gradients/largest and inputs/tensors name the parameter and the tensor; lower the learning rate, check the "
         "data",
-        "float16 that overflows without a loss scaler; a batch without a single label",
+        "float16 that overflows, a step that a loss scaler leaves out; a batch without a single label",
         follows=("loss_finite",),
         absent="nothing but telemetry's own numbers was recorded",
         proof="NaN from one sample",
