@@ -86,8 +86,11 @@ def test_of_a_sharded_tensor_every_rank_has_its_shard(rank_of_two: int) -> None:
     assert (own_part(copied, is_main=rank_of_two == 0) is None) == (rank_of_two == 1)
 
 
-def test_zero_3_gives_each_rank_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for ``deepspeed.utils``, whose function of this name returns a rank's own part."""
+def test_zero_3_gives_each_rank_its_shard(rank_of_two: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for ``deepspeed.utils``, whose function of this name returns a rank's own part, filled up.
+
+    Where DeepSpeed is installed it is itself tested, by ``test_zero_on_ranks.py``.
+    """
     utils = ModuleType("deepspeed.utils")
     utils.safe_get_local_grad = lambda parameter: torch.full((2,), 3.0)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
@@ -96,9 +99,9 @@ def test_zero_3_gives_each_rank_its_shard(monkeypatch: pytest.MonkeyPatch) -> No
     trained = [TrainedParameter("weight", "other", None, parameter)]
     assert not steps_by_itself(trained)
     assert own_gradients(trained, is_main=False) == {}
-    parameter.ds_id = 0  # type: ignore[attr-defined]
+    parameter.ds_id, parameter.ds_numel = 0, 3  # type: ignore[attr-defined]
     assert steps_by_itself(trained)
-    assert own_gradients(trained, is_main=False)[0].tolist() == [3.0, 3.0]
+    assert own_gradients(trained, is_main=False)[0].tolist() == [[3.0, 3.0], [3.0]][rank_of_two]
 
 
 def test_flat_shards_of_fsdp1_are_out_of_reach() -> None:
