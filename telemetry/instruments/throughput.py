@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from telemetry.delivery.recorder import Emitter
 from telemetry.instruments.base import NO_LAYERS, Instrument, Step
 from telemetry.instruments.by_rank import Extremes
-from telemetry.measures.model_flops import UncountableError, operations_a_position, peak_operations
+from telemetry.instruments.model_flops import UncountableError, operations_a_position, peak_operations
 from telemetry.probes.pace import Steps
 from telemetry.records import Max, Mean, Rate
 

@@ -11,7 +11,7 @@ from support.batches import Voices
 from torch.utils.flop_counter import FlopCounterMode
 
 from telemetry.families import find_family
-from telemetry.measures.model_flops import UncountableError, operations_a_position, peak_operations
+from telemetry.instruments.model_flops import UncountableError, operations_a_position, peak_operations
 
 
 def products(model: Any, batch: dict[str, Any]) -> int:

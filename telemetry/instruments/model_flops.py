@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from telemetry.probes.sharding import whole_shape
 
 # Dense 16-bit operations a second, in 10^12, by the makers' data sheets; the first that a GPU's name has in it.
 _PEAKS: Mapping[str, float] = {
@@ -50,10 +51,10 @@ def operations_a_position(model: nn.Module, group_of: Callable[[str], str]) -> f
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             raise UncountableError("some of its parameters are frozen")
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty parameter
+        shape = whole_shape(parameter)
         if len(shape) < 2 or id(parameter) in looked_up:
             continue
-        weights += (size := math.prod(shape))
+        weights += (size := shape.numel())
         if (group := group_of(name)) in networks:
             networks[group] += size
     if not weights:
