@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from telemetry.families.base import Family
 from telemetry.measures.gradients import squared_norms_of_parts
-from telemetry.probes.sharding import gradient_of, is_elsewhere, is_fsdp1, is_zero, own_part, own_value
+from telemetry.probes.sharding import gradient_of, is_elsewhere, is_fsdp1, is_unsummed, is_zero, own_part, own_value
 
 SAMPLED = 2**15
 """The most values of a parameter that are compared evenly: all of a smaller one, spread ones of a larger one."""
@@ -82,6 +82,9 @@ def out_of_reach(model: nn.Module) -> str | None:
     """Why the gradients and parameters of a wrapped model cannot be read part by part; None where they can."""
     if is_fsdp1(model):
         return "FSDP1 keeps parameters and gradients in flat shards that do not say whose they are: use FSDP2"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and is_unsummed(parameter.grad):
+            return f"that of {name} is not added up over ranks before the optimizer steps"
     return None
 
 

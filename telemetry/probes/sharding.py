@@ -21,6 +21,38 @@ def is_fsdp1(model: nn.Module) -> bool:
     return any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
 
 
+def ranks_of_a_batch(model: nn.Module) -> tuple[int, int]:
+    """Return this rank's place among those that are given the same batch, and their number: tensor parallelism.
+
+    0 and 1 where every rank has a batch of its own. transformers says the number, and lays such ranks out side by side.
+    Else a mesh has a dimension called ``tp``, or no names, and splits a parameter that FSDP2 does not.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    known = getattr(model, "tp_size", None)
+    if isinstance(known, int) and known > 1 and not dist.get_world_size() % known:
+        return dist.get_rank() % known, known
+    fully = bool(fsdp2_modules(model))
+    for one in model.parameters():
+        for dim in range(mesh.ndim) if (mesh := _mesh(one)) is not None else ():
+            names = mesh.mesh_dim_names
+            split = not one.placements[dim].is_replicate()  # type: ignore[attr-defined]
+            if split and (names[dim] == "tp" if names else not fully):
+                return mesh.get_local_rank(dim), mesh.size(dim)
+    return 0, 1
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether a parameter of a module is split over ranks."""
+    meshed = [one for one in module.parameters() if _mesh(one) is not None]
+    return any(not place.is_replicate() for one in meshed for place in one.placements)  # type: ignore[attr-defined]
+
+
+def is_unsummed(gradient: Tensor) -> bool:
+    """Whether a gradient is a summand on each rank: a ``DTensor`` that is added up where it is next used."""
+    return _mesh(gradient) is not None and any(place.is_partial() for place in gradient.placements)  # type: ignore[attr-defined]
+
+
 def fsdp2_modules(model: nn.Module) -> list[Any]:
     """Return the modules of a model that FSDP2 shards and gathers one by one."""
     if not dist.is_available():
@@ -85,15 +117,19 @@ def _of_zero3(name: str, parameter: nn.Parameter) -> Tensor | None:
 def own_part(tensor: Tensor, is_main: bool) -> Tensor | None:
     """Return this rank's part of a sum over ranks, so that a replicated tensor counts once.
 
-    Of a sharded tensor (FSDP2's ``DTensor``) every rank has its own shard, as a plain local tensor; of a tensor that
-    all ranks hold alike (DDP) rank 0 has the whole, and the others nothing: None.
+    Of a sharded tensor (a ``DTensor``: FSDP2, tensor parallelism) every rank has its own shard, as a plain local
+    tensor; of a tensor that all ranks hold alike (DDP) rank 0 has the whole, and the others nothing: None. Not for one
+    that :func:`is_unsummed`.
     """
     mesh = _mesh(tensor)
     if mesh is None:
         return tensor.detach() if is_main else None
     placements = tensor.placements  # type: ignore[attr-defined]
-    # Along a mesh dimension that repeats the shard, its first rank counts.
-    first = all(place.is_shard() or mesh.get_local_rank(dim) == 0 for dim, place in enumerate(placements))
+    # Along a mesh dimension that repeats the shard, its first rank counts; so does, of meshes that each hold the whole
+    # (of FSDP2 beside tensor parallelism, one for each place in the layers), the one with rank 0. A shard of a packed
+    # weight does not call itself one (``_StridedShard.is_shard()`` is False).
+    first = all(not place.is_replicate() or mesh.get_local_rank(dim) == 0 for dim, place in enumerate(placements))
+    first = first and not int(mesh.mesh.min())
     return tensor.detach().to_local() if first else None  # type: ignore[attr-defined]
 
 
