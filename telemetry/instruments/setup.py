@@ -27,6 +27,7 @@ from telemetry.probes.sharding import (
     is_zero,
     own_part,
     own_value,
+    split_as,
 )
 from telemetry.records import Max, Mean, Metric, Scalar
 
@@ -200,8 +201,8 @@ def _kept(parameter: nn.Parameter, is_main: bool) -> tuple[nn.Parameter, Tensor,
     gradient = parameter.grad
     if gradient is None or gradient.is_sparse or is_unsummed(gradient):
         return None
-    part, own = own_part(gradient, is_main), own_part(parameter, is_main)
-    if part is None or own is None or not part.numel() or part.shape != own.shape:  # of a gradient kept otherwise
+    part, own = own_part(split_as(gradient, parameter), is_main), own_part(parameter, is_main)
+    if part is None or own is None or not part.numel():
         return None
     flat = part.flatten()
     largest, index = flat.abs().topk(min(_ENTRIES, max(1, flat.numel() // 4)))

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from telemetry.families.base import Family
 from telemetry.measures.gradients import squared_norms_of_parts
-from telemetry.probes.sharding import gradient_of, is_elsewhere, is_fsdp1, is_unsummed, is_zero, own_part, own_value
+from telemetry.probes.sharding import (
+    gradient_of,
+    is_elsewhere,
+    is_fsdp1,
+    is_unsummed,
+    is_zero,
+    own_part,
+    own_value,
+    split_as,
+)
 
 SAMPLED = 2**15
 """The most values of a parameter that are compared evenly: all of a smaller one, spread ones of a larger one."""
@@ -141,8 +150,10 @@ class UpdateProbe:
         return {index: part for index, part in parts.items() if part is not None and part.numel()}
 
     def _of_large(self, index: int, part: Tensor) -> list[_Sample]:
-        gradient = gradient_of(self._parameters[index].tensor)
-        return _samples(index, part, None if gradient is None else own_part(gradient, self._is_main))
+        parameter = self._parameters[index].tensor
+        gradient = gradient_of(parameter)
+        own = None if gradient is None else own_part(split_as(gradient, parameter), self._is_main)
+        return _samples(index, part, own)
 
 
 def _read(samples: Sequence[_Sample], parts: Mapping[int, Tensor]) -> list[_Values]:

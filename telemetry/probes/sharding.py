@@ -53,6 +53,16 @@ def is_unsummed(gradient: Tensor) -> bool:
     return _mesh(gradient) is not None and any(place.is_partial() for place in gradient.placements)  # type: ignore[attr-defined]
 
 
+def split_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient that each rank has whole, of a parameter that ranks share out, split as that is. Sends nothing.
+
+    So DTensor leaves the gradient of an embedding that is split by rows. Any other gradient is returned as it is.
+    """
+    if _mesh(gradient) is None or not all(place.is_replicate() for place in gradient.placements):  # type: ignore[attr-defined]
+        return gradient
+    return gradient.detach().redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+
+
 def fsdp2_modules(model: nn.Module) -> list[Any]:
     """Return the modules of a model that FSDP2 shards and gathers one by one."""
     if not dist.is_available():
