@@ -21,8 +21,8 @@ from telemetry.measures.token_stats import token_statistics
 from telemetry.probes.forward import Microbatch, Reading
 from telemetry.probes.sharding import (
     forwards_are_collective,
-    fsdp2_modules,
     is_fsdp1,
+    is_gathered,
     is_unsummed,
     is_zero,
     own_part,
@@ -34,7 +34,7 @@ from telemetry.records import Max, Mean, Metric, Scalar
 SAMPLED = 64  # parameters of which it is looked whether a step moves them
 _ENTRIES = 4096  # of each at most
 _NORMED = 1024  # values of each parameter by which ranks are compared
-OTHERS = "under FSDP and ZeRO an optimizer holds other tensors than the model's parameters"
+OTHERS = "FSDP or ZeRO has the optimizer hold other tensors than those that the model has now"
 PARTS = "each rank holds a part of the weights that no other has"
 
 
@@ -85,7 +85,7 @@ class SetupInstrument(FirstStep):
         if not held:
             return
         trained = [one for one in step.model.parameters() if one.requires_grad]
-        if any(map(is_zero, trained)) or is_fsdp1(step.model) or fsdp2_modules(step.model):
+        if any(map(is_zero, trained)) or is_fsdp1(step.model) or is_gathered(step.model):
             step.recorder.absent("setup/optimizer", OTHERS)
             return
         known = sum(one.numel() for one in trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -32,20 +33,23 @@ def ranks_of_a_batch(model: nn.Module) -> tuple[int, int]:
     known = getattr(model, "tp_size", None)
     if isinstance(known, int) and known > 1 and not dist.get_world_size() % known:
         return dist.get_rank() % known, known
-    fully = bool(fsdp2_modules(model))
-    for one in model.parameters():
+    mesh, dim = next(_splits(model), (None, 0))
+    if mesh is None or (mesh.mesh_dim_names is None and fsdp2_modules(model)):
+        return 0, 1
+    return mesh.get_local_rank(dim), mesh.size(dim)
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether ranks that :func:`are given the same batch <ranks_of_a_batch>` each have a part of a module."""
+    return any(_splits(module))
+
+
+def _splits(module: nn.Module) -> Iterator[tuple[Any, int]]:
+    """Meshes, and their dimensions, by which tensor parallelism splits parameters; FSDP2's too that has no names."""
+    for one in module.parameters():
         for dim in range(mesh.ndim) if (mesh := _mesh(one)) is not None else ():
-            names = mesh.mesh_dim_names
-            split = not one.placements[dim].is_replicate()  # type: ignore[attr-defined]
-            if split and (names[dim] == "tp" if names else not fully):
-                return mesh.get_local_rank(dim), mesh.size(dim)
-    return 0, 1
-
-
-def is_spread(module: nn.Module) -> bool:
-    """Whether a parameter of a module is split over ranks."""
-    meshed = [one for one in module.parameters() if _mesh(one) is not None]
-    return any(not place.is_replicate() for one in meshed for place in one.placements)  # type: ignore[attr-defined]
+            if not one.placements[dim].is_replicate() and (mesh.mesh_dim_names or ("tp",) * mesh.ndim)[dim] == "tp":  # type: ignore[attr-defined]
+                yield mesh, dim
 
 
 def is_unsummed(gradient: Tensor) -> bool:
@@ -70,6 +74,11 @@ def fsdp2_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether FSDP2 has whole parameters in the model, in the place of the shards that an optimizer holds."""
+    return bool(fsdp2_modules(model)) and any(_mesh(one) is None for one in model.parameters())
 
 
 def is_zero3(parameter: nn.Parameter) -> bool:
