@@ -17,7 +17,11 @@ from telemetry.records import Scalar, Table
 
 STEPS = 3
 SPLIT = 2
-EVERYTHING = {"shared_attention": {"text_audio_cosine": True}, "zero_shot": {"conditioning_every": 1}}
+# All queries: which are drawn of more depends on what a rank has drawn before.
+EVERYTHING = {
+    "shared_attention": {"text_audio_cosine": True, "queries": 512},
+    "zero_shot": {"conditioning_every": 1},
+}
 # Adam would make a rounding error of a small gradient as large a step as any.
 PLAIN = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.5}
 OF_THE_MACHINE = ("telemetry/", "throughput/", "train/")  # of the last, what is not of every step
@@ -28,6 +32,18 @@ WITHHELD = {
     ),
     "setup/ranks/weights_apart": "each rank holds a part of the weights that no other has",
 }
+# Other words, where ranks have to run the model together: that of one sample is not told apart in advance.
+WORDED_OTHERWISE = "zero_shot/conditioning/gain"
+# What is not of every rank's every microbatch; and losses as trained on, two to a step, one that is twice as large.
+OF_SOME_BATCHES = (
+    "setup/alone",
+    "setup/causality",
+    "setup/references",
+    "setup/targets",
+    "steps/median_loss",
+    "zero_shot/conditioning/",
+    "zero_shot/text_gain",
+)
 NO_CLIPS = "zero_shot/clips"
 
 
@@ -79,10 +95,12 @@ def absent(backend: MemoryBackend) -> dict[str, str]:
     return {str(tag): str(why) for tag, why in backend.last("telemetry/absent", Table).rows}
 
 
-def assert_as_alone(outcomes: list[Outcome], alone: list[Outcome]) -> None:
-    backend, expected = outcomes[0].backend, shown(alone[0].backend)
-    found = shown(backend)
-    expected = {key: value for key, value in expected.items() if key[0] not in WITHHELD}
+def assert_as_alone(outcomes: list[Outcome], alone: list[Outcome], but: tuple[str, ...] = ()) -> None:
+    backend, other = outcomes[0].backend, alone[0].backend
+    found, expected = (
+        {key: value for key, value in shown(one).items() if not key[0].startswith((*WITHHELD, *but))}
+        for one in (backend, other)
+    )
     assert found.keys() == expected.keys()
     apart = {
         key: (value, expected[key])
@@ -93,11 +111,13 @@ def assert_as_alone(outcomes: list[Outcome], alone: list[Outcome]) -> None:
     assert {("inputs/tokens/total", STEPS), ("outputs/loss/total", STEPS), ("setup/optimizer/held_fraction", 1)} <= set(
         found
     )
-    assert backend.last("setup/checks", Table).rows == alone[0].backend.last("setup/checks", Table).rows
+    checks, others = (set(one.last("setup/checks", Table).rows) for one in (backend, other))
+    assert checks == others if not but else checks < others
     reasons = absent(backend)
-    assert {tag: why for tag, why in reasons.items() if tag in WITHHELD} == WITHHELD
-    assert {tag: why for tag, why in reasons.items() if tag not in WITHHELD} == {
-        tag: why for tag, why in absent(alone[0].backend).items() if tag not in WITHHELD
+    assert WITHHELD.items() <= reasons.items()
+    apart_from = {*WITHHELD, WORDED_OTHERWISE}
+    assert {tag: reasons[tag] for tag in reasons.keys() - apart_from} == {
+        tag: why for tag, why in absent(other).items() if tag not in apart_from
     }
     assert not any(line.startswith(("ERROR", "WARNING")) for outcome in outcomes for line in outcome.log)
     assert not any(outcome.backend.records for outcome in outcomes[1:])
@@ -112,7 +132,7 @@ def test_two_ranks(split: dict[str, list[Outcome]], alone: dict[str, list[Outcom
 def test_sharded_by_fsdp2_besides(
     split_and_sharded: dict[str, list[Outcome]], alone: dict[str, list[Outcome]], model: str
 ) -> None:
-    assert_as_alone(split_and_sharded[model], alone[model])
+    assert_as_alone(split_and_sharded[model], alone[model], OF_SOME_BATCHES)
 
 
 @pytest.mark.parametrize("model", ["higgs", "llama"])
