@@ -111,14 +111,13 @@ def assert_as_alone(outcomes: list[Outcome], alone: list[Outcome], but: tuple[st
     assert {("inputs/tokens/total", STEPS), ("outputs/loss/total", STEPS), ("setup/optimizer/held_fraction", 1)} <= set(
         found
     )
-    checks, others = (set(one.last("setup/checks", Table).rows) for one in (backend, other))
-    assert checks == others if not but else checks < others
-    reasons = absent(backend)
+    checks, of_one = ({row[:2] for row in one.last("setup/checks", Table).rows} for one in (backend, other))
+    assert checks == of_one if not but else checks < of_one
+    assert {verdict for _, verdict in checks} == {"ok"}
+    reasons, others = absent(backend), absent(other)
     assert WITHHELD.items() <= reasons.items()
-    apart_from = {*WITHHELD, WORDED_OTHERWISE}
-    assert {tag: reasons[tag] for tag in reasons.keys() - apart_from} == {
-        tag: why for tag, why in absent(other).items() if tag not in apart_from
-    }
+    of_both = {tag for tag in reasons | others if not tag.startswith((*WITHHELD, WORDED_OTHERWISE, *but))}
+    assert {tag: reasons.get(tag) for tag in of_both} == {tag: others.get(tag) for tag in of_both}
     assert not any(line.startswith(("ERROR", "WARNING")) for outcome in outcomes for line in outcome.log)
     assert not any(outcome.backend.records for outcome in outcomes[1:])
 
