@@ -18,6 +18,7 @@ from telemetry.instruments.attention_images import heads_image, mass_image
 from telemetry.instruments.base import NO_POSITIONS, Instrument, Step, probed_layers
 from telemetry.measures.attention import (
     KINDS,
+    REFERENCE,
     TARGET,
     AttentionRows,
     AttentionTotals,
@@ -98,7 +99,7 @@ class AttentionInstrument(Instrument):
         for layer in self._expected - self._measured - self._failed:
             step.recorder.absent(f"attention/layer_{layer}", NOT_SEEN if self._laid_out else NO_POSITIONS)
         if self._measured:
-            step.recorder.show({}, partial(_show_images, sorted(self._measured), SPLIT if self._split else UNHEARD))
+            step.recorder.show({}, partial(_show_images, sorted(self._measured)))
         self._forget()
 
     def _forget(self) -> None:
@@ -211,7 +212,7 @@ def _spread(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
     yield "nonfinite", PresentSum(totals.nonfinite, queries)
 
 
-def _show_images(layers: Sequence[int], why: str, _host: Mapping[str, Tensor], emit: Emitter) -> None:
+def _show_images(layers: Sequence[int], _host: Mapping[str, Tensor], emit: Emitter) -> None:
     """Draw all ranks' attention; of what no rank has, nothing."""
     masses = {layer: _mass(layer, emit) for layer in layers}
     if any(np.isfinite(mass).sum() > 1 for mass in masses.values()):
@@ -222,7 +223,8 @@ def _show_images(layers: Sequence[int], why: str, _host: Mapping[str, Tensor], e
     if heads:
         emit.record(heads_image(heads))
     else:
-        emit.absent("attention/heads", why)
+        heard = any(np.isfinite(mass[TARGET, REFERENCE]) for mass in masses.values())
+        emit.absent("attention/heads", SPLIT if heard else UNHEARD)
 
 
 def _mass(layer: int, emit: Emitter) -> np.ndarray:
