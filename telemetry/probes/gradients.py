@@ -17,6 +17,7 @@ from telemetry.probes.sharding import (
     gradient_of,
     is_elsewhere,
     is_fsdp1,
+    is_split_unsaid,
     is_unsummed,
     is_zero,
     own_part,
@@ -92,6 +93,8 @@ def out_of_reach(model: nn.Module) -> str | None:
     if is_fsdp1(model):
         return "FSDP1 keeps parameters and gradients in flat shards that do not say whose they are: use FSDP2"
     for name, parameter in model.named_parameters():
+        if is_split_unsaid(parameter):
+            return "Megatron or DeepSpeed (AutoTP) may have split layers over ranks, and parameters do not say how"
         if parameter.grad is not None and is_unsummed(parameter.grad):
             return f"that of {name} is not added up over ranks before the optimizer steps"
     return None

@@ -52,6 +52,11 @@ def _splits(module: nn.Module) -> Iterator[tuple[Any, int]]:
                 yield mesh, dim
 
 
+def is_split_unsaid(parameter: nn.Parameter) -> bool:
+    """Whether a parameter may be a part of one, as Megatron and DeepSpeed's AutoTP mark it: a plain tensor."""
+    return dist.is_available() and dist.is_initialized() and bool(getattr(parameter, "tensor_model_parallel", False))
+
+
 def is_unsummed(gradient: Tensor) -> bool:
     """Whether a gradient is a summand on each rank: a ``DTensor`` that is added up where it is next used."""
     return _mesh(gradient) is not None and any(place.is_partial() for place in gradient.placements)  # type: ignore[attr-defined]

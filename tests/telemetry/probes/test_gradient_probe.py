@@ -112,6 +112,17 @@ def test_summands_of_a_gradient_are_no_gradient(rank_of_two: int) -> None:
     assert out_of_reach(model) == "that of weight is not added up over ranks before the optimizer steps"
 
 
+def test_parts_that_do_not_say_how_they_are_split_are_out_of_reach(rank_of_two: int) -> None:
+    """As Megatron and DeepSpeed's AutoTP mark them."""
+    model = nn.Linear(2, 2)
+    model.weight.tensor_model_parallel = False  # type: ignore[attr-defined]
+    assert out_of_reach(model) is None
+    model.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    reason = out_of_reach(model)
+    assert reason is not None
+    assert "AutoTP" in reason
+
+
 def test_a_gradient_that_is_whole_is_read_as_its_parameter_is_split(rank_of_two: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     columns = 2 + rank_of_two  # torch remembers how it split tensors of a layout, in a process that has one rank else
