@@ -19,6 +19,7 @@ from rank_faults import FAULTS
 from rank_scenarios import Batch, Outcome, Scenario
 from support import codec_tokens, models, speech_models
 from support.programs import Keeper
+from support.speaking import Processor, ToneCodec
 from support.steps import OF_HIGGS, Steps, make_trainer, quiet_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -49,7 +50,12 @@ def run(scenario: Scenario, directory: Path) -> Outcome:
     telemetry = [everything] if scenario.telemetry else []
     evaluation = scenario.batches if "eval_strategy" in scenario.arguments else None
     with Keeper("telemetry", []) as log, FAULTS[scenario.fault](own_rank()) as faulty:
-        state = train(scenario, directory, [*faulty, *telemetry], train_tokenizer(), evaluation)
+        processor: Any = train_tokenizer()
+        if (
+            scenario.split > 1 and evaluation is not None
+        ):  # with all that clips need, that they are not absent for want of
+            processor = Processor(processor, ToneCodec())
+        state = train(scenario, directory, [*faulty, *telemetry], processor, evaluation)
     return Outcome(backend, log, state, counters["stats"]["unique_graphs"])
 
 
