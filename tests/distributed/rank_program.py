@@ -51,9 +51,7 @@ def run(scenario: Scenario, directory: Path) -> Outcome:
     evaluation = scenario.batches if "eval_strategy" in scenario.arguments else None
     with Keeper("telemetry", []) as log, FAULTS[scenario.fault](own_rank()) as faulty:
         processor: Any = train_tokenizer()
-        if (
-            scenario.split > 1 and evaluation is not None
-        ):  # with all that clips need, that they are not absent for want of
+        if scenario.split > 1 and evaluation is not None:  # with all that clips need
             processor = Processor(processor, ToneCodec())
         state = train(scenario, directory, [*faulty, *telemetry], processor, evaluation)
     return Outcome(backend, log, state, counters["stats"]["unique_graphs"])

@@ -28,6 +28,7 @@ from telemetry.probes.gradients import (
     steps_by_itself,
     trained_parameters,
 )
+from telemetry.probes.lockstep import can_keep_company
 from telemetry.probes.sharding import is_split, own_part, ranks_of_a_batch, split_as
 
 
@@ -152,6 +153,16 @@ def test_ranks_with_shards_of_fsdp2_have_batches_of_their_own(rank_of_two: int) 
     model = nn.Linear(2, 2)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     assert ranks_of_a_batch(model) == (0, 1)
+    assert can_keep_company(model, [model])
+
+
+def test_ranks_with_parts_of_a_layer_cannot_generate_side_by_side(rank_of_two: int) -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "tp"))
+    model = nn.Linear(2, 2, bias=False)
+    model.weight = nn.Parameter(DTensor.from_local(torch.ones(1, 2), mesh["tp"], [Shard(0)], run_check=False))
+    fully_shard(model, mesh=mesh["fsdp"])
+    assert ranks_of_a_batch(model) == (rank_of_two, 2)
+    assert not can_keep_company(model, [model])
 
 
 def test_zero_3_gives_each_rank_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
