@@ -103,6 +103,8 @@ TRAINER_SECTIONS = ("train", "eval", "test")
 """Where what the Trainer logs goes: ``eval_`` and ``test_`` at the beginning of a name say the section, else it is the
 first."""
 
+_EACH_RANKS_OWN = ("attention/", "gradients/", "setup/optimizer/", "telemetry/", "throughput/")
+
 _UNLABELLED = "no labels of the batch are known"
 _NO_TEXT = "no supervised text token in the step, or the model computed no text logits"
 _ONLY_ENDS = "nothing that the codebook predicts is an entry of its own"
@@ -971,6 +973,11 @@ CATALOGUE: tuple[Entry, ...] = (
 def find(tag: str) -> Entry | None:
     """The entry of a tag, or None for a tag that is not in the catalogue."""
     return next((entry for entry in CATALOGUE if entry.pattern.fullmatch(tag)), None)
+
+
+def is_each_ranks_own(tag: str) -> bool:
+    """Return whether ranks that are given one batch, and have parts of layers, each measure something else of a tag."""
+    return tag.startswith(_EACH_RANKS_OWN)
 
 
 def is_the_trainers(tag: str) -> bool:

@@ -32,6 +32,7 @@ from telemetry.probes.batches import EvaluationBatches, is_stream
 from telemetry.probes.forward import PassReader
 from telemetry.probes.lockstep import Lockstep
 from telemetry.probes.sentinel import Sentinel
+from telemetry.probes.sharding import ranks_of_a_batch
 from telemetry.probes.watch import Watch
 from telemetry.records import Record, Scalar
 from telemetry.setting import Setting, logged_numbers, logs_directory
@@ -157,6 +158,7 @@ class Session:
         self._recorder: Recorder | None = None
         self._meeting: tuple[RankGather | None, str] | None = None
         self._lockstep: Lockstep | None = None
+        self._place, self._copies = 0, 1  # of the ranks with the same batch
         self.sentinel = Sentinel()
         self._monitor = HealthMonitor()
         self._word = RankWord()
@@ -267,7 +269,10 @@ class Session:
             given = next((door.health_rules for door in self._doors if door.health_rules), None)
             self._monitor = HealthMonitor(rules_of(given))
             run = self._run(launch_id if any(map(is_on_every_rank, backends)) else "")
-            self._recorder = Recorder(own, gather, judge=self._monitor, sound=self.sound, rank=self.setting.rank)
+            self._place, self._copies = ranks_of_a_batch(self.model)
+            self._recorder = Recorder(
+                own, gather, judge=self._monitor, sound=self.sound, rank=self.setting.rank, repeats=self._place > 0
+            )
             self._recorder.open(run)
             self._word = RankWord(alone=self.setting.world_size == 1, together=gather is not None)
         return self._recorder
@@ -546,6 +551,8 @@ class Session:
             autocast=setting.autocast,
             progress=setting.progress,
             world_size=setting.world_size,
+            batches=setting.world_size // self._copies,
+            repeats_batch=self._place > 0,
             evaluation_set=str(evaluation_set).replace("/", "|"),  # one part of a tag
             tokens_across_ranks=setting.tokens_across_ranks,
             max_grad_norm=setting.max_grad_norm,

@@ -101,7 +101,8 @@ class HiggsAudioTrainer(Trainer):
             counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             shown = {**inputs, **counted, METADATA: self._metadata}
             # What the Trainer has multiplied the model's loss by, in place: gradients are averaged over ranks.
-            scale = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
+            averaged = counted and self.args.average_tokens_across_devices
+            scale = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
             seen = {"inputs": shown, "outputs": _detached(outputs, scale)}
             for observer in self._observers:
                 observer.on_outputs(self.args, self.state, self.control, **seen)
@@ -114,7 +115,8 @@ class HiggsAudioTrainer(Trainer):
             return None
         counts = supervised_counts(batch_samples, self._num_codebooks).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(dim=0)
+            # Ranks that share layers out are given the same batch.
+            counts = self.accelerator.gather(counts[None]).sum(dim=0) // self.get_tp_size()
         return counts
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Home:
         sound: what may be heard.
         rank: of this process.
         max_bytes: how much may wait.
+        repeats: whether this rank brings only what it has of its own: its batch is another's, too.
 
     Attributes:
         sound: see above.
@@ -60,6 +61,7 @@ class Home:
         sound: SoundPolicy,
         rank: int,
         max_bytes: int,
+        repeats: bool = False,
     ) -> None:
         self.sound = sound
         self.shows = bool(lanes) and rank == 0
@@ -68,6 +70,7 @@ class Home:
         self._gather = gather
         self._judge = judge
         self._rank = rank
+        self._repeats = repeats
         self._once = Once(logger)
         self._absences: dict[str, str] = {}
         self._absences_shown = 0
@@ -168,6 +171,8 @@ class Home:
         for work in step.deferred:
             if not work.shows:
                 self._build(work, step)
+        if self._repeats:
+            step.metrics = {tag: metric for tag, metric in step.metrics.items() if catalogue.is_each_ranks_own(tag)}
         values = {metric: metric.result() for metric in step.metrics.values() if metric.shown}
         own = self._own_scalars(step, values)
         nonfinite = tuple(tag for tag, one in step.metrics.items() if not math.isfinite(values.get(one) or 0.0))

@@ -53,6 +53,7 @@ class Recorder:
         judge: adds its verdicts to what is written.
         sound: what may be heard; nothing else reaches a backend.
         rank: of this process. On ranks other than 0, backends are given its own scalars only.
+        repeats: whether what this rank measures of its batch another rank measures too, and brings.
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class Recorder:
         judge: Judge | None = None,
         sound: SoundPolicy | None = None,
         rank: int = 0,
+        repeats: bool = False,
     ) -> None:
         self._losses = Losses()
         self._lanes = [Lane(backend, self._losses, max_queue_bytes) for backend in backends]
-        self._home = Home(self._lanes, self._losses, gather, judge, sound or SoundPolicy(), rank, max_queue_bytes)
+        self._home = Home(
+            self._lanes, self._losses, gather, judge, sound or SoundPolicy(), rank, max_queue_bytes, repeats
+        )
         self._overhead = Overhead(lambda: self._home.computed + sum(lane.computed for lane in self._lanes))
         self._step = Measured()
         self._due = 0  # the last due step

@@ -18,6 +18,7 @@ from telemetry.instruments.attention_images import heads_image, mass_image
 from telemetry.instruments.base import NO_POSITIONS, Instrument, Step, probed_layers
 from telemetry.measures.attention import (
     KINDS,
+    REFERENCE,
     TARGET,
     AttentionRows,
     AttentionTotals,
@@ -29,9 +30,12 @@ from telemetry.measures.attention import (
 from telemetry.measures.attention_masks import sequence_starts
 from telemetry.probes.attention import AttentionCall, UnmeasurableError, watch_attention
 from telemetry.probes.forward import Microbatch
+from telemetry.probes.sharding import is_split
 from telemetry.records import Max, Mean, Means, Metric, PresentMean, PresentSum
 
 DEFAULT_QUERIES = 64
+UNHEARD = "no reference or no target audio in the step"
+SPLIT = "each rank has some heads of a layer, and sums over ranks do not say which"
 NOT_SEEN = "its attention does not go through transformers' AttentionInterface"
 
 
@@ -59,12 +63,15 @@ class AttentionInstrument(Instrument):
         self._expected: set[int] = set()
         self._failed: set[int] = set()
         self._measured: set[int] = set()
+        self._split: set[int] = set()  # layers of which each rank has some heads
 
     def begin(self, step: Step) -> None:
         """A due step begins: watch the layers."""
         self._forget()
         layers = probed_layers(step, self._layers, "attention")
         self._expected = {layer.index for layer in layers}
+        shared = step.batches < step.world_size
+        self._split = {layer.index for layer in layers if shared and is_split(layer.attention)}
         if layers:
             watch_attention(step.watch, self, layers, lambda call: self._observe(step, call))
 
@@ -99,7 +106,7 @@ class AttentionInstrument(Instrument):
         self._batch, self._generator = {}, None
         self._laid_out = False
         self._expected = set()
-        self._failed, self._measured = set(), set()
+        self._failed, self._measured, self._split = set(), set(), set()
 
     def _observe(self, step: Step, call: AttentionCall) -> None:
         batch = self._batch.get(call.across)
@@ -115,8 +122,11 @@ class AttentionInstrument(Instrument):
             return
         if not call.across:
             self._measured.add(call.layer)
+        split = call.layer in self._split
+        if step.repeats_batch and not split:
+            return  # whole, as on the rank that counts
         tensors = {**rows._asdict(), "kinds": batch.sample.kinds, "keys": batch.keys}
-        step.recorder.defer(tensors, partial(_add, prefix, call.across))
+        step.recorder.defer(tensors, partial(_add, prefix, call.across, split))
 
 
 @dataclass(frozen=True)
@@ -177,11 +187,13 @@ def _starts(microbatch: Microbatch, real: Tensor) -> Tensor:
     return sequence_starts(real, positions if known else None)
 
 
-def _add(prefix: str, across: bool, host: Mapping[str, Tensor], emit: Emitter) -> None:
+def _add(prefix: str, across: bool, split: bool, host: Mapping[str, Tensor], emit: Emitter) -> None:
     """Add what the sampled queries of a microbatch do in a layer."""
     totals = attention_totals(AttentionRows(*(host[name] for name in AttentionRows._fields)), host["kinds"])
     for tag, value in _spread(totals) if across else _metrics(totals, host["keys"].tolist()):
         emit.metric(f"{prefix}/{tag}", value)
+    if not across and not split and len(totals.queries) == len(KINDS):
+        emit.metric(f"{prefix}/heads", Means(torch.from_numpy(totals.heads), totals.queries[TARGET]))
 
 
 def _metrics(totals: AttentionTotals, keys: Sequence[int]) -> Iterator[tuple[str, Metric]]:
@@ -189,8 +201,6 @@ def _metrics(totals: AttentionTotals, keys: Sequence[int]) -> Iterator[tuple[str
     for (q, query), (k, key) in itertools.product(enumerate(kinds), repeat=2):
         yield f"{query}_to_{key}", PresentMean(totals.mass[q, k], totals.queries[q], keys[k])
     yield from _spread(totals)
-    if kinds == KINDS:
-        yield "heads", Means(torch.from_numpy(totals.heads), totals.queries[TARGET])
 
 
 def _spread(totals: AttentionTotals) -> Iterator[tuple[str, Metric]]:
@@ -213,7 +223,8 @@ def _show_images(layers: Sequence[int], _host: Mapping[str, Tensor], emit: Emitt
     if heads:
         emit.record(heads_image(heads))
     else:
-        emit.absent("attention/heads", "no reference or no target audio in the step")
+        heard = any(np.isfinite(mass[TARGET, REFERENCE]) for mass in masses.values())
+        emit.absent("attention/heads", SPLIT if heard else UNHEARD)
 
 
 def _mass(layer: int, emit: Emitter) -> np.ndarray:

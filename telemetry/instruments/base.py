@@ -49,6 +49,8 @@ class Step:
         progress: whether progress bars are wanted.
         evaluation_set: the name of the set that is evaluated on, where there are several.
         world_size: number of ranks.
+        batches: number of ranks with a batch of their own: fewer where some hold parts of the same layers.
+        repeats_batch: whether this rank's batch is that of a rank before it, for which telemetry counts it.
         tokens_across_ranks: whether the trainer divides its loss by the tokens of all ranks, where it counts them.
         max_grad_norm: what the trainer clips the norm of all gradients to; 0 where it does not, or nobody knows.
         sentinel: the losses of every step; None where there is none.
@@ -69,6 +71,8 @@ class Step:
     autocast: torch.dtype | None = None
     progress: bool = True
     world_size: int = 1
+    batches: int = 1
+    repeats_batch: bool = False
     evaluation_set: str = ""
     tokens_across_ranks: bool = True
     scaled: bool = True

@@ -351,7 +351,7 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
     elif not read and not any(one.partial for one in passes):
         recorder.absent(TOTAL, UNREAD)
     # Passes add up where the trainer has counted the tokens of all; so do ranks, unless each has counted its own.
-    ranks = step.world_size if step.tokens_across_ranks else 1
+    ranks = step.batches if step.tokens_across_ranks else 1
     count = 1 / ranks if any(one.counted for one in passes) else len(passes)
     note = WITHHELD if any(one.withheld for one in passes) else "" if returned else UNCHECKED
     for one in passes:
@@ -378,7 +378,7 @@ def _compare(step: Step, passes: Sequence[_Pass]) -> None:
 def _say_divided(step: Step, divided: Sequence[Divided], passes: int) -> None:
     """Say which parts of the loss are not divided by their own tokens, in a step of which all passes were read."""
     recorder, names = step.recorder, list(dict.fromkeys(one.name for one in divided))
-    shared = step.world_size if step.tokens_across_ranks else 1
+    shared = step.batches if step.tokens_across_ranks else 1
     for name in names:
         own = [one for one in divided if one.name == name]
         for one in own:

@@ -19,12 +19,24 @@ from telemetry.instruments.asked import FirstStep
 from telemetry.instruments.base import Step
 from telemetry.measures.token_stats import token_statistics
 from telemetry.probes.forward import Microbatch, Reading
-from telemetry.probes.sharding import forwards_are_collective, is_zero, own_value, whole_shape
+from telemetry.probes.sharding import (
+    forwards_are_collective,
+    is_fsdp1,
+    is_gathered,
+    is_unsummed,
+    is_zero,
+    own_part,
+    own_value,
+    split_as,
+    whole_shape,
+)
 from telemetry.records import Max, Mean, Metric, Scalar
 
 SAMPLED = 64  # parameters of which it is looked whether a step moves them
 _ENTRIES = 4096  # of each at most
 _NORMED = 1024  # values of each parameter by which ranks are compared
+OTHERS = "FSDP or ZeRO has the optimizer hold other tensors than those that the model has now"
+PARTS = "each rank holds a part of the weights that no other has"
 
 
 class SetupInstrument(FirstStep):
@@ -70,13 +82,12 @@ class SetupInstrument(FirstStep):
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         """See what the optimizer holds, and keep some weights."""
-        if not self.looks or forwards_are_collective(step.model):
-            return
-        held = _held(optimizer)
+        held = _held(optimizer) if self.looks else {}
         if not held:
             return
         trained = [one for one in step.model.parameters() if one.requires_grad]
-        if any(map(is_zero, trained)):  # its optimizer holds copies
+        if any(map(is_zero, trained)) or is_fsdp1(step.model) or is_gathered(step.model):
+            step.recorder.absent("setup/optimizer", OTHERS)
             return
         known = sum(one.numel() for one in trained)
         step.recorder.metric(
@@ -84,18 +95,22 @@ class SetupInstrument(FirstStep):
         )
         step.recorder.metric("setup/optimizer/learning_rate", Max(max(held.values())))
         every = max(1, len(trained) // SAMPLED)
-        self._before = [kept for one in trained[::every] if (kept := _kept(one)) is not None]
+        self._before = [kept for one in trained[::every] if (kept := _kept(one, step.is_main)) is not None]
 
     def after_update(self, step: Step, optimizer: Any) -> None:
         """See which of them have moved."""
         before, self._before = self._before, []
         for parameter, index, value, pushed in before:
-            moved = (parameter.detach().flatten()[index] != value) & pushed
-            step.recorder.metric("setup/optimizer/moved_fraction", Mean(moved.sum(), pushed.sum()))
+            part = own_part(parameter, step.is_main)
+            if part is not None:
+                moved = (part.flatten()[index] != value) & pushed
+                step.recorder.metric("setup/optimizer/moved_fraction", Mean(moved.sum(), pushed.sum()))
 
     def finish(self, step: Step) -> None:
         """Show what is trained, and compare references; on every due step, compare ranks."""
-        if step.world_size > 1 and not forwards_are_collective(step.model):
+        if step.world_size > 1 and forwards_are_collective(step.model):
+            step.recorder.absent("setup/ranks/weights_apart", PARTS)
+        elif step.world_size > 1:
             size = _size(step.model)
             step.recorder.metric("setup/ranks/weights_apart", Apart(size, -size))
         if not self.looks:
@@ -181,14 +196,17 @@ def _held(optimizer: Any) -> dict[int, float]:
     return {id(one): float(group.get("lr") or 0) for group in groups for one in group.get("params", ())}
 
 
-def _kept(parameter: nn.Parameter) -> tuple[nn.Parameter, Tensor, Tensor, Tensor] | None:
-    """Some entries, their values, and which of them have a gradient: what has none need not move."""
+def _kept(parameter: nn.Parameter, is_main: bool) -> tuple[nn.Parameter, Tensor, Tensor, Tensor] | None:
+    """Some entries of this rank's part, their values, and which have a gradient: what has none need not move."""
     gradient = parameter.grad
-    if gradient is None or gradient.is_sparse or not gradient.numel():
+    if gradient is None or gradient.is_sparse or is_unsummed(gradient):
         return None
-    flat = gradient.detach().flatten()
+    part, own = own_part(split_as(gradient, parameter), is_main), own_part(parameter, is_main)
+    if part is None or own is None or not part.numel():
+        return None
+    flat = part.flatten()
     largest, index = flat.abs().topk(min(_ENTRIES, max(1, flat.numel() // 4)))
-    return parameter, index, parameter.detach().flatten()[index].clone(), largest > 0
+    return parameter, index, own.flatten()[index].clone(), largest > 0
 
 
 def _trained(step: Step) -> dict[str, tuple[int, int]]:

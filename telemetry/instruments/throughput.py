@@ -37,6 +37,7 @@ class ThroughputInstrument(Instrument):
         steps, recorder = step.sentinel.pace.take() if step.sentinel is not None else None, step.recorder
         if steps is None or not steps.count or steps.seconds <= 0:
             return  # before the end of the second step there is nothing to say
+        counts = not step.repeats_batch
         recorder.metric(SECONDS, Mean(steps.seconds, float(steps.count)))
         RANKS.add(step, recorder, steps.seconds / steps.count)
         if steps.loading is not None:
@@ -45,7 +46,7 @@ class ThroughputInstrument(Instrument):
         else:
             recorder.absent(LOADING, "only the Trainer shows how long it waits for data")
         if steps.tokens is not None:
-            recorder.metric("throughput/tokens_per_second", Rate(float(steps.tokens), steps.seconds))
+            recorder.metric("throughput/tokens_per_second", Rate(float(steps.tokens) * counts, steps.seconds))
         else:
             recorder.absent("throughput/tokens_per_second", "the batches of steps that are not due are not seen")
         self._show_operations(step, steps)
@@ -54,7 +55,7 @@ class ThroughputInstrument(Instrument):
         def build(_host: Mapping[str, Tensor], emit: Emitter) -> None:
             emit.metric("throughput/memory_bytes", Max(_memory(device)))
             if steps.audio is not None:
-                emit.metric("throughput/audio_seconds_per_second", Rate(steps.audio, steps.seconds))
+                emit.metric("throughput/audio_seconds_per_second", Rate(steps.audio * counts, steps.seconds))
             else:
                 emit.absent("throughput/audio_seconds_per_second", "batches do not say how long their target audio is")
 
@@ -70,7 +71,7 @@ class ThroughputInstrument(Instrument):
         if isinstance(counted, str):
             step.recorder.absent(FLOPS, counted)
         elif steps.tokens is not None:
-            operations = counted * steps.tokens
+            operations = counted * steps.tokens * (not step.repeats_batch)
             step.recorder.metric(FLOPS, Rate(operations, steps.seconds))
             parameter = next(step.model.parameters())
             gpu = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "a processor"

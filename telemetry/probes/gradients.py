@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from telemetry.families.base import Family
 from telemetry.measures.gradients import squared_norms_of_parts
-from telemetry.probes.sharding import gradient_of, is_elsewhere, is_fsdp1, is_zero, own_part, own_value
+from telemetry.probes.sharding import (
+    gradient_of,
+    is_elsewhere,
+    is_fsdp1,
+    is_split_unsaid,
+    is_unsummed,
+    is_zero,
+    own_part,
+    own_value,
+    split_as,
+)
 
 SAMPLED = 2**15
 """The most values of a parameter that are compared evenly: all of a smaller one, spread ones of a larger one."""
@@ -82,6 +92,11 @@ def out_of_reach(model: nn.Module) -> str | None:
     """Why the gradients and parameters of a wrapped model cannot be read part by part; None where they can."""
     if is_fsdp1(model):
         return "FSDP1 keeps parameters and gradients in flat shards that do not say whose they are: use FSDP2"
+    for name, parameter in model.named_parameters():
+        if is_split_unsaid(parameter):
+            return "Megatron or DeepSpeed (AutoTP) may have split layers over ranks, and parameters do not say how"
+        if parameter.grad is not None and is_unsummed(parameter.grad):
+            return f"that of {name} is not added up over ranks before the optimizer steps"
     return None
 
 
@@ -138,8 +153,10 @@ class UpdateProbe:
         return {index: part for index, part in parts.items() if part is not None and part.numel()}
 
     def _of_large(self, index: int, part: Tensor) -> list[_Sample]:
-        gradient = gradient_of(self._parameters[index].tensor)
-        return _samples(index, part, None if gradient is None else own_part(gradient, self._is_main))
+        parameter = self._parameters[index].tensor
+        gradient = gradient_of(parameter)
+        own = None if gradient is None else own_part(split_as(gradient, parameter), self._is_main)
+        return _samples(index, part, own)
 
 
 def _read(samples: Sequence[_Sample], parts: Mapping[int, Tensor]) -> list[_Values]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from telemetry.probes.sharding import forwards_are_collective, fsdp2_modules, is_fsdp1, is_zero3
+from telemetry.probes.sharding import forwards_are_collective, fsdp2_modules, is_fsdp1, is_zero3, ranks_of_a_batch
 from telemetry.ranks import all_here
 
 logger = logging.getLogger(__name__)
@@ -156,13 +156,15 @@ def can_keep_company(model: nn.Module, always: Collection[nn.Module]) -> bool:
 
     FSDP2 gathers parameters where a sharded module is called, DeepSpeed's ZeRO-3 and FSDP wherever one holds some. A
     prompt's pass embeds text, a later one does not: were the embedding sharded by itself, ranks would wait for
-    different things.
+    different things. Ranks that each have a part of every layer add up values, as many as the prompt is long.
 
     Args:
         model: its forward pass is collective.
         always: the modules that every forward pass calls, in the same order.
     """
     if is_fsdp1(model) or any(is_zero3(parameter) for parameter in model.parameters()):
+        return False
+    if ranks_of_a_batch(model)[1] > 1:
         return False
     sharded = fsdp2_modules(model)
     return bool(sharded) and all(any(module is other for other in always) for module in sharded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,56 @@ def is_fsdp1(model: nn.Module) -> bool:
     return any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
 
 
+def ranks_of_a_batch(model: nn.Module) -> tuple[int, int]:
+    """Return this rank's place among those that are given the same batch, and their number: tensor parallelism.
+
+    0 and 1 where every rank has a batch of its own. transformers says the number, and lays such ranks out side by side.
+    Else a mesh has a dimension called ``tp``, or no names, and splits a parameter that FSDP2 does not.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    known = getattr(model, "tp_size", None)
+    if isinstance(known, int) and known > 1 and not dist.get_world_size() % known:
+        return dist.get_rank() % known, known
+    mesh, dim = next(_splits(model), (None, 0))
+    if mesh is None or (mesh.mesh_dim_names is None and fsdp2_modules(model)):
+        return 0, 1
+    return mesh.get_local_rank(dim), mesh.size(dim)
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether ranks that :func:`are given the same batch <ranks_of_a_batch>` each have a part of a module."""
+    return any(_splits(module))
+
+
+def _splits(module: nn.Module) -> Iterator[tuple[Any, int]]:
+    """Meshes, and their dimensions, by which tensor parallelism splits parameters; FSDP2's too that has no names."""
+    for one in module.parameters():
+        for dim in range(mesh.ndim) if (mesh := _mesh(one)) is not None else ():
+            if not one.placements[dim].is_replicate() and (mesh.mesh_dim_names or ("tp",) * mesh.ndim)[dim] == "tp":  # type: ignore[attr-defined]
+                yield mesh, dim
+
+
+def is_split_unsaid(parameter: nn.Parameter) -> bool:
+    """Whether a parameter may be a part of one, as Megatron and DeepSpeed's AutoTP mark it: a plain tensor."""
+    return dist.is_available() and dist.is_initialized() and bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def is_unsummed(gradient: Tensor) -> bool:
+    """Whether a gradient is a summand on each rank: a ``DTensor`` that is added up where it is next used."""
+    return _mesh(gradient) is not None and any(place.is_partial() for place in gradient.placements)  # type: ignore[attr-defined]
+
+
+def split_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient that each rank has whole, of a parameter that ranks share out, split as that is. Sends nothing.
+
+    So DTensor leaves the gradient of an embedding that is split by rows. Any other gradient is returned as it is.
+    """
+    if _mesh(gradient) is None or not all(place.is_replicate() for place in gradient.placements):  # type: ignore[attr-defined]
+        return gradient
+    return gradient.detach().redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+
+
 def fsdp2_modules(model: nn.Module) -> list[Any]:
     """Return the modules of a model that FSDP2 shards and gathers one by one."""
     if not dist.is_available():
@@ -29,6 +80,11 @@ def fsdp2_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether FSDP2 has whole parameters in the model, in the place of the shards that an optimizer holds."""
+    return bool(fsdp2_modules(model)) and any(_mesh(one) is None for one in model.parameters())
 
 
 def is_zero3(parameter: nn.Parameter) -> bool:
@@ -120,15 +176,19 @@ def _without_padding(parameter: Any, part: Tensor) -> Tensor:
 def own_part(tensor: Tensor, is_main: bool) -> Tensor | None:
     """Return this rank's part of a sum over ranks, so that a replicated tensor counts once.
 
-    Of a sharded tensor (FSDP2's ``DTensor``) every rank has its own shard, as a plain local tensor; of a tensor that
-    all ranks hold alike (DDP) rank 0 has the whole, and the others nothing: None.
+    Of a sharded tensor (a ``DTensor``: FSDP2, tensor parallelism) every rank has its own shard, as a plain local
+    tensor; of a tensor that all ranks hold alike (DDP) rank 0 has the whole, and the others nothing: None. Not for one
+    that :func:`is_unsummed`.
     """
     mesh = _mesh(tensor)
     if mesh is None:
         return tensor.detach() if is_main else None
     placements = tensor.placements  # type: ignore[attr-defined]
-    # Along a mesh dimension that repeats the shard, its first rank counts.
-    first = all(place.is_shard() or mesh.get_local_rank(dim) == 0 for dim, place in enumerate(placements))
+    # Along a mesh dimension that repeats the shard, its first rank counts; so does, of meshes that each hold the whole
+    # (of FSDP2 beside tensor parallelism, one for each place in the layers), the one with rank 0. A shard of a packed
+    # weight does not call itself one (``_StridedShard.is_shard()`` is False).
+    first = all(not place.is_replicate() or mesh.get_local_rank(dim) == 0 for dim, place in enumerate(placements))
+    first = first and not int(mesh.mesh.min())
     return tensor.detach().to_local() if first else None  # type: ignore[attr-defined]
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from rank_faults import FAULTS
 from rank_scenarios import Batch, Outcome, Scenario
 from support import codec_tokens, models, speech_models
 from support.programs import Keeper
+from support.speaking import Processor, ToneCodec
 from support.steps import OF_HIGGS, Steps, make_trainer, quiet_arguments
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -25,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback, set_seed
+from transformers.distributed import DistributedConfig
 
 from telemetry import StrategicTelemetry
 from telemetry.backends.memory import MemoryBackend
@@ -42,12 +45,15 @@ class OrderedTrainer(HiggsAudioTrainer):
 def run(scenario: Scenario, directory: Path) -> Outcome:
     """One training on this rank."""
     backend = MemoryBackend()
-    family = codec_tokens.declared() if scenario.model == "codec_tokens" else None
+    family = codec_tokens.declared() if scenario.model.startswith("codec_tokens") else None
     everything = StrategicTelemetry(logging_steps=1, backends=[backend], options=scenario.options, family=family)
     telemetry = [everything] if scenario.telemetry else []
     evaluation = scenario.batches if "eval_strategy" in scenario.arguments else None
     with Keeper("telemetry", []) as log, FAULTS[scenario.fault](own_rank()) as faulty:
-        state = train(scenario, directory, [*faulty, *telemetry], train_tokenizer(), evaluation)
+        processor: Any = train_tokenizer()
+        if scenario.split > 1 and evaluation is not None:  # with all that clips need
+            processor = Processor(processor, ToneCodec())
+        state = train(scenario, directory, [*faulty, *telemetry], processor, evaluation)
     return Outcome(backend, log, state, counters["stats"]["unique_graphs"])
 
 
@@ -69,6 +75,7 @@ MODELS: dict[str, Callable[[Scenario], Any]] = {
     "csm": lambda _scenario: speech_models.csm(),
     "dia": lambda _scenario: speech_models.dia(),
     "codec_tokens": lambda _scenario: codec_tokens.llama(),
+    "codec_tokens_of_2_heads": lambda _scenario: codec_tokens.llama(num_key_value_heads=2),
 }
 
 
@@ -84,6 +91,8 @@ def train(
     arguments = {**sizes, "gradient_accumulation_steps": scenario.accumulation, **scenario.arguments}
     set_seed(OF_HIGGS["seed"])
     model, output = make_model(scenario), directory / "output"
+    if scenario.split > 1:
+        model = _split(model, scenario, directory)
     if scenario.sharded:
         optimizer = _train_sharded(model, scenario, output, callbacks, processor, evaluation, arguments)
     else:
@@ -93,6 +102,20 @@ def train(
         made.train()
         optimizer = made.optimizer
     return _state(model, optimizer)
+
+
+def _split(model: Any, scenario: Scenario, directory: Path) -> Any:
+    """The same weights, of every layer this rank's part, as transformers loads them for tensor parallelism."""
+    arguments = quiet_arguments(directory)  # which also forms the process group
+    # accelerate refuses to train so on CPUs, on which it asks for nothing else than elsewhere.
+    ParallelismConfig._validate_accelerator = lambda *_: None  # type: ignore[method-assign]
+    checkpoint = directory / f"{scenario.name} checkpoint"
+    if own_rank() == 0:
+        model.save_pretrained(checkpoint)
+    dist.barrier()
+    config = DistributedConfig(tp_size=scenario.split, fsdp_size=arguments.world_size // scenario.split)
+    options = {"use_text_head": True} if scenario.model == "higgs" else {}
+    return type(model).from_pretrained(checkpoint, distributed_config=config, **options)
 
 
 def _train_sharded(

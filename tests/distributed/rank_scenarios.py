@@ -31,6 +31,8 @@ class Scenario:
         model: the name of one of :data:`rank_program.MODELS`.
         telemetry: whether everything is measured at every step, or telemetry is not there at all.
         sharded: a plain loop over a model under ``fully_shard`` (FSDP2) instead of the Trainer.
+        split: ranks that are given the same batch and have a part each of the layers (tensor parallelism); where there
+            are more ranks, FSDP2 shards what these have.
         fault: name of one of :data:`rank_faults.FAULTS`.
         options: of ``StrategicTelemetry``.
         arguments: of ``TrainingArguments``.
@@ -44,6 +46,7 @@ class Scenario:
     model: str = "higgs"
     telemetry: bool = True
     sharded: bool = False
+    split: int = 1
     fault: str = ""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -231,11 +231,11 @@ def test_a_compiled_model_gives_the_numbers_of_one_that_is_not(on_ranks: dict[st
     ("name", "without"),
     [
         ("compiled", ("asked", "loss_weight", "supervised", "recombined", "chance/text")),
-        ("sharded-2", ("optimizer", "ranks", "recombined")),
+        ("sharded-2", ("ranks", "recombined")),
     ],
 )
 def test_set_up_is_judged_alike(on_ranks: dict[str, list[Outcome]], name: str, without: tuple[str, ...]) -> None:
-    """Without what hooks see alone, and what is said of whole weights and of a Trainer's optimizer."""
+    """Without what hooks see alone, and what is said of whole weights and of what a Trainer logs."""
     found, plain = (measured(on_ranks[one][0].backend, ("setup/",)) for one in (name, "copied-2"))
     left_out = tuple(f"setup/{part}" for part in without)
     assert differing(found, {key: one for key, one in plain.items() if not key[0].startswith(left_out)}, 1e-4) == {}

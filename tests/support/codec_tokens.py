@@ -25,7 +25,7 @@ def declared(**changes: Any) -> CodecTokens:
 
 def llama(**options: Any) -> Any:
     sizes = SHAPE | SMALLER | {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": END, "bos_token_id": None}
-    return sure(lambda: LlamaForCausalLM(LlamaConfig(**sizes, **options)), 4, 0.3)
+    return sure(lambda: LlamaForCausalLM(LlamaConfig(**(sizes | options))), 4, 0.3)
 
 
 def codes_of(frames: int, seed: int) -> list[list[int]]:

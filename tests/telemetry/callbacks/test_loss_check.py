@@ -279,7 +279,7 @@ class Rank:
     def __init__(self, counted: bool, across: bool, losses: Iterable[tuple[float, float]]) -> None:
         self.metrics: dict[str, Metric] = {}
         step: Any = SimpleNamespace(
-            recorder=self, family=Family(None), world_size=2, tokens_across_ranks=across, tokenizer=None,
+            recorder=self, family=Family(None), batches=2, tokens_across_ranks=across, tokenizer=None,
             output_dir=Path(), number=1,
         )  # fmt: skip
         instrument = OutputInstrument()
