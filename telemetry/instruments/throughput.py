@@ -25,12 +25,11 @@ UTILIZATION = "throughput/model_flops_utilization"
 RANKS = Extremes(SECONDS, "slowest_rank", "fastest_rank")
 LOADERS = Extremes(LOADING, "slowest_loader", "fastest_loader")
 
+_counted = weakref.WeakKeyDictionary[nn.Module, float | str]()  # of each model, once: it goes through all parameters
+
 
 class ThroughputInstrument(Instrument):
     """Shows what the steps took that have ended since the last due step."""
-
-    def __init__(self) -> None:
-        self._counted = weakref.WeakKeyDictionary[nn.Module, float | str]()
 
     def finish(self, step: Step) -> None:
         """Send that on its way."""
@@ -65,9 +64,9 @@ class ThroughputInstrument(Instrument):
 
     def _show_operations(self, step: Step, steps: Steps) -> None:
         """Show what is computed of the model a second, and which part that is of what the GPU could do."""
-        counted = self._counted.get(step.model)
+        counted = _counted.get(step.model)
         if counted is None:
-            counted = self._counted[step.model] = _operations(step)
+            counted = _counted[step.model] = _operations(step)
         if isinstance(counted, str):
             step.recorder.absent(FLOPS, counted)
         elif steps.tokens is not None:
