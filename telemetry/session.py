@@ -175,6 +175,7 @@ class Session:
         self._hide: Callable[[], None] = _nothing
         self._evaluated = False
         self._modes_seen = False
+        self._last_due = 0
         self._logged: object = None
         self._epoch_at = -1
 
@@ -378,12 +379,13 @@ class Session:
             return
         if self._reader.passes == 0 and inputs is not None:
             self._replay(inputs, outputs)
+        each, before, self._last_due = self.sentinel.pace.each(), self._last_due, step.number
         with self._clock.running():
             self._unwatch()
             self._tell("finish")
             self._end()
         with self._isolated("sending a step on its way"):
-            self.recorder.flush(step.number, self._clock)
+            self.recorder.flush(step.number, self._clock, each=each if len(each) == step.number - before else ())
 
     def abandon_step(self, door: Door) -> None:
         """Let go of a due step that a door has opened and that came to nothing."""

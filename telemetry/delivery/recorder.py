@@ -73,7 +73,6 @@ class Recorder:
         )
         self._overhead = Overhead(lambda: self._home.computed + sum(lane.computed for lane in self._lanes))
         self._step = Measured()
-        self._due = 0  # the last due step
         self._closed = False
         self._closing = threading.Lock()
         self._ended = threading.Event()
@@ -142,6 +141,7 @@ class Recorder:
         clock: StepClock | None = None,
         own_state: bool = True,
         told: Callable[[Sequence[Record]], None] | None = None,
+        each: Sequence[float] = (),
     ) -> None:
         """Send what was added since the last flush on its way as ``step``. Waits for nothing.
 
@@ -152,6 +152,7 @@ class Recorder:
             clock: what telemetry has taken of it so far, or of what stands between steps.
             own_state: whether to add how telemetry itself is doing: once a step.
             told: called in the background with what is about to be written, on ranks other than 0 with nothing.
+            each: seconds of the last due step, and of each step since; none where they are not known.
         """
         collected, self._step = self._step, Measured()
         with StepClock().running() if clock is None else clock.running():
@@ -159,8 +160,7 @@ class Recorder:
             collected = collected.emptied()
         if clock is not None and own_state:
             collected.metrics["telemetry/step_seconds"] = Max(clock.spent)
-            collected.metrics["telemetry/overhead_fraction"] = Max(self._overhead.share(clock, step - self._due))
-            self._due = step
+            collected.metrics["telemetry/overhead_fraction"] = Max(self._overhead.share(clock, each))
             clock = StepClock()  # what follows is of the next
         with (clock := clock or StepClock()).running():
             self._home.put(Job(step, time.time(), collected, transfer, due=own_state, told=told))

@@ -83,6 +83,10 @@ class Pace:
         if len(ended) == _KEPT:
             self._add_up()
 
+    def each(self) -> list[float]:
+        """Return the seconds of each step that :meth:`take` hands over next; none where these are very many."""
+        return [] if self._steps.count else [ended[0] for ended in self._ended]
+
     def take(self) -> Steps:
         """Hand over what the steps took that have ended since this was last asked."""
         self._add_up()
