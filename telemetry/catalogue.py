@@ -478,8 +478,8 @@ CATALOGUE: tuple[Entry, ...] = (
         Entry(
             "gradients/<group>/update_ratio",
             "Norm of the optimizer's step over the norm of the weights before it. Of a parameter (or one rank's "
-            "shard of it) of more than 32,768 values an even sample of at most so many. 0: the optimizer has not "
-            "moved them.",
+            "shard of it) of more than 32,768 values the rows with the largest gradients, and 8,192 values at most "
+            "that are spread evenly. 0: the optimizer has not moved them.",
             reduction="ratio of norms",
             absent="frozen, all weights are 0, or the trainer does not show when its optimizer steps",
         ),

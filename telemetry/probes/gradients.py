@@ -25,8 +25,11 @@ from telemetry.probes.sharding import (
     split_as,
 )
 
-SAMPLED = 2**15
-"""The most values of a parameter that are compared evenly: all of a smaller one, spread ones of a larger one."""
+WHOLE = 2**15
+"""The most values of a parameter of which all are compared."""
+
+SAMPLED = 2**13
+"""The most values of a larger one that are compared evenly: each is a line of memory of its own to fetch."""
 
 COLUMNS_READ = 8
 """Columns of a gradient by which its largest rows are found."""
@@ -106,7 +109,7 @@ def steps_by_itself(parameters: Sequence[TrainedParameter]) -> bool:
 
 
 class UpdateProbe:
-    """Copies values before the optimizer steps, and compares them after it: at most 192 KiB a parameter, freed at once.
+    """Copies values before the optimizer steps, and compares them after it: at most 128 KiB a parameter, freed at once.
 
     Of a large parameter two samples are taken: the rows with the largest gradients, whole (of an embedding only the
     rows of the tokens that were there move), and evenly spread values, which stand for all other rows.
@@ -122,7 +125,7 @@ class UpdateProbe:
         samples: list[_Sample] = []
         parts = self._parts(parameters)
         for index, part in parts.items():
-            samples += [_Sample(index, _whole)] if part.numel() <= SAMPLED else self._of_large(index, part)
+            samples += [_Sample(index, _whole)] if part.numel() <= WHOLE else self._of_large(index, part)
         self._groups = _read(samples, parts)
 
     def compare(self) -> tuple[list[tuple[int, float]], Tensor]:
@@ -215,7 +218,7 @@ def _samples(index: int, part: Tensor, gradient: Tensor | None) -> list[_Sample]
         return [_Sample(index, evenly_spread, part.numel() / len(range(0, part.numel(), stride)))]
     columns = part.shape[-1]
     rows = part.numel() // columns
-    chosen = _rows_of_largest(gradient, min(rows, max(1, SAMPLED // 2 // columns)))
+    chosen = _rows_of_largest(gradient, min(rows, max(1, WHOLE // 2 // columns)))
     other = torch.ones(rows, device=part.device).index_fill_(0, chosen, 0.0)
     other = other[torch.arange(0, part.numel(), stride, device=part.device) // columns]  # of each value of the sample
     stands_for = (rows - len(chosen)) * columns / other.sum().clamp(min=1)
