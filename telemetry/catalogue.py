@@ -960,8 +960,8 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "telemetry/overhead_fraction",
         "What telemetry costs as a share of the time since the last due step: its time on the training thread, and "
-        "by how much longer a due step and the next take than others. Where there are fewer than three others it is "
-        "estimated: from what the training thread waits for telemetry's own threads, and what it takes itself.",
+        "by how much longer a due step and the next take than others. Where these are not known, or fewer than three, "
+        "it is estimated: from what the training thread waits for telemetry's own threads, and what it takes itself.",
         better="lower",
     ),
     Entry("telemetry/queue_depth", "Steps waiting to be written.", "steps", better="lower"),

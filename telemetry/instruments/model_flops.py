@@ -13,12 +13,15 @@ from telemetry.probes.sharding import whole_shape
 
 # Dense 16-bit operations a second, in 10^12, by the makers' data sheets; the first that a GPU's name has in it.
 _PEAKS: Mapping[str, float] = {
-    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
+    "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "H800 PCIe": 756, "H800": 989, "H20": 148,
     "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A6000": 155, "A40": 150,
     "A30": 165, "RTX 6000 Ada": 364, "RTX 4090": 165, "RTX 3090": 71, "V100-PCIE": 112, "V100": 125, "T4": 65,
     "MI300X": 1307,
 }  # fmt: skip
 _LESSER = r"(?! (?:D|Ti|SUPER|Laptop|Mobile)\b)"  # cards of the same name that do other than these
+_A_PART = r"\bMIG\b|\bGRID\b|-\d+[ABCQ]\b"  # of a card, which other processes have the rest of
+_EXPERTS = r"(^|_)(num|n)_(\w+_)?experts$"  # in a configuration
 _NO_BFLOAT16 = ("V100-PCIE", "V100", "T4")
 
 
@@ -43,7 +46,8 @@ def operations_a_position(model: nn.Module, group_of: Callable[[str], str]) -> f
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "sub_configs", None):
         raise UncountableError("its parts do not all work on the positions of its main input")
-    if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    experts = (getattr(config, name, None) for name in dir(config) if re.search(_EXPERTS, name))
+    if any(isinstance(number, int) and number > 1 for number in experts):
         raise UncountableError("only some of its experts work on a position")
     multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - multiplied
@@ -51,6 +55,8 @@ def operations_a_position(model: nn.Module, group_of: Callable[[str], str]) -> f
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             raise UncountableError("some of its parameters are frozen")
+        if "encoder_attn" in name or "crossattention" in name:
+            raise UncountableError("it may attend to an encoder, or not")
         shape = whole_shape(parameter)
         if len(shape) < 2 or id(parameter) in looked_up:
             continue
@@ -73,7 +79,7 @@ def peak_operations(gpu: str, dtype: torch.dtype) -> float | None:
         gpu: its name, as its driver says it.
         dtype: of what is multiplied: of 16 bits.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or re.search(_A_PART, gpu):
         return None
     name = next((name for name in _PEAKS if re.search(rf"\b{name}\b{_LESSER}", gpu)), None)
     if name is None or (dtype == torch.bfloat16 and name in _NO_BFLOAT16):

@@ -202,7 +202,7 @@ def _kept(parameter: nn.Parameter, is_main: bool) -> tuple[nn.Parameter, Tensor,
     if gradient is None or gradient.is_sparse or is_unsummed(gradient):
         return None
     part, own = own_part(split_as(gradient, parameter), is_main), own_part(parameter, is_main)
-    if part is None or own is None or not part.numel():
+    if part is None or own is None or part.shape != own.shape or not part.numel():
         return None
     flat = part.flatten()
     largest, index = flat.abs().topk(min(_ENTRIES, max(1, flat.numel() // 4)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from telemetry.delivery.recorder import Emitter
+from telemetry.families.base import Family
 from telemetry.instruments.base import NO_LAYERS, Instrument, Step
 from telemetry.instruments.by_rank import Extremes
 from telemetry.instruments.model_flops import UncountableError, operations_a_position, peak_operations
@@ -25,7 +26,7 @@ UTILIZATION = "throughput/model_flops_utilization"
 RANKS = Extremes(SECONDS, "slowest_rank", "fastest_rank")
 LOADERS = Extremes(LOADING, "slowest_loader", "fastest_loader")
 
-_counted = weakref.WeakKeyDictionary[nn.Module, float | str]()  # of each model, once: it goes through all parameters
+_counted = weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Family | None, list[bool]], float | str]]()
 
 
 class ThroughputInstrument(Instrument):
@@ -64,9 +65,7 @@ class ThroughputInstrument(Instrument):
 
     def _show_operations(self, step: Step, steps: Steps) -> None:
         """Show what is computed of the model a second, and which part that is of what the GPU could do."""
-        counted = _counted.get(step.model)
-        if counted is None:
-            counted = _counted[step.model] = _operations(step)
+        counted = _operations_of(step)
         if isinstance(counted, str):
             step.recorder.absent(FLOPS, counted)
         elif steps.tokens is not None:
@@ -75,10 +74,21 @@ class ThroughputInstrument(Instrument):
             parameter = next(step.model.parameters())
             gpu = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "a processor"
             dtype = step.autocast or parameter.dtype
-            if (peak := peak_operations(gpu, dtype)) is not None:
+            if step.world_size == 1 and torch.cuda.device_count() > 1:
+                step.recorder.absent(UTILIZATION, "of several GPUs it is not known which work for this process")
+            elif (peak := peak_operations(gpu, dtype)) is not None:
                 step.recorder.metric(UTILIZATION, Mean(operations, peak * steps.seconds))
             else:
                 step.recorder.absent(UTILIZATION, f"what {gpu} could do of {dtype} is not known")
+
+
+def _operations_of(step: Step) -> float | str:
+    """As :func:`_operations`, counted anew where others of the model's parameters are trained, or another reads it."""
+    known = step.family, [one.requires_grad for one in step.model.parameters()]
+    counted = _counted.get(step.model)
+    if counted is None or counted[0] != known:
+        counted = _counted[step.model] = known, _operations(step)
+    return counted[1]
 
 
 def _operations(step: Step) -> float | str:

@@ -56,6 +56,9 @@ class Pace:
             batches: the step's microbatches.
             ids: the name of what a batch is counted by.
         """
+        if not batches:  # a stream has ended, and no step begins
+            self._began = 0.0
+            return
         self._began = began
         self._loading = perf_counter() - began
         if len(batches) == 1:

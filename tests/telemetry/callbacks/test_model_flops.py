@@ -9,6 +9,7 @@ import torch
 from support import models
 from support.batches import Voices
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AriaTextConfig, AriaTextForCausalLM, BartConfig, BartForCausalLM
 
 from telemetry.families import find_family
 from telemetry.instruments.model_flops import UncountableError, operations_a_position, peak_operations
@@ -43,7 +44,10 @@ def test_two_feed_forward_networks(higgs: Any, voices: Voices) -> None:
 def test_what_is_not_counted() -> None:
     frozen = models.make("llama")
     frozen.model.embed_tokens.weight.requires_grad_(False)
-    for model, why in ((frozen, "frozen"), (models.make("gpt_oss", "eager"), "experts")):
+    aria = AriaTextForCausalLM(AriaTextConfig(**models.SHAPE, moe_num_experts=4, moe_topk=2))
+    bart = BartForCausalLM(BartConfig(d_model=16, decoder_layers=1, decoder_attention_heads=2, vocab_size=29))
+    refused = (frozen, "frozen"), (models.make("gpt_oss", "eager"), "experts"), (aria, "experts"), (bart, "encoder")
+    for model, why in refused:
         with pytest.raises(UncountableError, match=why):
             counted(model)
 
@@ -56,6 +60,10 @@ def test_what_is_not_counted() -> None:
         ("NVIDIA H200", torch.float16, 989),
         ("NVIDIA H20", torch.bfloat16, 148),
         ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", torch.bfloat16, None),
+        ("GRID A100-10C", torch.bfloat16, None),
+        ("NVIDIA A40-8Q", torch.bfloat16, None),
+        ("NVIDIA H200 NVL", torch.bfloat16, 835),
         ("NVIDIA A10G", torch.bfloat16, 70),
         ("NVIDIA L40S", torch.bfloat16, 362),
         ("NVIDIA L4", torch.bfloat16, 121),

@@ -140,6 +140,25 @@ def test_all_ranks_tokens_count_over_the_seconds_of_the_slowest() -> None:
     assert Rate(100.0, 2.0).merge(Rate(60.0, 4.0)).result() == 40.0
 
 
+def test_a_stream_that_ends_begins_no_step() -> None:
+    watched = pace.Pace()
+    for batches in ([{}], [{}], [], [{}]):
+        watched.load(1.0, batches, "input_ids")
+        watched.end()
+    assert len(watched.each()) == watched.take().count == 2
+
+
+def test_operations_are_counted_anew_where_others_are_trained(tmp_path: Path) -> None:
+    class Freezing(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.lm_head.requires_grad_(state.global_step != 3)
+
+    backend = MemoryBackend()
+    run = training(llama(0.0), tmp_path, [StrategicTelemetry(["inputs"], 1, [backend]), Freezing()], 5)
+    run.trainer.train()
+    assert list(backend.scalars("throughput/model_flops_per_second")) == [3, 5]
+
+
 @pytest.mark.parametrize(
     ("ids", "positions"),
     [
