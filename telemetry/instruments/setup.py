@@ -82,12 +82,14 @@ class SetupInstrument(FirstStep):
 
     def before_update(self, step: Step, optimizer: Any) -> None:
         """See what the optimizer holds, and keep some weights."""
-        held = _held(optimizer) if self.looks else {}
-        if not held:
+        if not self.looks:
             return
         trained = [one for one in step.model.parameters() if one.requires_grad]
         if any(map(is_zero, trained)) or is_fsdp1(step.model) or is_gathered(step.model):
             step.recorder.absent("setup/optimizer", OTHERS)
+            return
+        held = _held(optimizer)
+        if not held:
             return
         known = sum(one.numel() for one in trained)
         step.recorder.metric(
