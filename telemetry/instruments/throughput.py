@@ -26,7 +26,7 @@ UTILIZATION = "throughput/model_flops_utilization"
 RANKS = Extremes(SECONDS, "slowest_rank", "fastest_rank")
 LOADERS = Extremes(LOADING, "slowest_loader", "fastest_loader")
 
-_counted = weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Family | None, list[bool]], float | str]]()
+_counted = weakref.WeakKeyDictionary[nn.Module, tuple[tuple[weakref.ref[Family] | None, list[bool]], float | str]]()
 
 
 class ThroughputInstrument(Instrument):
@@ -84,7 +84,8 @@ class ThroughputInstrument(Instrument):
 
 def _operations_of(step: Step) -> float | str:
     """As :func:`_operations`, counted anew where others of the model's parameters are trained, or another reads it."""
-    known = step.family, [one.requires_grad for one in step.model.parameters()]
+    reader = None if step.family is None else weakref.ref(step.family)  # which holds the model
+    known = reader, [one.requires_grad for one in step.model.parameters()]
     counted = _counted.get(step.model)
     if counted is None or counted[0] != known:
         counted = _counted[step.model] = known, _operations(step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +159,15 @@ def test_operations_are_counted_anew_where_others_are_trained(tmp_path: Path) ->
     run = training(llama(0.0), tmp_path, [StrategicTelemetry(["inputs"], 1, [backend]), Freezing()], 5)
     run.trainer.train()
     assert list(backend.scalars("throughput/model_flops_per_second")) == [3, 5]
+
+
+def test_no_model_is_held_after_its_training(tmp_path: Path) -> None:
+    run = training(llama(0.0), tmp_path, [StrategicTelemetry(["inputs"], 1, [MemoryBackend()])], 3)
+    run.trainer.train()
+    model = weakref.ref(run.trainer.model)
+    del run
+    gc.collect()
+    assert model() is None
 
 
 @pytest.mark.parametrize(
