@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from telemetry.delivery.recorder import Emitter, Recorder
-from telemetry.instruments.base import Step
 from telemetry.records import Max, Metric, Min
 
 _RANKS = 2**20 - 1  # the last 20 of a number's 52 bits, which are its rank's: it is right to 1e-9
@@ -53,10 +52,10 @@ class Extremes:
     most: str
     least: str
 
-    def add(self, step: Step, to: Recorder | Emitter, value: float) -> None:
-        """Add this rank's number, where there are others."""
-        if step.world_size > 1:
-            to.metric(f"{self.tag}/by_rank", ByRank.of(step.rank, value))
+    def add(self, rank: int | None, to: Recorder | Emitter, value: float) -> None:
+        """Add a rank's number; of a single process, None, nothing."""
+        if rank is not None:
+            to.metric(f"{self.tag}/by_rank", ByRank.of(rank, value))
 
     def show(self, _host: Mapping[str, Tensor], emit: Emitter) -> None:
         """Show them, where two ranks have a number: see :meth:`Recorder.show`."""

@@ -62,7 +62,7 @@ class EveryStepInstrument(Instrument):
             if finite := [value for value in values if math.isfinite(value)]:
                 median = statistics.median(finite)
                 emit.metric(MEDIAN, Mean(median, 1))
-                ODD_RANK.add(step, emit, median)
+                ODD_RANK.add(rank, emit, median)
             for tag, count, first in judged(named, values, rank):
                 emit.metric(tag, Sum(count))
                 if first is not None:

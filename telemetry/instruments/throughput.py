@@ -37,12 +37,12 @@ class ThroughputInstrument(Instrument):
         steps, recorder = step.sentinel.pace.take() if step.sentinel is not None else None, step.recorder
         if steps is None or not steps.count or steps.seconds <= 0:
             return  # before the end of the second step there is nothing to say
-        counts = not step.repeats_batch
+        counts, rank = not step.repeats_batch, step.rank if step.world_size > 1 else None
         recorder.metric(SECONDS, Mean(steps.seconds, float(steps.count)))
-        RANKS.add(step, recorder, steps.seconds / steps.count)
+        RANKS.add(rank, recorder, steps.seconds / steps.count)
         if steps.loading is not None:
             recorder.metric(LOADING, Mean(steps.loading, steps.seconds))
-            LOADERS.add(step, recorder, steps.loading / steps.seconds)
+            LOADERS.add(rank, recorder, steps.loading / steps.seconds)
         else:
             recorder.absent(LOADING, "only the Trainer shows how long it waits for data")
         if steps.tokens is not None:

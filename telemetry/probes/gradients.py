@@ -15,6 +15,7 @@ from telemetry.families.base import Family
 from telemetry.measures.gradients import squared_norms_of_parts
 from telemetry.probes.sharding import (
     gradient_of,
+    is_distributed,
     is_elsewhere,
     is_fsdp1,
     is_split_unsaid,
@@ -95,7 +96,7 @@ def out_of_reach(model: nn.Module) -> str | None:
     """Why the gradients and parameters of a wrapped model cannot be read part by part; None where they can."""
     if is_fsdp1(model):
         return "FSDP1 keeps parameters and gradients in flat shards that do not say whose they are: use FSDP2"
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if is_distributed() else ():
         if is_split_unsaid(parameter):
             return "Megatron or DeepSpeed (AutoTP) may have split layers over ranks, and parameters do not say how"
         if parameter.grad is not None and is_unsummed(parameter.grad):

@@ -11,9 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of several, or may be: its group has been formed."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def forwards_are_collective(model: nn.Module) -> bool:
     """Whether a forward pass waits for other ranks: parameters sharded by FSDP2, FSDP, tensor parallelism or ZeRO-3."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed() or dist.get_world_size() == 1:
         return False
     return is_fsdp1(model) or any(_mesh(one) is not None or is_zero3(one) for one in model.parameters())
 
@@ -29,7 +34,7 @@ def ranks_of_a_batch(model: nn.Module) -> tuple[int, int]:
     0 and 1 where every rank has a batch of its own. transformers says the number, and lays such ranks out side by side.
     Else a mesh has a dimension called ``tp``, or no names, and splits a parameter that FSDP2 does not.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return 0, 1
     known = getattr(model, "tp_size", None)
     if isinstance(known, int) and known > 1 and not dist.get_world_size() % known:
@@ -55,7 +60,7 @@ def _splits(module: nn.Module) -> Iterator[tuple[Any, int]]:
 
 def is_split_unsaid(parameter: nn.Parameter) -> bool:
     """Whether a parameter may be a part of one, as Megatron and DeepSpeed's AutoTP mark it: a plain tensor."""
-    return dist.is_available() and dist.is_initialized() and bool(getattr(parameter, "tensor_model_parallel", False))
+    return is_distributed() and bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def is_unsummed(gradient: Tensor) -> bool:

@@ -125,8 +125,7 @@ def test_a_loop_of_ones_own_is_timed_and_what_it_does_not_show_is_absent(
 def test_the_extreme_ranks_are_named(numbers: list[float]) -> None:
     step, shown = Measured(), Extremes("a/number", "most", "least")
     for rank, number in enumerate(numbers):
-        of_rank: Any = SimpleNamespace(rank=rank, world_size=9)
-        shown.add(of_rank, step, number)
+        shown.add(rank, step, number)
     shown.show({}, step)
     found = {tag: (metric.result(), step.notes[tag]) for tag, metric in step.metrics.items() if metric.shown}
     if len(numbers) == 1:
